@@ -1,0 +1,19 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """Folder of the published reward tensors and golden results; tests that need it skip without it."""
+    folder = Path(os.environ.get("TTSNAP_REFERENCE", ROOT.parent / "shared" / "reference"))
+    if not (folder / "golden_official.npz").exists():
+        pytest.skip("published reference data not found; set TTSNAP_REFERENCE to its folder")
+    return folder

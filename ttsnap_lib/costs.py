@@ -1,0 +1,234 @@
+"""What a candidate costs, in TFLOPs or seconds, stage by stage, under an honest and under the published accounting."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .checks import choice, integer, known_keys, real, text
+from .errors import CostError
+from .schedule import Schedule
+
+__all__ = ["PRESETS", "CostModel", "StageCost"]
+
+_TOLERANCE = 1e-9  # relative; a budget that is a multiple of the cost must buy that multiple despite rounding
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage of a schedule costs for all candidates still in it, in the cost model's unit."""
+
+    first_step: int
+    last_step: int
+    candidates: float
+    denoise: float
+    decode: float
+    verify: float
+
+    @property
+    def total(self) -> float:
+        """Denoising, decoding and scoring together."""
+        return self.denoise + self.decode + self.verify
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What denoising, decoding and scoring one candidate costs.
+
+    Parameters
+    ----------
+    step : float
+        One denoising step of one candidate (guidance included).
+    verify : float
+        Scoring one decoded image.
+    decode : float
+        Decoding one latent to pixels with the full VAE.
+    n_steps : int
+        Denoising steps of a whole trajectory.
+    unit : str
+        Unit of all costs and budgets, e.g. ``"TFLOPs"`` or ``"seconds"``.
+    accounting : {"exact", "published"}
+        ``"exact"`` charges every forward that runs, with whole survivors; a schedule without stages costs what
+        Best-of-N costs. ``"published"`` is the released code's formula, kept for parity: a stage that prunes at
+        step index ``s`` is charged ``s`` steps although ``s + 1`` forwards have run, survivors are fractions, and
+        Best-of-N is charged all its steps.
+    preview_decode : float, optional
+        Decoding at a check with a smaller decoder (a tiny VAE); `decode` when not given.
+    per_prompt : float
+        Paid once per prompt (text encoding).
+
+    Raises
+    ------
+    CostError
+        A negative or non-finite cost, a step that costs nothing, an unknown accounting.
+    """
+
+    step: float
+    verify: float
+    decode: float = 0.0
+    n_steps: int = 20
+    unit: str = "TFLOPs"
+    accounting: str = "exact"
+    preview_decode: float | None = None
+    per_prompt: float = 0.0
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "step", real("cost.step", self.step, 0, open_low=True, error=CostError))
+        for name in ("verify", "decode", "per_prompt"):
+            put(self, name, real(f"cost.{name}", getattr(self, name), 0, error=CostError))
+        if self.preview_decode is not None:
+            put(self, "preview_decode", real("cost.preview_decode", self.preview_decode, 0, error=CostError))
+        put(self, "n_steps", integer("cost.n_steps", self.n_steps, 1, error=CostError))
+        text("cost.unit", self.unit, error=CostError)
+        choice("cost.accounting", self.accounting, ("exact", "published"), error=CostError)
+
+    # -- reading costs ------------------------------------------------------------------------------------------
+
+    def stages(self, n: int, schedule: Schedule | None = None) -> tuple[StageCost, ...]:
+        """Return the cost of each stage for `n` candidates; their totals and `per_prompt` add up to :meth:`total`.
+
+        A stage ends with a check; the last ends with the scoring of the clean image.
+        """
+        n = integer("n", n, 0, error=CostError)
+        pruning = schedule if schedule is not None else Schedule()
+        pruning.check(self.n_steps)
+        exact = self.accounting == "exact"
+        last = self.n_steps - 1
+        ends = (*pruning.steps, last)
+        if exact:
+            counts: tuple[float, ...] = pruning.survivors(n) if n else (0,) * len(ends)
+        else:  # fractions of candidates, as released
+            counts = tuple(n * math.prod(pruning.keep_ratios[:k]) for k in range(len(ends)))
+        # The released formula counts from step 0 without the forward that reaches it, but Best-of-N in full.
+        before = -1 if exact or schedule is None else 0
+        parts = []
+        for k, (end, count) in enumerate(zip(ends, counts, strict=True)):
+            is_check = k < len(pruning)
+            decode = self.preview_decode if is_check and self.preview_decode is not None else self.decode
+            parts.append(
+                StageCost(
+                    first_step=before + 1,
+                    last_step=end,
+                    candidates=count,
+                    denoise=count * (end - before) * self.step,
+                    decode=count * decode,
+                    verify=count * self.verify,
+                )
+            )
+            before = end
+        return tuple(parts)
+
+    def total(self, n: int, schedule: Schedule | None = None) -> float:
+        """Return the cost of `n` candidates of one prompt, in `unit`.
+
+        ``None`` is Best-of-N. It is the same as ``Schedule()`` under exact accounting; under published accounting
+        ``None`` is charged all steps, a schedule (also the empty one) one fewer, as released.
+        """
+        return self.per_prompt + math.fsum(stage.total for stage in self.stages(n, schedule))
+
+    def candidates(self, budget: float, schedule: Schedule | None = None) -> int:
+        """Return the largest n with ``total(n, schedule) <= budget * (1 + 1e-9)``; 0 when not even one fits."""
+        budget = real("budget", budget, 0, error=CostError) * (1 + _TOLERANCE)
+        if self.total(1, schedule) > budget:
+            return 0
+        # No candidate costs less than its first stage: that bounds n, and total is monotone in n.
+        first = self.stages(1, schedule)[0].total
+        low, high = 1, max(1, math.floor((budget - self.per_prompt) / first) + 1)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.total(middle, schedule) <= budget else (low, middle - 1)
+        return low
+
+    # -- presets and files --------------------------------------------------------------------------------------
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> CostModel:
+        """Return a named preset of :data:`PRESETS`, with single fields changed by keyword.
+
+        ``"published"``: 9.9 per step and 1.2 per check in the released accounting (source: the released simulation).
+        ``"<model>-<size>[-tiny]+<reward>"``, e.g. ``"flux-512+hpsv2"``: TFLOPs of one forward at batch 1 with two
+        operations per multiply-add, counted with torch's FLOP counter on the real architectures. FLUX.1-dev step
+        with 512 text tokens: 21.5 at 512 px, 74.4 at 1024 px. SDXL step with guidance: 3.18 and 13.5. VAE decode:
+        2.51 and 10.5 (``AutoencoderTiny`` 0.14 and 0.57: ``-tiny``, used at checks only). Image towers: CLIP-H of PickScore
+        and HPSv2 0.335, BLIP of ImageReward 0.138.
+        """
+        choice("cost preset", name, PRESETS, error=CostError)
+        known_keys("cost preset", changes, [field.name for field in fields(cls)], error=CostError)
+        return cls(**{**asdict(PRESETS[name]), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a plain dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> CostModel:
+        """Build from :meth:`to_dict`'s form; unknown keys are an error."""
+        if not isinstance(content, Mapping):
+            raise CostError(
+                "cost model", value=content, bound="a mapping of fields", remedy="Write it with CostModel.save()."
+            )
+        known_keys("cost model", content, [field.name for field in fields(cls)], error=CostError)
+        missing = [name for name in ("step", "verify") if name not in content]
+        if missing:
+            raise CostError(
+                f"cost model without {missing[0]}",
+                value=dict(content),
+                bound="at least step and verify",
+                remedy="Measure one with `ttsnap cost`, or use CostModel.preset().",
+            )
+        return cls(**content)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model as JSON and return the path."""
+        from .paths import write_json
+
+        write_json(path, self.to_dict())
+        return Path(path)
+
+    @classmethod
+    def load(cls, source: str | Path) -> CostModel:
+        """Return the preset named `source`, or the model in the JSON or YAML file `source`."""
+        if isinstance(source, str) and source in PRESETS:
+            return cls.preset(source)
+        path = Path(source)
+        try:
+            raw = path.read_text("utf-8")
+            if path.suffix == ".json":
+                content = json.loads(raw)
+            else:
+                import yaml
+
+                content = yaml.safe_load(raw)
+        except Exception as error:  # any parser may raise its own kind
+            raise CostError(
+                f"cost file cannot be read ({error.__class__.__name__})",
+                value=str(source),
+                bound="a JSON or YAML file of CostModel fields, or a preset's name",
+                remedy=f"Write it with CostModel.save(), or use one of {sorted(PRESETS)}.",
+            ) from error
+        # A file of `ttsnap cost` carries more than the model; the model stands under its own key there.
+        if isinstance(content, Mapping) and isinstance(content.get("cost"), Mapping):
+            content = content["cost"]
+        return cls.from_dict(content)
+
+
+def _presets() -> dict[str, CostModel]:
+    steps = {"flux-512": 21.5, "flux-1024": 74.4, "sdxl-512": 3.18, "sdxl-1024": 13.5}
+    decodes = {"512": (2.51, 0.14), "1024": (10.5, 0.57)}
+    rewards = {"image_reward": 0.138, "pickscore": 0.335, "hpsv2": 0.335}
+    presets = {"published": CostModel(step=9.9, verify=1.2, accounting="published")}
+    for model, step in steps.items():
+        full, tiny = decodes[model.split("-")[1]]
+        for reward, verify in rewards.items():
+            presets[f"{model}+{reward}"] = CostModel(step=step, verify=verify, decode=full)
+            presets[f"{model}-tiny+{reward}"] = CostModel(step=step, verify=verify, decode=full, preview_decode=tiny)
+    return presets
+
+
+PRESETS: dict[str, CostModel] = _presets()
+"""Named cost models; sources in :meth:`CostModel.preset`."""

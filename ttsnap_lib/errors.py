@@ -1,0 +1,123 @@
+"""The error tree: every message names the value, the bound and the remedy."""
+
+from __future__ import annotations
+
+import reprlib
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "ConfigError",
+    "CostError",
+    "CurriculumError",
+    "DeviceError",
+    "DiskError",
+    "PipelineError",
+    "PromptError",
+    "RewardError",
+    "RunError",
+    "ScheduleError",
+    "SearchError",
+    "TTSnapError",
+    "TensorError",
+    "TrajectoryError",
+]
+
+_short = reprlib.Repr(maxstring=200, maxother=200, maxlist=8, maxtuple=8, maxdict=8)
+_UNSET = object()
+
+
+class TTSnapError(Exception):
+    """Base of every error that this package raises on purpose.
+
+    Parameters
+    ----------
+    problem : str
+        What is wrong, with the name of the thing that is wrong.
+    value : object, optional
+        The offending value; shown shortened, kept whole in ``.value``.
+    bound : str, optional
+        What would have been right.
+    remedy : str
+        What to do about it.
+    """
+
+    def __init__(self, problem: str, *, value: object = _UNSET, bound: str = "", remedy: str) -> None:
+        self.problem, self.bound, self.remedy = problem, bound, remedy
+        self.value = None if value is _UNSET else value
+        shown = "" if value is _UNSET else f"got {_short.repr(value)}"
+        expected = f"expected {bound}" if bound else ""
+        facts = ", ".join(part for part in (shown, expected) if part)
+        super().__init__(f"{problem}{': ' + facts if facts else ''}. {remedy}")
+
+    def __reduce__(self):  # keyword-only arguments do not survive the default pickling (worker processes)
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(cls: type[TTSnapError], args: tuple, state: dict) -> TTSnapError:
+    error = cls.__new__(cls)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigError(TTSnapError, ValueError):
+    """A parameter, key or option has a bad name or a bad value."""
+
+
+class ScheduleError(ConfigError):
+    """Pruning steps or keep ratios that cannot be."""
+
+
+class CostError(ConfigError):
+    """A cost model, or a file of one, that cannot be."""
+
+
+class BudgetError(ConfigError):
+    """A budget that buys no candidate, or more candidates than the pool holds."""
+
+
+class TensorError(TTSnapError):
+    """A reward tensor, or a file it is read from, that is not whole or not right."""
+
+
+class PromptError(TTSnapError):
+    """A prompt file that cannot be used."""
+
+
+class TrajectoryError(TTSnapError):
+    """A trajectory folder that is foreign, broken or of other settings."""
+
+
+class PipelineError(TTSnapError):
+    """A diffusers pipeline that cannot be loaded or driven."""
+
+
+class RewardError(TTSnapError):
+    """A reward model that cannot be loaded, or that gave a bad score."""
+
+
+class CheckpointError(TTSnapError):
+    """A checkpoint that is missing, broken or of another model."""
+
+
+class CurriculumError(TTSnapError):
+    """Finetuning that cannot start or go on."""
+
+
+class SearchError(TTSnapError):
+    """An online run that cannot start or go on."""
+
+
+class RunError(TTSnapError):
+    """A notebook run or sweep that failed."""
+
+
+class DeviceError(TTSnapError):
+    """A device that is missing or out of memory."""
+
+
+class DiskError(TTSnapError, OSError):
+    """Not enough disk, or a folder that cannot be written."""
+
+    __str__ = Exception.__str__  # OSError's own __str__ prefers errno, which is not set here

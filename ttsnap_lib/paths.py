@@ -1,0 +1,193 @@
+"""Where things are kept, and how they are written: beside, then renamed, under a lock where two could write."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import DiskError
+
+__all__ = [
+    "atomic_folder",
+    "atomic_write",
+    "data_cache",
+    "git_state",
+    "lock",
+    "notebooks_folder",
+    "repository_root",
+    "require_space",
+    "write_json",
+]
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def repository_root() -> Path | None:
+    """Return the checkout this package stands in, or None when it is installed from a wheel."""
+    root = _PACKAGE.parent
+    return root if (root / "pyproject.toml").exists() and (root / "notebooks").is_dir() else None
+
+
+def data_cache() -> Path:
+    """Return the folder of everything computed: ``TTSNAP_DATA_CACHE``, else the repository's, else the user's cache."""
+    given = os.environ.get("TTSNAP_DATA_CACHE")
+    if given:
+        return Path(given).expanduser()
+    root = repository_root()
+    if root is not None:
+        return root / "data_cache"
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ttsnap"
+
+
+def notebooks_folder() -> Path:
+    """Return the folder of the shipped notebooks: the repository's, else the copy in the wheel."""
+    root = repository_root()
+    return root / "notebooks" if root is not None else _PACKAGE / "_notebooks"
+
+
+@contextlib.contextmanager
+def _typed_os_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a folder without write permission into a DiskError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, DiskError):
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskError(
+                f"disk full while writing {path}",
+                remedy="Free some space or choose another folder, then run again: what was written stays.",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise DiskError(
+                f"cannot write {path}",
+                value=os.strerror(error.errno),
+                bound="a folder you may write to",
+                remedy="Change its permissions or choose another folder (TTSNAP_DATA_CACHE moves the cache).",
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[Any]:
+    """Open a temporary file beside `path` and rename it onto `path` when the block ends well.
+
+    A reader, or a process killed half-way, sees the old file or the new one, never a part.
+
+    Raises
+    ------
+    DiskError
+        When the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    with _typed_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        try:
+            with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a new folder beside `path` that takes its place, whole, when the block ends well.
+
+    An existing folder at `path` is replaced.
+    """
+    path = Path(path)
+    with _typed_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        try:
+            os.chmod(part, 0o755)
+            yield part
+            if path.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+                os.replace(path, old / "old")
+                os.replace(part, path)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.replace(part, path)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` as indented JSON with sorted keys, atomically."""
+    with atomic_write(path, "w") as file:
+        json.dump(content, file, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+
+
+@contextlib.contextmanager
+def lock(path: str | Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`; it ends with the process, so a crash leaves nothing behind.
+
+    Raises
+    ------
+    DiskError
+        When another process holds it and `wait` is false.
+    """
+    import fcntl
+
+    path = Path(path)
+    with _typed_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+b")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise DiskError(
+                f"{path.parent} is in use by another process",
+                value=str(path),
+                bound="one writer at a time",
+                remedy="Wait for the other process to end, or give this one an output folder or shard of its own.",
+            ) from error
+        yield
+
+
+def require_space(folder: str | Path, needed_bytes: float, what: str) -> None:
+    """Refuse to start when the disk under `folder` has less than `needed_bytes` free."""
+    folder = Path(folder)
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed_bytes > free:
+        raise DiskError(
+            f"not enough disk for {what} in {folder}",
+            value=f"{needed_bytes / 1e9:.2f} GB needed",
+            bound=f"at most the {free / 1e9:.2f} GB that are free",
+            remedy="Free some space, choose another folder, or ask for less.",
+        )
+
+
+def git_state() -> dict[str, Any]:
+    """Return the commit of the checkout and whether it is dirty; both None outside one."""
+    root = repository_root()
+    if root is None:
+        return {"commit": None, "dirty": None}
+    try:
+        run = [
+            subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": run[0].stdout.strip(), "dirty": bool(run[1].stdout.strip())}
