@@ -1,0 +1,44 @@
+# `make demo` and `make test` set everything up themselves; they need Python 3.11 and make.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# One thread per process in tests: two test workers or two kernels must not fight for the cores.
+export MPLBACKEND ?= Agg
+
+.PHONY: help setup demo test test-fast test-slow lint bench pocket docs lab clean
+
+help:            ## Show what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or call make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(STAMP)  ## Make the virtual environment
+
+demo: $(STAMP)   ## The main job on the embedded default, headless
+	$(BIN)/python -m ttsnap_lib demo $(if $(VALUES),--values "$(VALUES)")
+
+lint: $(STAMP)   ## Ruff over code and notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint       ## All quick tests
+	$(BIN)/python -m pytest -q
+
+test-slow: $(STAMP) ## The long tests
+	$(BIN)/python -m pytest -q -m slow
+
+bench: $(STAMP)  ## The benchmarks, one table
+	$(BIN)/python -m tests.benchmarks
+
+lab: $(STAMP)    ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab notebooks
+
+clean:           ## Remove caches, keep data_cache
+	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis htmlcov *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
