@@ -23,7 +23,8 @@ __all__ = [
     "TrajectoryError",
 ]
 
-_short = reprlib.Repr(maxstring=200, maxother=200, maxlist=8, maxtuple=8, maxdict=8)
+_short = reprlib.Repr()  # its limits are attributes: Python 3.11 takes no keywords here
+_short.maxstring, _short.maxother, _short.maxlist, _short.maxtuple, _short.maxdict = 200, 200, 8, 8, 8
 _UNSET = object()
 
 
