@@ -1,0 +1,259 @@
+"""Prompt sets: a JSON list, a text file, CSV, Parquet, or the packaged pocket prompts. The line index is the id."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .checks import integer, text
+from .errors import PromptError
+
+__all__ = ["FORMATS", "MAX_CHARACTERS", "MAX_FILE_BYTES", "check_prompts", "read_prompts"]
+
+FORMATS = (".json", ".txt", ".csv", ".parquet")
+"""File endings that :func:`read_prompts` knows."""
+MAX_FILE_BYTES = 64 * 2**20
+"""A prompt file above this is a mistake (a data set, a model), not a prompt set."""
+MAX_CHARACTERS = 10_000
+"""Longest prompt taken; text encoders read 77 to 512 tokens."""
+
+_HEADER_WORDS = 3  # a CSV header of more words is a prompt: the file has no header line
+_POCKET_SPLIT, _POCKET_COUNT = "test", 64
+_SHAPES = 'a JSON list of texts, .txt with one prompt a line, .csv or .parquet with a column "prompt", or "pocket"'
+
+
+def read_prompts(source: str | Path | Sequence[str], *, limit: int | None = None) -> list[str]:
+    """Read a prompt set; the position in the returned list is the prompt's index everywhere else.
+
+    Parameters
+    ----------
+    source : str, Path or sequence of str
+        A file (``.json`` list, ``.txt`` one a line, ``.csv`` or ``.parquet`` with a column named ``prompt`` or a
+        single text column); ``"pocket"``, ``"pocket:<split>"`` or ``"pocket:<split>:<count>"`` for the packaged
+        prompts; or the prompts themselves.
+    limit : int, optional
+        Take the first `limit` prompts only.
+
+    Returns
+    -------
+    list of str
+        At least one prompt, none of them blank.
+
+    Raises
+    ------
+    PromptError
+        A missing, empty, too large, wrongly encoded or unknown file; a prompt that is blank or no text, with its
+        index.
+    """
+    if limit is not None:
+        limit = integer("limit", limit, 1, error=PromptError)
+    if isinstance(source, str | Path):
+        name = str(source)
+        if name == "pocket" or name.startswith("pocket:"):
+            found = _pocket(name, limit)
+        else:
+            found = _file(Path(text("prompts", name, error=PromptError)))
+    else:
+        name = "prompts"
+        if not isinstance(source, Iterable) or isinstance(source, bytes | dict):
+            raise PromptError("prompts", value=source, bound=_SHAPES, remedy="Give a file or a list of texts.")
+        found = list(source)
+    return check_prompts(found[:limit], name)
+
+
+def check_prompts(prompts: Sequence[Any], name: str = "prompts") -> list[str]:
+    """Return `prompts` as a list of str, or raise a PromptError with the index of the first bad one."""
+    prompts = list(prompts)
+    if not prompts:
+        raise PromptError(f"{name} holds no prompt", bound="at least one", remedy="Write one prompt a line.")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise PromptError(
+                f"{name}: prompt {index} is not text",
+                value=prompt,
+                bound="a string",
+                remedy="Quote it, or take it out of the list.",
+            )
+        if not prompt.strip():
+            raise PromptError(
+                f"{name}: prompt {index} is blank",
+                value=prompt,
+                bound="some text",
+                remedy="Fill it in. Blank prompts are not skipped, because the position is the prompt's id.",
+            )
+        if len(prompt) > MAX_CHARACTERS:
+            raise PromptError(
+                f"{name}: prompt {index} is too long",
+                value=f"{len(prompt)} characters",
+                bound=f"at most {MAX_CHARACTERS}",
+                remedy="Check that the file has one prompt a line.",
+            )
+        # Half a surrogate pair cannot be written to the manifest; NUL means that the file is no text.
+        if "\0" in prompt or any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise PromptError(
+                f"{name}: prompt {index} holds characters that are not text",
+                value=prompt,
+                bound="printable text",
+                remedy="Save the prompts as UTF-8 text.",
+            )
+    return prompts
+
+
+def _pocket(name: str, limit: int | None) -> list[str]:
+    from .pocket import pocket_prompts  # late: only the pocket prompts need it
+
+    parts = name.split(":")
+    split = parts[1] if len(parts) > 1 and parts[1] else _POCKET_SPLIT
+    if len(parts) > 3 or (len(parts) == 3 and not parts[2].isdigit()):
+        raise PromptError(
+            "prompts", value=name, bound='"pocket:<split>:<count>"', remedy='Write for example "pocket:test:16".'
+        )
+    return list(pocket_prompts(split, int(parts[2]) if len(parts) == 3 else (limit or _POCKET_COUNT)))
+
+
+def _file(path: Path) -> list[Any]:
+    if not path.exists():
+        raise PromptError("prompt file does not exist", value=str(path), bound=_SHAPES, remedy="Check the spelling.")
+    if not path.is_file():
+        raise PromptError("prompt file is not a file", value=str(path), bound=_SHAPES, remedy="Name the file itself.")
+    readers = {".json": _json, ".txt": _lines, ".csv": _csv, ".parquet": _parquet}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise PromptError(
+            f"{path.name}: unknown prompt format",
+            value=path.suffix,
+            bound=f"one of {list(FORMATS)}",
+            remedy="Convert the file, or rename it if its ending is wrong.",
+        )
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise PromptError(
+                f"{path} is too large for a prompt set",
+                value=f"{size / 2**20:.0f} MiB",
+                bound=f"at most {MAX_FILE_BYTES // 2**20} MiB",
+                remedy="Check that it is the right file, or split it.",
+            )
+        if size == 0:
+            raise PromptError(f"{path} is empty", value="0 bytes", bound=_SHAPES, remedy="Write the prompts into it.")
+        return reader(path)
+    except OSError as error:
+        if isinstance(error, PromptError):
+            raise
+        raise PromptError(
+            f"{path} cannot be read", value=error.strerror, bound="a readable file", remedy="Check its permissions."
+        ) from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")  # a byte order mark is no part of the first prompt
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{path} is not UTF-8",
+            value=f"byte {error.object[error.start]:#04x} at position {error.start}",
+            bound="UTF-8 text",
+            remedy="Save it again as UTF-8.",
+        ) from error
+
+
+def _lines(path: Path) -> list[str]:
+    # Split on line ends alone: str.splitlines would also split inside a prompt, at U+2028 or a form feed.
+    lines = _text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
+
+
+def _json(path: Path) -> list[Any]:
+    try:
+        content = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise PromptError(
+            f"{path} is not JSON", value=str(error)[:120], bound="a JSON list of texts", remedy="Mend the file."
+        ) from error
+    if not isinstance(content, list):
+        raise PromptError(
+            f"{path} holds no JSON list", value=content, bound="a JSON list of texts", remedy='Write ["...", "..."].'
+        )
+    return content
+
+
+def _csv(path: Path) -> list[str]:
+    try:
+        rows = list(csv.reader(io.StringIO(_text(path), newline=""), strict=True))
+    except csv.Error as error:
+        raise PromptError(
+            f"{path} is not CSV", value=str(error), bound="comma-separated values", remedy="Mend the file."
+        ) from error
+    while rows and not any(cell.strip() for cell in rows[-1]):
+        rows.pop()
+    if not rows:
+        return []
+    header, body = [name.strip() for name in rows[0]], rows[1:]
+    for index, row in enumerate(body):
+        if len(row) != len(header):
+            raise PromptError(
+                f"{path}: row {index} has another number of columns than the header",
+                value=row,
+                bound=f"{len(header)} columns",
+                remedy="Put prompts with commas in double quotes.",
+            )
+    if len(set(header)) != len(header):
+        raise PromptError(
+            f"{path} names a column twice", value=header, bound="distinct names", remedy="Rename one of them."
+        )
+    columns = {name: [row[position] for row in body] for position, name in enumerate(header)}
+    textual = [name for name, values in columns.items() if not all(_is_number(value) for value in values)]
+    column = _column(path, header, textual if body else header)
+    if column.lower() != "prompt" and len(column.split()) > _HEADER_WORDS:
+        raise PromptError(
+            f"{path} has no header line",
+            value=column,
+            bound="a first line that names the columns",
+            remedy='Put a line "prompt" on top, or save as .txt with one prompt a line.',
+        )
+    return columns[column]
+
+
+def _parquet(path: Path) -> list[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            textual = [
+                field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
+            ]
+            column = _column(path, schema.names, textual)
+            return file.read(columns=[column]).column(0).to_pylist()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
+        raise PromptError(
+            f"{path} is not Parquet", value=str(error)[:120], bound="a Parquet table", remedy="Write the file again."
+        ) from error
+
+
+def _column(path: Path, names: Sequence[str], textual: Sequence[str]) -> str:
+    if "prompt" in names:
+        return "prompt"
+    if len(textual) == 1:
+        return textual[0]
+    raise PromptError(
+        f"{path} has {'no' if not textual else 'several'} text columns and none is named prompt",
+        value=list(names),
+        bound='a column named "prompt", or a single text column',
+        remedy='Rename the column of prompts to "prompt".',
+    )
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return not value.strip()
+    return True
