@@ -1,0 +1,298 @@
+"""The trajectory folder ``p0000/id000/s00.png`` and its manifest: read in batches, verify."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ._images import read_image
+from ._layout import (
+    PromptState,
+    checksum,
+    image_name,
+    prompt_name,
+    read_journals,
+    scan_prompt,
+    step_name,
+)
+from ._manifest import MANIFEST, Manifest, extend
+from .checks import choice, integer
+from .errors import TrajectoryError
+
+__all__ = [
+    "MANIFEST",
+    "Batch",
+    "Finding",
+    "Manifest",
+    "Trajectories",
+    "VerifyReport",
+    "extend",
+    "read_batches",
+    "verify",
+]
+
+# -- reading --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one prompt, ready to be scored."""
+
+    prompt: int
+    text: str
+    image: np.ndarray
+    """Image indices, int64 (n,)."""
+    step: np.ndarray
+    """Steps, int64 (n,)."""
+    pixels: np.ndarray
+    """uint8 (n, height, width, 3)."""
+
+    def pil(self) -> list[Any]:
+        """Return the pictures as PIL images."""
+        from PIL import Image
+
+        return [Image.fromarray(pixels) for pixels in self.pixels]
+
+
+class Trajectories:
+    """A trajectory folder opened for reading.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Holds ``manifest.json`` and ``p0000/id000/s00.png`` and so on.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = Manifest.read(self.folder)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts; the position is the index."""
+        return list(self.manifest.prompts)
+
+    @property
+    def n_steps(self) -> int:
+        """Number of steps per image."""
+        return self.manifest.n_steps
+
+    @property
+    def images_per_prompt(self) -> int:
+        """Number of images per prompt, when the folder is whole."""
+        return self.manifest.images_per_prompt
+
+    def path(self, prompt: int, image: int, step: int) -> Path:
+        """Return the file of one step of one image."""
+        name = step_name(step, self.manifest.image_format)
+        return self.folder / prompt_name(prompt) / image_name(image) / name
+
+    def state(self, prompt: int) -> PromptState:
+        """Return which images of a prompt are whole, by file names alone."""
+        return scan_prompt(self.folder / prompt_name(prompt), self.n_steps, self.manifest.image_format)
+
+    def read(self, prompt: int, image: int, step: int) -> np.ndarray:
+        """Return one picture as uint8 (height, width, 3); negative steps count from the end."""
+        return read_image(self.path(prompt, image, range(self.n_steps)[step]), self.manifest.size)
+
+    def batches(
+        self,
+        steps: Iterable[int] | None = None,
+        batch_size: int = 32,
+        *,
+        prompts: Iterable[int] | None = None,
+        images: Iterable[int] | None = None,
+        on_missing: str = "raise",
+        workers: int = 4,
+        prefetch: int = 4,
+    ) -> Iterator[Batch]:
+        """Read the pictures in batches, ahead of use.
+
+        A batch never mixes prompts; within a prompt the order is image by image, step by step, so that the
+        composition of the batches is the same in every run.
+
+        Parameters
+        ----------
+        steps, prompts, images : iterable of int, optional
+            Which ones, in this order; all of them when not given. Negative steps count from the end.
+        batch_size : int
+            Pictures per batch; the last of a prompt may be smaller.
+        on_missing : {"raise", "skip"}
+            What to do about an image that is not there.
+        workers, prefetch : int
+            Reading threads, and batches read ahead.
+
+        Raises
+        ------
+        TrajectoryError
+            When an image is missing, or a file is truncated, damaged or of another size; the file is named.
+        """
+        batch_size = integer("batch_size", batch_size, 1)
+        workers, prefetch = integer("workers", workers, 1), integer("prefetch", prefetch, 1)
+        choice("on_missing", on_missing, ("raise", "skip"))
+        chosen = [
+            _indices(name, given, n)
+            for name, given, n in (
+                ("steps", steps, self.n_steps),
+                ("prompts", prompts, len(self.manifest.prompts)),
+                ("images", images, self.images_per_prompt),
+            )
+        ]
+        return self._batches(*chosen, batch_size, on_missing, workers, prefetch)
+
+    def _batches(self, steps, prompts, images, batch_size, on_missing, workers, prefetch) -> Iterator[Batch]:
+        def jobs() -> Iterator[tuple[int, list[tuple[int, int]]]]:
+            for prompt in prompts:
+                whole = self.state(prompt).whole
+                missing = [image for image in images if image not in whole]
+                if missing and on_missing == "raise":
+                    raise TrajectoryError(
+                        f"{self.folder / prompt_name(prompt) / image_name(missing[0])} is missing or incomplete",
+                        value=f"{len(missing)} of {len(images)} images of prompt {prompt}",
+                        remedy="Run the same `ttsnap generate` again: it goes on where it stopped.",
+                    )
+                wanted = [(image, step) for image in images if image in whole for step in steps]
+                for start in range(0, len(wanted), batch_size):
+                    yield prompt, wanted[start : start + batch_size]
+
+        with ThreadPoolExecutor(workers, thread_name_prefix="ttsnap-read") as pool:
+            ahead: deque = deque()
+            todo = jobs()
+            try:
+                while True:
+                    for prompt, wanted in itertools.islice(todo, prefetch + 1 - len(ahead)):
+                        ahead.append((prompt, wanted, [pool.submit(self.read, prompt, *item) for item in wanted]))
+                    if not ahead:
+                        return
+                    prompt, wanted, reads = ahead.popleft()
+                    pixels = np.stack([read.result() for read in reads])
+                    image, step = np.array(wanted, dtype=np.int64).T
+                    yield Batch(prompt, self.manifest.prompts[prompt], image, step, pixels)
+            finally:  # a consumer that stops early, or an error, must not wait for what was read ahead
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _indices(name: str, given: Iterable[int] | None, n: int) -> list[int]:
+    if given is None:
+        return list(range(n))
+    found = [integer(name, value, -n if name == "steps" else 0, n - 1) for value in given]
+    return [value % n for value in found]
+
+
+def read_batches(
+    folder: str | Path, steps: Iterable[int] | None = None, batch_size: int = 32, **options: Any
+) -> Iterator[Batch]:
+    """Open `folder` and read it in batches; see :meth:`Trajectories.batches`."""
+    return Trajectories(folder).batches(steps, batch_size, **options)
+
+
+# -- verifying ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong in a trajectory folder."""
+
+    kind: str
+    """``"missing"``, ``"damaged"``, ``"changed"``, ``"foreign"`` or ``"leftover"``."""
+    path: str
+    detail: str = ""
+    prompt: int | None = None
+    image: int | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What :func:`verify` found."""
+
+    folder: Path
+    findings: tuple[Finding, ...]
+    checked: int
+    """Files that were read."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.findings
+
+    def repairs(self) -> dict[tuple[int, int], list[int]]:
+        """Return the steps to make again for each (prompt, image)."""
+        wanted: dict[tuple[int, int], list[int]] = {}
+        for finding in self.findings:
+            if finding.step is not None:
+                wanted.setdefault((finding.prompt, finding.image), []).append(finding.step)
+        return wanted
+
+    def count(self, kind: str) -> int:
+        """Return the number of findings of a kind."""
+        return sum(finding.kind == kind for finding in self.findings)
+
+    def __str__(self) -> str:
+        kinds = ("missing", "damaged", "changed", "foreign", "leftover")
+        counts = ", ".join(f"{self.count(kind)} {kind}" for kind in kinds if self.count(kind))
+        return f"{self.folder}: {self.checked} files read, {counts or 'all whole'}"
+
+
+def verify(folder: str | Path, *, workers: int = 4, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+    """Check every file of a trajectory folder against the manifest and the recorded checksums.
+
+    Finds images and steps that are missing, files that are truncated, no image or of another size
+    (``"damaged"``), files whose content is not what was written (``"changed"``), names that do not belong
+    (``"foreign"``) and parts of images left by a process that was killed (``"leftover"``). Nothing is changed.
+
+    Parameters
+    ----------
+    progress : callable, optional
+        Called with the number of prompts checked and their total.
+    """
+    found = Trajectories(folder)
+    manifest, folder = found.manifest, found.folder
+    findings: list[Finding] = []
+    n_prompts = len(manifest.prompts)
+    names = {prompt_name(prompt) for prompt in range(n_prompts)}
+    for path in sorted(folder.iterdir()):
+        if path.name not in names and path.name != MANIFEST and not path.name.startswith("."):
+            findings.append(Finding("foreign", path.name, "not part of the layout"))
+    checksums, checked = read_journals(folder), 0
+
+    def check(item: tuple[int, int, int]) -> Finding | None:
+        path = found.path(*item)
+        name = str(path.relative_to(folder))
+        try:
+            content = path.read_bytes()
+            if checksum(content) in checksums.get(item, ()):  # what was written: no need to decode it
+                return None
+            read_image(path, manifest.size, content)
+        except (TrajectoryError, OSError) as error:
+            return Finding("damaged", name, str(error), *item)
+        if item in checksums:
+            return Finding("changed", name, "not the file that was written", *item)
+        return None
+
+    with ThreadPoolExecutor(integer("workers", workers, 1), thread_name_prefix="ttsnap-verify") as pool:
+        for prompt in range(n_prompts):
+            state = found.state(prompt)
+            items = []
+            for image in range(manifest.images_per_prompt):
+                gone = [] if image in state.whole else state.incomplete.get(image, list(range(manifest.n_steps)))
+                for step in gone:
+                    name = str(found.path(prompt, image, step).relative_to(folder))
+                    findings.append(Finding("missing", name, "", prompt, image, step))
+                items += [(prompt, image, step) for step in range(manifest.n_steps) if step not in gone]
+            extra = [image for image in {*state.whole, *state.incomplete} if image >= manifest.images_per_prompt]
+            foreign = [*state.foreign, *(folder / prompt_name(prompt) / image_name(image) for image in sorted(extra))]
+            for kind, paths in (("foreign", foreign), ("leftover", state.parts)):
+                findings += [Finding(kind, str(path.relative_to(folder))) for path in paths]
+            findings += [finding for finding in pool.map(check, items) if finding is not None]
+            checked += len(items)
+            if progress is not None:
+                progress(prompt + 1, n_prompts)
+    return VerifyReport(folder, tuple(findings), checked)
