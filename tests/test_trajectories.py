@@ -301,7 +301,7 @@ def test_full_disk_is_a_typed_error_and_leaves_whole_images(tmp_path, monkeypatc
 
 @pytest.fixture
 def read_only():
-    """A folder that this process, root or not, may not write to."""
+    """Give a folder that this process, root or not, may not write to."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         extend(folder, IDENTITY, PROMPTS, 2)
