@@ -15,7 +15,7 @@ _NAMES = {
     "Schedule": "schedule",
     "PUBLISHED_SCHEDULE": "schedule",
     "CostModel": "costs",
-    "import_published": "tensors",
+    "import_published": "published",
     "open_rewards": "tensors",
     "save_rewards": "tensors",
     "best_of_n": "simulate",
@@ -28,14 +28,16 @@ _NAMES = {
     "TTSnapError": "errors",
 }
 
-__all__ = ["__version__", *_NAMES]
+__all__ = list(_NAMES)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
-    globals()[name] = value  # a module of the same name (simulate, search) must not stand in its place
+    module = importlib.import_module(f".{_NAMES[name]}", __name__)
+    # `simulate` and `search` name a module and its function: the module is callable and stands for both.
+    value = module if name == _NAMES[name] else getattr(module, name)
+    globals()[name] = value
     return value
 
 

@@ -57,7 +57,9 @@ def text(name: str, value: Any, *, error: type[TTSnapError] = ConfigError) -> st
     return value
 
 
-def known_keys(what: str, given: Iterable[Any], known: Iterable[str], *, error: type[TTSnapError] = ConfigError) -> None:
+def known_keys(
+    what: str, given: Iterable[Any], known: Iterable[str], *, error: type[TTSnapError] = ConfigError
+) -> None:
     """Refuse keys of `given` that are not in `known`; an unknown key is never ignored."""
     known = list(known)
     unknown = [key for key in given if key not in known]

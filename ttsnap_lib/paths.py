@@ -150,7 +150,7 @@ def lock(path: str | Path, *, wait: bool = False) -> Iterator[None]:
     path = Path(path)
     with _typed_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b")
+        file = open(path, "a+b")  # noqa: SIM115 - closed by the with below
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

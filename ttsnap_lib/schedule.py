@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class Schedule:
                     remedy="Count steps from 0: the first pruning can come after the first forward.",
                 )
         steps = tuple(int(step) for step in steps)
-        if any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
+        if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
             raise ScheduleError(
                 "schedule.steps",
                 value=steps,
@@ -146,13 +147,13 @@ class Schedule:
         return ", ".join(f"step {s} keep {r:g}" for s, r in zip(self.steps, self.keep_ratios, strict=True))
 
 
-PUBLISHED_SCHEDULE = Schedule(steps=(2, 6, 11), keep_ratios=(0.4, 0.4, 0.5))
-"""The schedule of the paper's main results (arXiv 2511.22242)."""
-
-
 def _sequence(name: str, value: Any) -> tuple:
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
         raise ScheduleError(
             name, value=value, bound="a list or tuple of numbers", remedy=f"Write {name} as a list, even of one."
         )
     return tuple(value)
+
+
+PUBLISHED_SCHEDULE = Schedule(steps=(2, 6, 11), keep_ratios=(0.4, 0.4, 0.5))
+"""The schedule of the paper's main results (arXiv 2511.22242)."""

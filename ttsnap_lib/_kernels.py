@@ -1,0 +1,279 @@
+"""Compiled inner loops of the simulation and of Kendall's tau. Importing this loads numba; import it where it is used.
+
+All loops release the GIL, so a thread pool over prompts uses every core without a second compilation.
+
+A stage is described by ranks: rank 0 is the best image of the pool at that step, ties by the lower image index. A set
+of candidates is a bitset in rank order, so its best k are its k lowest bits, and walking to the next stage costs one
+table look-up per survivor. That is what makes a pruning run cost tens of nanoseconds.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+__all__ = ["RANK_SUM", "Z_SCORE", "multi_reward", "single_reward", "tau_b"]
+
+RANK_SUM, Z_SCORE = 0, 1
+
+
+@intrinsic
+def _trailing_zeros(typingctx, word):
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), generate
+
+
+@intrinsic
+def _count_ones(typingctx, word):
+    def generate(context, builder, signature, arguments):
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), generate
+
+
+@njit(nogil=True, cache=True)
+def single_reward(first, moves, last, valid, subsets, counts, values, winners, sums, fault):
+    """Prune by one reward, for every prompt, iteration and budget.
+
+    Parameters
+    ----------
+    first : int32 (prompt, image)
+        Rank of each image at the first stage.
+    moves : int32 (prompt, stage, rank)
+        Rank at stage k + 1 of the image that has the given rank at stage k; the last stage is the final choice.
+    last : int32 (prompt, rank)
+        Image of each rank at the final choice.
+    valid : int32 (prompt, stage + 1)
+        Number of images with a value at each stage; a rank at or past it means NaN.
+    subsets : int64 (iteration, n)
+        Distinct candidates; budgets take prefixes.
+    counts : int64 (budget, stage + 1)
+        Candidates at work in each stage, first column ascending.
+    values : float64 (prompt, image, reward)
+        Final rewards that are summed for the winners.
+    winners : int32 (budget or 0, iteration, prompt)
+        Filled with winners when not empty.
+    sums : float64 (budget, prompt, reward)
+        Sum over iterations of the winner's values; added to.
+    fault : int64 (3,)
+        Prompt, stage and image of the first NaN that was read; fault[0] stays -1 when there is none.
+    """
+    n_prompts, pool = first.shape
+    n_stages = moves.shape[1]
+    n_words = (pool + 63) // 64
+    one = np.uint64(1)
+    entry = np.zeros(n_words, np.uint64)
+    here = np.zeros(n_words, np.uint64)
+    there = np.zeros(n_words, np.uint64)
+    for p in range(n_prompts):
+        for i in range(subsets.shape[0]):
+            entry[:] = np.uint64(0)
+            filled = 0
+            for b in range(counts.shape[0]):
+                for j in range(filled, counts[b, 0]):
+                    rank = first[p, subsets[i, j]]
+                    if rank >= valid[p, 0]:
+                        fault[0], fault[1], fault[2] = p, 0, subsets[i, j]
+                        return
+                    entry[rank >> 6] |= one << np.uint64(rank & 63)
+                filled = counts[b, 0]
+                best = pool
+                if n_stages == 0:
+                    best = _lowest(entry)
+                else:
+                    here[:] = entry
+                    for k in range(n_stages):
+                        left = counts[b, k + 1]
+                        is_last = k == n_stages - 1
+                        limit = valid[p, k + 1]
+                        if not is_last:
+                            there[:] = np.uint64(0)
+                        for w in range(n_words):
+                            word = here[w]
+                            base = w << 6
+                            while word != 0 and left > 0:
+                                position = base + np.int64(_trailing_zeros(word))
+                                rank = moves[p, k, position]
+                                if rank >= limit:
+                                    fault[0], fault[1], fault[2] = p, k + 1, -1
+                                    return
+                                if is_last:
+                                    best = min(best, rank)
+                                else:
+                                    there[rank >> 6] |= one << np.uint64(rank & 63)
+                                word &= word - one
+                                left -= 1
+                            if left == 0:
+                                break
+                        here, there = there, here
+                image = last[p, best]
+                if winners.shape[0]:
+                    winners[b, i, p] = image
+                for r in range(values.shape[2]):
+                    sums[b, p, r] += values[p, image, r]
+
+
+@njit(nogil=True, cache=True)
+def _lowest(bits):
+    for w in range(bits.shape[0]):
+        if bits[w] != 0:
+            return (w << 6) + np.int64(_trailing_zeros(bits[w]))
+    return -1
+
+
+@njit(nogil=True, cache=True)
+def multi_reward(mode, ranks, scores, valid, subsets, counts, values, winners, sums, fault):
+    """Prune by several rewards jointly: sum of within-set ranks, or mean of within-set z-scores.
+
+    Parameters
+    ----------
+    mode : int
+        ``RANK_SUM`` or ``Z_SCORE``.
+    ranks : int32 (prompt, stage + 1, reward, image)
+        Rank of each image within the pool; within a set only their order counts.
+    scores : float64 (prompt, stage + 1, reward, image)
+        The rewards themselves (read for z-scores).
+    valid : int32 (prompt, stage + 1, reward)
+        Number of images with a value.
+
+    The other parameters are those of :func:`single_reward`.
+    """
+    n_prompts, n_levels, n_rewards, pool = ranks.shape
+    n_words = (pool + 63) // 64
+    one = np.uint64(1)
+    entry = np.zeros(n_words, np.uint64)
+    bits = np.zeros(n_words, np.uint64)
+    below = np.zeros(n_words, np.int64)
+    chosen = np.zeros(pool, np.int64)
+    rank_sum = np.zeros(pool, np.int64)
+    z_sum = np.zeros(pool, np.float64)
+    histogram = np.zeros(n_rewards * pool + 1, np.int64)
+    for p in range(n_prompts):
+        for i in range(subsets.shape[0]):
+            entry[:] = np.uint64(0)
+            filled = 0
+            for b in range(counts.shape[0]):
+                for j in range(filled, counts[b, 0]):
+                    image = subsets[i, j]
+                    entry[image >> 6] |= one << np.uint64(image & 63)
+                filled = counts[b, 0]
+                n = 0  # candidates in the order of their index, so that the first of equals is the lowest index
+                for w in range(n_words):
+                    word = entry[w]
+                    while word != 0:
+                        chosen[n] = (w << 6) + np.int64(_trailing_zeros(word))
+                        word &= word - one
+                        n += 1
+                for k in range(n_levels):
+                    for r in range(n_rewards):
+                        for j in range(n):
+                            if ranks[p, k, r, chosen[j]] >= valid[p, k, r]:
+                                fault[0], fault[1], fault[2] = p, k, chosen[j]
+                                return
+                    keep = counts[b, k + 1] if k < n_levels - 1 else 1
+                    if mode == RANK_SUM:
+                        for j in range(n):
+                            rank_sum[j] = 0
+                        for r in range(n_rewards):
+                            bits[:] = np.uint64(0)
+                            for j in range(n):
+                                rank = ranks[p, k, r, chosen[j]]
+                                bits[rank >> 6] |= one << np.uint64(rank & 63)
+                            total = 0
+                            for w in range(n_words):
+                                below[w] = total
+                                total += np.int64(_count_ones(bits[w]))
+                            for j in range(n):
+                                rank = ranks[p, k, r, chosen[j]]
+                                mask = (one << np.uint64(rank & 63)) - one
+                                rank_sum[j] += below[rank >> 6] + np.int64(_count_ones(bits[rank >> 6] & mask))
+                        n = _keep_lowest(rank_sum, chosen, n, keep, histogram)
+                    else:
+                        for j in range(n):
+                            z_sum[j] = 0.0
+                        for r in range(n_rewards):
+                            mean = 0.0
+                            for j in range(n):
+                                mean += scores[p, k, r, chosen[j]]
+                            mean /= n
+                            variance = 0.0
+                            for j in range(n):
+                                variance += (scores[p, k, r, chosen[j]] - mean) ** 2
+                            variance /= n
+                            if variance > 0.0:  # a reward that says nothing about this set has no vote
+                                scale = 1.0 / np.sqrt(variance)
+                                for j in range(n):
+                                    z_sum[j] -= (scores[p, k, r, chosen[j]] - mean) * scale
+                        order = np.argsort(z_sum[:n], kind="mergesort")[:keep]
+                        order.sort()
+                        for j in range(order.shape[0]):
+                            chosen[j] = chosen[order[j]]
+                        n = order.shape[0]
+                image = chosen[0]
+                if winners.shape[0]:
+                    winners[b, i, p] = image
+                for r in range(values.shape[2]):
+                    sums[b, p, r] += values[p, image, r]
+
+
+@njit(nogil=True, cache=True)
+def _keep_lowest(keys, chosen, n, keep, histogram):
+    """Keep, in place and in order, the `keep` candidates with the lowest keys; of equal keys the first ones."""
+    top = 0
+    for j in range(n):
+        top = max(top, keys[j])
+    histogram[: top + 1] = 0
+    for j in range(n):
+        histogram[keys[j]] += 1
+    threshold, before = 0, 0
+    while before + histogram[threshold] < keep:
+        before += histogram[threshold]
+        threshold += 1
+    ties = keep - before
+    m = 0
+    for j in range(n):
+        if keys[j] < threshold or (keys[j] == threshold and ties > 0):
+            if keys[j] == threshold:
+                ties -= 1
+            chosen[m] = chosen[j]
+            m += 1
+    return m
+
+
+@njit(nogil=True, cache=True)
+def tau_b(scores, final, out):
+    """Kendall's tau-b between each step's scores and the final ones, over the images of each prompt.
+
+    Parameters
+    ----------
+    scores : float64 (prompt, image, step)
+    final : float64 (prompt, image)
+    out : float64 (prompt, step)
+        Filled; NaN where one of the two is constant or a value is NaN.
+    """
+    n_prompts, pool, n_steps = scores.shape
+    x = np.empty(pool)
+    for p in range(n_prompts):
+        y = final[p]
+        for s in range(n_steps):
+            bad = False
+            for j in range(pool):
+                x[j] = scores[p, j, s]
+                bad |= np.isnan(x[j]) | np.isnan(y[j])
+            balance, untied_x, untied_y = 0, 0, 0
+            for a in range(pool):
+                xa, ya = x[a], y[a]
+                for c in range(a):
+                    sx = np.int64(xa > x[c]) - np.int64(xa < x[c])
+                    sy = np.int64(ya > y[c]) - np.int64(ya < y[c])
+                    balance += sx * sy
+                    untied_x += sx * sx
+                    untied_y += sy * sy
+            if bad or untied_x == 0 or untied_y == 0:
+                out[p, s] = np.nan
+            else:
+                out[p, s] = balance / np.sqrt(np.float64(untied_x)) / np.sqrt(np.float64(untied_y))

@@ -1,0 +1,347 @@
+"""Best-of-N, TTSp and TTSnap on reward tensors: arrays in, arrays or tidy frames out.
+
+TTSp and TTSnap are the same pruning; TTSp reads the ``base`` variable at the checks, TTSnap the ``noise_aware`` one,
+and both choose at the end by the base reward of the clean image (paper, section 3). All methods, budgets and rewards
+of one call see the same random subsets, nested across budgets, so that their differences are paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ._callable import make_callable
+from ._inputs import (
+    candidates_table,
+    check_combine,
+    check_n_steps,
+    check_subsets,
+    checks_array,
+    final_array,
+    selecting_rewards,
+    step_positions,
+)
+from .checks import choice, integer, real
+from .costs import CostModel
+from .errors import BudgetError, ConfigError, CostError, ScheduleError, TensorError
+from .metrics import bootstrap_means
+from .results import Curves, Simulation
+from .schedule import Schedule
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+__all__ = ["METHODS", "best_of_n", "curves", "prune", "simulate", "sweep"]
+
+METHODS = ("best_of_n", "ttsp", "ttsnap")
+_VARIABLE = {"ttsp": "base", "ttsnap": "noise_aware"}
+
+
+def best_of_n(final: np.ndarray, n: int) -> np.ndarray:
+    """Return the expected maximum over random n-subsets, exactly (no sampling).
+
+    With the rewards of a prompt sorted in ascending order, the k-th of M is the maximum with probability
+    C(k-1, n-1) / C(M, n).
+
+    Parameters
+    ----------
+    final : (prompt, image)
+        Clean-image rewards.
+    n : int
+        Candidates, 1 to the number of images.
+
+    Returns
+    -------
+    float64 (prompt,)
+
+    Raises
+    ------
+    BudgetError
+        `n` is not within the pool.
+    TensorError
+        A NaN among the rewards.
+    """
+    values = np.asarray(final, dtype=np.float64)
+    if values.ndim != 2 or values.size == 0:
+        raise TensorError("final rewards", value=values.shape, bound="shape (prompt, image)", remedy="Pass one reward.")
+    pool = values.shape[1]
+    n = integer("n", n, 1, pool, error=BudgetError)
+    if np.isnan(values).any():
+        prompt, image = np.argwhere(np.isnan(values))[0]
+        raise TensorError(
+            f"final reward of prompt {prompt}, image {image}",
+            value=float("nan"),
+            bound="a number",
+            remedy="Score the image, or drop it with tensors.drop_missing().",
+        )
+    k = np.arange(n, pool)  # weights[k] / weights[k + 1] for sorted positions counted from 1
+    weights = np.zeros(pool)
+    weights[n - 1 :] = np.append(np.cumprod(((k + 1 - n) / k)[::-1])[::-1], 1.0) * (n / pool)
+    return np.sort(values, axis=1) @ weights
+
+
+def prune(
+    rewards: np.ndarray | xr.DataArray,
+    subsets: np.ndarray,
+    schedule: Schedule,
+    final: np.ndarray | xr.DataArray | None = None,
+    combine: str = "rank_sum",
+    weights: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Prune given subsets and return the winners.
+
+    Parameters
+    ----------
+    rewards : (prompt, image, step) or (prompt, image, step, reward), or a DataArray with those dims in any order
+        Rewards at the checks. With a ``step`` coordinate the schedule's steps are looked up in it.
+    subsets : int64 (iteration, n)
+        Candidates of each iteration: distinct image indices, in any order.
+    schedule : Schedule
+        Empty for Best-of-N.
+    final : (prompt, image[, reward]), optional
+        Rewards of the clean images; the last step of `rewards` by default.
+    combine : {"rank_sum", "z_score", "weighted_sum"}
+        How several rewards select jointly: the sum of ranks within the set (as released), the mean of z-scores
+        within the set, or a weighted sum.
+    weights : (reward,), optional
+        For ``"weighted_sum"``.
+
+    Returns
+    -------
+    int64 (iteration, prompt)
+        Image indices into the pool. Of equal candidates the lower index wins, at every stage.
+
+    Raises
+    ------
+    ScheduleError, BudgetError, TensorError, ConfigError
+        A step that the rewards do not hold, subsets that are not distinct indices of the pool, wrong shapes, NaN
+        where it would be read.
+    """
+    array, steps = checks_array(rewards)
+    columns = [array[:, :, k] for k in step_positions(schedule, steps)]
+    last = array[:, :, -1] if final is None else final_array(final, array.shape)
+    weights = check_combine(combine, weights, array.shape[3])
+    subsets = check_subsets(subsets, array.shape[1])
+    counts = np.array([schedule.survivors(subsets.shape[1])], np.int64)
+    from ._pruning import prune_columns
+
+    no_values = np.empty((array.shape[0], array.shape[1], 0))
+    _, winners = prune_columns(
+        [*columns, last], no_values, subsets, counts, combine=combine, weights=weights, keep_winners=True
+    )
+    return winners[0].astype(np.int64)
+
+
+def simulate(
+    dataset: xr.Dataset,
+    method: str,
+    *,
+    budget: float | None = None,
+    n: int | None = None,
+    cost: CostModel | None = None,
+    schedule: Schedule | None = None,
+    iterations: int = 50,
+    rng: np.random.Generator | int | None = None,
+    combine: str = "rank_sum",
+    weights: Mapping[str, float] | Sequence[float] | None = None,
+    report: Sequence[str] | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+) -> Simulation:
+    """Simulate one method at one budget (or with `n` candidates) by Monte Carlo over random subsets.
+
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        A reward tensor. All its rewards select jointly, except those in `report`.
+    method : {"best_of_n", "ttsp", "ttsnap"}
+    budget : float, optional
+        Compute per prompt in the unit of `cost`. Exactly one of `budget` and `n` is given.
+    n : int, optional
+        Candidates per prompt.
+    cost : CostModel, optional
+        Needed with `budget`.
+    schedule : Schedule, optional
+        Needed by ``ttsp`` and ``ttsnap``, not read by ``best_of_n``.
+    iterations : int
+        Random subsets drawn; shared by all prompts, and equal for equal `rng` whatever the method and budget.
+    rng : numpy.random.Generator or int, optional
+        Source of the subsets and of the bootstrap; 0 by default. A Generator is advanced.
+    combine, weights
+        As in :func:`prune`; `weights` may name the rewards.
+    report : sequence of str, optional
+        Rewards measured on the winner without taking part in the choice (reward hacking shows there).
+    level, resamples
+        Of the bootstrap over prompts.
+
+    Raises
+    ------
+    BudgetError
+        The budget buys no candidate, or more than the pool holds.
+    ConfigError, ScheduleError, CostError, TensorError
+        As named by their messages, before anything is computed.
+    """
+    if (budget is None) == (n is None):
+        raise ConfigError(
+            "simulate", value={"budget": budget, "n": n}, bound="either budget or n", remedy="Give exactly one of them."
+        )
+    result = _run(
+        dataset, [method], None if budget is None else [budget], None if n is None else [n], cost, schedule,
+        iterations=iterations, rng=rng, combine=combine, weights=weights, report=report, level=level,
+        resamples=resamples, keep_winners=True,
+    )  # fmt: skip
+    low, high = result.interval(result.boot)
+    return Simulation(
+        method=method,
+        rewards=result.rewards,
+        mean=result.per_prompt[0, 0].mean(-1),
+        low=low[0, 0],
+        high=high[0, 0],
+        per_prompt=result.per_prompt[0, 0],
+        winners=result.winners[0, 0],
+        n=int(result.n[0, 0]),
+        budget=float(result.budgets[0]),
+        spent=float(result.spent[0, 0]),
+    )
+
+
+def sweep(
+    dataset: xr.Dataset,
+    methods: Sequence[str],
+    budgets: Sequence[float],
+    cost: CostModel,
+    schedule: Schedule | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Simulate several methods at several budgets; options as in :func:`simulate`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Tidy: method, reward, budget, n, spent, mean, low, high, gain, gain_low, gain_high, where gain is the
+        difference to Best-of-N on the same subsets with its paired interval.
+    """
+    frame = curves(dataset, methods, budgets, cost, schedule, **options).frame()
+    return frame[frame["method"].isin(list(methods))].reset_index(drop=True)
+
+
+def curves(
+    dataset: xr.Dataset,
+    methods: Sequence[str],
+    budgets: Sequence[float],
+    cost: CostModel,
+    schedule: Schedule | None = None,
+    *,
+    iterations: int = 50,
+    rng: np.random.Generator | int | None = None,
+    combine: str = "rank_sum",
+    weights: Mapping[str, float] | Sequence[float] | None = None,
+    report: Sequence[str] | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    keep_winners: bool = False,
+) -> Curves:
+    """Return what :func:`sweep` tabulates, with the values per prompt and the area metric's interval.
+
+    Best-of-N always runs along as the baseline.
+    """
+    methods = [methods] if isinstance(methods, str) else list(methods)
+    with_baseline = methods if "best_of_n" in methods else ["best_of_n", *methods]
+    return _run(
+        dataset, with_baseline, budgets, None, cost, schedule, iterations=iterations, rng=rng, combine=combine,
+        weights=weights, report=report, level=level, resamples=resamples, keep_winners=keep_winners,
+    )  # fmt: skip
+
+
+# -- behind the interface -------------------------------------------------------------------------------------------
+
+
+def _run(
+    dataset: xr.Dataset,
+    methods: Sequence[str],
+    budgets: Sequence[float] | None,
+    numbers: Sequence[int] | None,
+    cost: CostModel | None,
+    schedule: Schedule | None,
+    *,
+    iterations: int,
+    rng: np.random.Generator | int | None,
+    combine: str,
+    weights: Mapping[str, float] | Sequence[float] | None,
+    report: Sequence[str] | None,
+    level: float,
+    resamples: int,
+    keep_winners: bool,
+) -> Curves:
+    from . import tensors
+
+    iterations = integer("iterations", iterations, 1)
+    resamples = integer("resamples", resamples, 1)
+    level = real("level", level, 0, 1, open_low=True)
+    for method in methods:
+        choice("method", method, METHODS)
+        if method != "best_of_n" and not isinstance(schedule, Schedule):
+            raise ScheduleError(
+                f"{method} without a schedule",
+                value=schedule,
+                bound="a Schedule",
+                remedy="Pass schedule=PUBLISHED_SCHEDULE, one of optimize_schedule(), or Schedule() for no pruning.",
+            )
+    if cost is None and budgets is not None:
+        raise CostError(
+            "budget without a cost model",
+            value=cost,
+            bound="a CostModel",
+            remedy="Pass cost=CostModel.preset('published') or one of your own.",
+        )
+    tensors.check_rewards(dataset)
+    names = [str(name) for name in dataset["reward"].values]
+    selecting, weights = selecting_rewards(names, report, combine, weights)
+    steps = dataset["step"].values
+    check_n_steps(cost, steps)
+    pool = dataset.sizes["image"]
+    numbers_table, spent = candidates_table(methods, budgets, numbers, cost, schedule, pool)
+
+    rng = np.random.default_rng(0 if rng is None else rng)
+    subsets = rng.permuted(np.tile(np.arange(pool), (iterations, 1)), axis=1)
+    positions = step_positions(schedule, steps) if schedule is not None and set(methods) - {"best_of_n"} else []
+
+    final = tensors.read_steps(dataset["base"], [-1])  # (prompt, image, 1, reward)
+    values = final[:, :, 0, :]
+    last = values[:, :, selecting]
+    shape = (len(methods), numbers_table.shape[1])
+    per_prompt = np.empty((*shape, len(names), dataset.sizes["prompt"]))
+    winners = np.empty((*shape, iterations, dataset.sizes["prompt"]), np.int64) if keep_winners else None
+    from ._pruning import prune_columns
+
+    for m, method in enumerate(methods):
+        stages = schedule if method != "best_of_n" and schedule is not None else Schedule()
+        checks = []
+        if len(stages):
+            block = tensors.read_steps(dataset[_VARIABLE[method]], positions)
+            checks = [block[:, :, k, :][:, :, selecting] for k in range(len(positions))]
+        ascending = np.argsort(numbers_table[m], kind="stable")
+        counts = np.array([stages.survivors(int(n)) for n in numbers_table[m][ascending]], np.int64)
+        sums, won = prune_columns(
+            [*checks, last], values, subsets, counts, combine=combine, weights=weights, keep_winners=keep_winners
+        )
+        per_prompt[m, ascending] = np.moveaxis(sums, 1, 2) / iterations
+        if winners is not None:
+            winners[m, ascending] = won
+    return Curves(
+        methods=tuple(methods),
+        rewards=tuple(names),
+        budgets=np.asarray(budgets if budgets is not None else [np.nan], dtype=np.float64),
+        n=numbers_table,
+        spent=spent,
+        per_prompt=per_prompt,
+        winners=winners,
+        level=level,
+        boot=bootstrap_means(np.moveaxis(per_prompt, -1, 0), rng, resamples),
+    )
+
+
+make_callable(__name__, simulate)
