@@ -1,0 +1,321 @@
+"""Loads a text-to-image pipeline by name, folder or hub id, and says clearly why it cannot.
+
+FLUX.1-dev on a card of 24 GB: its transformer alone fills the card in bf16 (12 billion weights). Keep the weights in
+8 bits, compute in bf16, and let the text encoders make room: ``load_pipeline("black-forest-labs/FLUX.1-dev",
+dtype="bf16", fp8=True, offload="model")`` (about 12 GB for the transformer). Without the 8 bits,
+``offload="sequential"`` fits any card but is many times slower. Both are untested on the machines at hand.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from ._adapters import ADAPTERS, adapter_of
+from ._segments import schedulable
+from .checks import choice, known_keys
+from .errors import ConfigError, DeviceError, PipelineError
+
+__all__ = ["DEFAULTS_FILE", "POCKET_MODELS", "SCHEDULERS", "load_pipeline", "pipeline_source"]
+
+POCKET_MODELS = ("pocket-flux", "pocket-sdxl")
+
+DEFAULTS_FILE = "ttsnap_defaults.json"
+"""In a pipeline's folder: the :class:`~ttsnap_lib.denoise.Settings` it was made for, where its own are of no use."""
+
+SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "flow-euler": (FlowMatchEulerDiscreteScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+    "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    "unipc": (UniPCMultistepScheduler, {}),
+}
+"""Names for `scheduler`: the class, and the options that latents need."""
+
+_KNOWN_IDS = (
+    *POCKET_MODELS,
+    "black-forest-labs/FLUX.1-dev",
+    "black-forest-labs/FLUX.1-schnell",
+    "SG161222/RealVisXL_V4.0",
+    "stabilityai/stable-diffusion-xl-base-1.0",
+    "stabilityai/stable-diffusion-3.5-medium",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5",
+)
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DEFAULT_KEYS = ("guidance", "height", "width", "max_sequence_length")
+
+
+def load_pipeline(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    variant: str | None = None,
+    offload: str = "none",
+    fp8: bool = False,
+    scheduler: str | Any | None = None,
+) -> DiffusionPipeline:
+    """Load a pipeline with ``from_pretrained``, whatever `model` is.
+
+    Parameters
+    ----------
+    model : str or Path
+        ``"pocket-flux"`` or ``"pocket-sdxl"``, a folder written by ``save_pretrained``, or a hub id.
+    device : str
+        ``"auto"`` (cuda, else mps, else cpu) or a torch device.
+    dtype : str or torch.dtype
+        ``"fp32"``, ``"bf16"``, ``"fp16"``; ``"auto"`` is fp32 on the CPU, bf16 on an accelerator (fp16 where it has none).
+    revision, variant : str, optional
+        Commit, branch or tag, and file variant (such as ``"fp16"``) of a hub id.
+    offload : {"none", "model", "sequential"}
+        Keep components, or single layers, in main memory until they are needed. Needs an accelerator; untested here.
+    fp8 : bool
+        Keep the denoising model's weights in 8-bit floats and compute in `dtype`: half the memory of bf16.
+    scheduler : str or diffusers scheduler, optional
+        A name of :data:`SCHEDULERS`, built with the configuration of the pipeline's own; or a scheduler.
+
+    Returns
+    -------
+    diffusers.DiffusionPipeline
+        Ready for :class:`~ttsnap_lib.denoise.Denoiser`.
+
+    Raises
+    ------
+    PipelineError
+        Unknown, unreachable, gated, incomplete, or not a text-to-image pipeline that is supported.
+    DeviceError
+        A device that is not there, or offload without an accelerator.
+    ConfigError
+        A bad option.
+    """
+    place = _device(device)
+    number = _dtype(dtype, place)
+    choice("offload", offload, ("none", "model", "sequential"))
+    if offload != "none" and place.type == "cpu":
+        raise DeviceError(
+            "offload without an accelerator", value=offload, bound="'none' on the CPU", remedy="Leave offload out."
+        )
+    if isinstance(scheduler, str):
+        choice("scheduler", scheduler, SCHEDULERS)
+    source, is_folder = _source(model)
+    options = {} if is_folder else {"revision": revision}
+    kind = _class_name(source, is_folder, options)
+    if kind not in ADAPTERS:
+        raise PipelineError(
+            f"{model} is a {kind}, which is not supported",
+            bound=f"one of {list(ADAPTERS)}",
+            remedy="Use a text-to-image model of one of these families.",
+        )
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=number, variant=variant, **options)
+    except Exception as error:  # many libraries below, each with its own errors
+        raise _explained(source, is_folder, error) from error
+    adapter = adapter_of(pipeline)
+    if scheduler is not None:
+        pipeline.scheduler = _scheduler(scheduler, pipeline.scheduler)
+    schedulable(pipeline.scheduler)
+    if fp8:
+        adapter.component(pipeline).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=number)
+    if offload == "model":
+        pipeline.enable_model_cpu_offload(device=place)
+    elif offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=place)
+    else:
+        pipeline.to(place)
+    pipeline.ttsnap_defaults = _defaults(source) if is_folder else {}
+    pipeline.ttsnap_source = {"model": str(model), "revision": None if is_folder else _commit(source, revision)}
+    return pipeline
+
+
+def pipeline_source(pipeline: Any) -> dict[str, str | None]:
+    """Return ``{"model": ..., "revision": ...}`` of a pipeline, for a manifest."""
+    found = getattr(pipeline, "ttsnap_source", None)
+    return dict(found) if found else {"model": getattr(pipeline, "name_or_path", "") or "unnamed", "revision": None}
+
+
+def _device(name: Any) -> torch.device:
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        place = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise DeviceError(
+            "device", value=name, bound="'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'", remedy="Use one of those."
+        ) from error
+    there = {
+        "cpu": lambda: True,
+        "cuda": lambda: torch.cuda.is_available() and (place.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available,
+    }
+    if not there.get(place.type, lambda: False)():
+        raise DeviceError(
+            f"device {place} is not there", bound="a device of this machine", remedy="Use device='auto' or 'cpu'."
+        )
+    return place
+
+
+def _dtype(name: Any, place: torch.device) -> torch.dtype:
+    if isinstance(name, torch.dtype) and name in _DTYPES.values():
+        return name
+    choice("dtype", name, ("auto", *_DTYPES))
+    if name != "auto":
+        return _DTYPES[name]
+    if place.type == "cpu":
+        return torch.float32
+    return torch.float16 if place.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
+
+
+def _source(model: Any) -> tuple[str, bool]:
+    """Return what from_pretrained takes, and whether it is a folder."""
+    if not isinstance(model, str | Path) or not str(model).strip():
+        raise ConfigError(
+            "model", value=model, bound="a name, a folder or a hub id", remedy=f"For example {_KNOWN_IDS[0]!r}."
+        )
+    if model in POCKET_MODELS:
+        from .pocket import pocket_folder
+
+        return str(pocket_folder(model)), True
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return str(path), True
+    named = str(model)
+    looks_like_id = named.count("/") == 1 and not named.startswith((".", "/", "~")) and not isinstance(model, Path)
+    if not looks_like_id or path.exists():
+        close = difflib.get_close_matches(named, _KNOWN_IDS, n=1, cutoff=0.5)
+        raise PipelineError(
+            "unknown model" if not path.exists() else "model is a file, not a folder",
+            value=named,
+            bound=f"one of {list(POCKET_MODELS)}, a folder written by save_pretrained, or a hub id (owner/name)",
+            remedy=f"Did you mean {close[0]!r}?" if close else "Check the spelling and the folder.",
+        )
+    return named, False
+
+
+def _class_name(source: str, is_folder: bool, options: dict[str, Any]) -> str:
+    """Return the pipeline's class from model_index.json, before any weights are fetched."""
+    try:
+        return DiffusionPipeline.load_config(source, **options).get("_class_name", "pipeline without a class name")
+    except Exception as error:
+        raise _explained(source, is_folder, error) from error
+
+
+def _explained(source: str, is_folder: bool, error: Exception) -> PipelineError:
+    """Say what an error of from_pretrained means and what to do."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    names = {cls.__name__ for one in chain for cls in type(one).__mro__}
+    text = " ".join(str(one) for one in chain)
+    if is_folder:
+        what = (
+            "no model_index.json"
+            if not (Path(source) / "model_index.json").exists()
+            else "files that are missing or broken"
+        )
+        return PipelineError(
+            f"folder {source} cannot be loaded: {what} ({type(error).__name__}: {_first_line(error)})",
+            bound="a whole folder written by save_pretrained",
+            remedy="Save the pipeline again, or download it whole.",
+        )
+    if "GatedRepoError" in names or "gated" in text.lower():
+        return PipelineError(
+            f"{source} is gated: its owner wants a licence accepted first",
+            remedy=f"Log in and accept the licence at https://huggingface.co/{source}, make an access token, and set it as HF_TOKEN "
+            "(or run `hf auth login`).",
+        )
+    if {"RepositoryNotFoundError", "RevisionNotFoundError"} & names or "not a valid model identifier" in text:
+        close = difflib.get_close_matches(source, _KNOWN_IDS, n=1, cutoff=0.5)
+        hint = (
+            f"Did you mean {close[0]!r}?"
+            if close and close[0] != source
+            else "Check the spelling of name and revision."
+        )
+        return PipelineError(
+            f"the hub has no {source}, or not that revision",
+            bound="an existing model",
+            remedy=f"{hint} A private model needs HF_TOKEN.",
+        )
+    offline = {
+        "LocalEntryNotFoundError",
+        "OfflineModeIsEnabled",
+        "ConnectionError",
+        "ConnectTimeout",
+        "Timeout",
+        "HTTPError",
+    }
+    if offline & names or "connect" in text.lower() or "offline" in text.lower():
+        return PipelineError(
+            f"{source} is not on this machine and cannot be downloaded",
+            remedy=f"Where there is a network, run `hf download {source}`, and give the folder it prints as the model, or "
+            "copy the cache (HF_HOME). The pocket models need no download.",
+        )
+    return PipelineError(
+        f"{source} cannot be loaded ({type(error).__name__}: {_first_line(error)})",
+        remedy="See the error above this one; `hf download` it again if a file is broken.",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def _scheduler(wanted: Any, own: Any) -> Any:
+    if not isinstance(wanted, str):
+        if not isinstance(wanted, diffusers.SchedulerMixin):
+            raise ConfigError(
+                "scheduler",
+                value=wanted,
+                bound=f"one of {list(SCHEDULERS)} or a diffusers scheduler",
+                remedy="Use a name.",
+            )
+        return wanted
+    cls, options = SCHEDULERS[wanted]
+    flow = isinstance(own, FlowMatchEulerDiscreteScheduler)
+    if flow and cls in (DPMSolverMultistepScheduler, UniPCMultistepScheduler):
+        options = {**options, "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": own.shift}
+    elif flow != (cls is FlowMatchEulerDiscreteScheduler):
+        raise ConfigError(
+            "scheduler does not fit this model",
+            value=wanted,
+            bound="flow-euler, dpm++ or unipc" if flow else "euler, ddim, dpm++ or unipc",
+            remedy=f"The model was trained for {'flow matching' if flow else 'diffusion'}.",
+        )
+    return cls.from_config(own.config, **options)
+
+
+def _defaults(folder: str) -> dict[str, Any]:
+    path = Path(folder) / DEFAULTS_FILE
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise PipelineError(
+            f"{path} cannot be read", value=_first_line(error), bound="JSON", remedy="Delete or mend the file."
+        ) from error
+    known_keys(str(path), content, _DEFAULT_KEYS, error=PipelineError)
+    return content
+
+
+def _commit(model: str, revision: str | None) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model, "model_index.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else revision
