@@ -1,0 +1,156 @@
+"""Noise-aware weights: adapters made with peft, and full weights, switched on one base model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from tests.rewards.conftest import PROMPTS
+from ttsnap_lib.errors import CheckpointError
+from ttsnap_lib.rewards import load_reward
+
+
+def write_adapters(base, folder, steps=(14, 8, 2), reward: str | None = None, padded: bool = False):
+    """Write one random LoRA adapter per step as peft saves them, with a curriculum.json."""
+    from peft import LoraConfig, get_peft_model
+
+    for step in steps:
+        source = load_reward(base, device="cpu")
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=source.default_lora_targets)
+        model = get_peft_model(source.module, config)
+        generator = torch.Generator().manual_seed(step)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+        model.save_pretrained(folder / (f"step_{step:02d}" if padded else f"step_{step}"))
+    content = {"steps": list(steps), **({"reward": reward} if reward else {})}
+    (folder / "curriculum.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(clip_folder, tmp_path_factory):
+    """Run folder with adapters for steps 14, 8 and 2."""
+    return write_adapters(clip_folder, tmp_path_factory.mktemp("run"))
+
+
+def _merged(base, folder, step, images):
+    """Scores of one adapter merged into a fresh base model: another way to the same weights."""
+    from peft import PeftModel
+
+    reward = load_reward(base, device="cpu")
+    reward.module = PeftModel.from_pretrained(reward.module, str(folder / f"step_{step}")).merge_and_unload()
+    return reward.score(PROMPTS, images)
+
+
+def test_switching_equals_merging(clip_folder, run_folder, images):
+    base = load_reward(clip_folder, device="cpu").score(PROMPTS, images)
+    reward = load_reward(clip_folder, device="cpu", adapters=run_folder)
+    assert reward.adapter_steps == (2, 8, 14) and reward.step is None
+    np.testing.assert_allclose(reward.score(PROMPTS, images), base, rtol=1e-6)
+    expected = {step: _merged(clip_folder, run_folder, step, images) for step in (2, 8, 14)}
+    assert all(np.abs(values - base).max() > 0.1 for values in expected.values())
+    for step in (14, 2, 8, None, 8, 14, None, None, 2):
+        scores = reward.use_step(step).score(PROMPTS, images)
+        np.testing.assert_allclose(scores, base if step is None else expected[step], rtol=1e-4, atol=1e-4)
+        assert reward.step == step
+
+
+def test_switching_trains_nothing(clip_folder, run_folder):
+    reward = load_reward(clip_folder, device="cpu", adapters=run_folder)
+    for step in (None, 8, 2):
+        reward.use_step(step)
+        assert not any(p.requires_grad for p in reward.module.parameters())
+
+
+@pytest.mark.parametrize("trained", ["all", "vision"])
+def test_full_weights(clip_folder, images, tmp_path, trained):
+    from safetensors.torch import save_file
+
+    base = load_reward(clip_folder, device="cpu")
+    start = base.score(PROMPTS, images)
+    expected = {}
+    for step in (14, 2):
+        source = load_reward(clip_folder, device="cpu")
+        state = source.module.state_dict()
+        keys = [key for key in state if trained == "all" or "vision_model" in key]
+        generator = torch.Generator().manual_seed(step)
+        for key in keys:
+            state[key] += torch.randn(state[key].shape, generator=generator) * 0.02
+        expected[step] = source.score(PROMPTS, images)
+        (tmp_path / f"step_{step}").mkdir()
+        save_file({key: state[key].clone() for key in keys}, tmp_path / f"step_{step}" / "model.safetensors")
+    (tmp_path / "curriculum.json").write_text("{}")
+    reward = load_reward(clip_folder, device="cpu", adapters=tmp_path)
+    for step in (14, 2, None, 2, 14, None):
+        scores = reward.use_step(step).score(PROMPTS, images)
+        np.testing.assert_allclose(scores, start if step is None else expected[step], rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_folder_names_its_base(clip_folder, images, tmp_path):
+    folder = write_adapters(clip_folder, tmp_path / "run", steps=(3,), reward=str(clip_folder), padded=True)
+    reward = load_reward(folder, device="cpu", name=str(clip_folder))
+    assert reward.adapter_steps == (3,)
+    with pytest.raises(CheckpointError, match="belong to another reward"):
+        load_reward(clip_folder, device="cpu", name="other", adapters=folder)
+
+
+def test_errors(clip_folder, run_folder, tmp_path):
+    reward = load_reward(clip_folder, device="cpu", adapters=run_folder)
+    with pytest.raises(CheckpointError, match=r"one of \[2, 8, 14\] or None"):
+        reward.use_step(3)
+    with pytest.raises(CheckpointError, match="has no noise-aware weights"):
+        load_reward(clip_folder, device="cpu").use_step(3)
+    with pytest.raises(CheckpointError, match=r"curriculum cannot be read"):
+        load_reward(clip_folder, device="cpu", adapters=tmp_path / "nowhere")
+    (tmp_path / "curriculum.json").write_text("{}")
+    (tmp_path / "step_4").mkdir()  # a run cut short
+    with pytest.raises(CheckpointError, match="no checkpoints"):
+        load_reward(clip_folder, device="cpu", adapters=tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["missing key", "truncated", "other model"])
+def test_broken_adapters(clip_folder, run_folder, tmp_path, fault):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    path = folder / "step_8" / "adapter_model.safetensors"
+    if fault == "truncated":
+        path.write_bytes(path.read_bytes()[:200])
+    else:
+        state = load_file(path)
+        key = next(iter(state))
+        value = state.pop(key)
+        if fault == "other model":
+            state[key] = torch.zeros(value.shape[0] + 1, *value.shape[1:])
+        save_file(state, path)
+    with pytest.raises(CheckpointError, match=r"adapter (cannot be attached|of step 8 does not fit)"):
+        load_reward(clip_folder, device="cpu", adapters=folder)
+
+
+def test_lora_on_the_other_families(images, bert_folder, med_config):
+    """The default targets match layers of open_clip's and ImageReward's towers, and adapters train there."""
+    import open_clip
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+    from peft import LoraConfig, get_peft_model
+
+    from ttsnap_lib.rewards import OpenClipReward
+
+    model = CLIP(
+        embed_dim=24,
+        vision_cfg=CLIPVisionCfg(image_size=224, layers=2, width=40, head_width=20, patch_size=28),
+        text_cfg=CLIPTextCfg(context_length=77, vocab_size=49408, width=32, heads=2, layers=1),
+    )
+    reward = OpenClipReward("hpsv2", model, open_clip.get_tokenizer("ViT-H-14"), device="cpu")
+    before = reward.score(PROMPTS, images)
+    adapted = get_peft_model(reward.module, LoraConfig(r=2, target_modules=reward.default_lora_targets))
+    np.testing.assert_allclose(reward.score(PROMPTS, images), before, rtol=1e-5)
+    reward.forward(reward.preprocess(images), PROMPTS).sum().backward()
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert len(trained) >= 2 * 3 * 2 and all("visual" in name for name in trained)
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)

@@ -1,0 +1,36 @@
+"""Reward models behind one interface; heavy families load on first use.
+
+>>> reward = load_reward("pocket-clip")
+>>> reward.score("a red circle", images)          # (n,) float32
+>>> pixels = reward.preprocess(images)            # the training path
+>>> text = reward.encode_text(["a red circle"])
+>>> loss = (reward.forward(pixels, text) - target).square().mean()
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_NAMES = {
+    "CallableReward": "callable",
+    "ClipReward": "clip",
+    "ImageRewardModel": "image_reward",
+    "OpenClipReward": "hpsv2",
+    "Preprocessing": "preprocess",
+    "REWARDS": "loading",
+    "Reward": "base",
+    "StepSeries": "steps",
+    "TextBatch": "base",
+    "load_reward": "loading",
+    "score_many": "base",
+    "step_folders": "steps",
+}
+
+__all__ = list(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)

@@ -1,0 +1,363 @@
+"""The one interface of all reward models: prompts and images in, one number each out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ttsnap_lib.checks import integer
+from ttsnap_lib.errors import CheckpointError, ConfigError, DeviceError, RewardError
+
+from .inputs import Images, as_list, check_tensor, open_image, prompt_list
+from .preprocess import Preprocessing
+
+if TYPE_CHECKING:
+    from .steps import StepSeries
+
+__all__ = ["Reward", "TextBatch", "default_device", "score_many"]
+
+_CACHED_PROMPTS = 4096  # rows of the text cache; at most 16 MB for the largest text tower
+
+
+def default_device() -> torch.device:
+    """Return the accelerator when there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass
+class TextBatch:
+    """Encoded prompts: named tensors with one row per prompt, whatever the family needs."""
+
+    tensors: dict[str, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, rows: Any) -> TextBatch:
+        """Return the given rows (an index tensor, a slice or a list of integers)."""
+        return TextBatch({name: tensor[rows] for name, tensor in self.tensors.items()})
+
+    def expand(self, n: int) -> TextBatch:
+        """Return `n` rows: one row is repeated without copying."""
+        if len(self) == n:
+            return self
+        if len(self) != 1:
+            raise RewardError(
+                "prompts and images differ in number",
+                value=f"{len(self)} prompts, {n} images",
+                bound="one prompt per image, or one for all",
+                remedy="Pass a list of prompts as long as the images.",
+            )
+        return TextBatch({name: tensor.expand(n, *tensor.shape[1:]) for name, tensor in self.tensors.items()})
+
+
+class Reward:
+    """A reward model.
+
+    Families fill in :meth:`encode_text` and :meth:`forward`; everything else is shared.
+
+    Attributes
+    ----------
+    name : str
+        The name under which scores are kept.
+    module : torch.nn.Module or None
+        What holds the weights, and what peft adapts; None when there is nothing to train.
+    default_lora_targets : str or None
+        Regular expression for ``peft.LoraConfig(target_modules=...)``: the linear layers of the image tower (and of
+        the cross-attention, where the text looks at the image). Noise is in the image, so the text towers stay.
+    preprocessing : Preprocessing or None
+        How images become model input.
+    device : torch.device
+        Where the weights are.
+    dtype : torch.dtype
+        Type of weights and activations; scores are always float32.
+    step : int or None
+        The denoising step whose noise-aware weights are active; None is the base model.
+    batch_size : int
+        Images per forward of :meth:`score` unless the call says otherwise.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: torch.nn.Module | None = None,
+        *,
+        preprocessing: Preprocessing | None = None,
+        default_lora_targets: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 32,
+    ) -> None:
+        self.name, self.module, self.preprocessing = name, module, preprocessing
+        self.default_lora_targets = default_lora_targets
+        self.device = torch.device(device) if device is not None else default_device()
+        self.dtype = dtype
+        self.batch_size = integer("batch_size", batch_size, 1)
+        self.step: int | None = None
+        self._series: StepSeries | None = None
+        self._texts: OrderedDict[str, TextBatch] = OrderedDict()
+        self._texts_of: tuple | None = None
+        self._compiled: Any = None
+
+    # -- what a family fills in ---------------------------------------------------------------------------------
+
+    def encode_text(self, prompts: Sequence[str]) -> TextBatch:
+        """Return the encoded prompts, one row each, on the device; gradients flow where the family has a text tower."""
+        raise NotImplementedError
+
+    def forward(self, pixels: torch.Tensor, text: TextBatch | Sequence[str]) -> torch.Tensor:
+        """Return the rewards of preprocessed images, with gradients to weights and pixels.
+
+        Parameters
+        ----------
+        pixels : Tensor (n, 3, size, size)
+            What :meth:`preprocess` returns.
+        text : TextBatch or list of str
+            What :meth:`encode_text` returns, with n rows or one row for all images; or the prompts themselves.
+
+        Returns
+        -------
+        Tensor (n,)
+            float32.
+        """
+        raise NotImplementedError
+
+    # -- shared -------------------------------------------------------------------------------------------------
+
+    def preprocess(self, images: Images, *, differentiable: bool = False) -> torch.Tensor:
+        """Return images as model input, float32 (n, 3, size, size) on the reward's device.
+
+        PIL images (or paths of image files) go through the published preprocessing to the pixel; float tensors
+        (n, 3, H, W) in [0, 1] stay on their device, see :meth:`Preprocessing.tensor` for the tolerance.
+        """
+        if self.preprocessing is None:
+            raise RewardError(
+                f"reward {self.name} has no preprocessing of its own", remedy="Call score() with images instead."
+            )
+        if isinstance(images, torch.Tensor):
+            return self.preprocessing.tensor(check_tensor(images).to(self.device), differentiable=differentiable)
+        opened = [open_image(image) for image in as_list(images)]
+        if not opened:
+            return torch.empty(0, 3, self.preprocessing.size, self.preprocessing.size, device=self.device)
+        return torch.stack([self.preprocessing.image(image) for image in opened]).to(self.device)
+
+    def score(
+        self,
+        prompts: str | Sequence[str],
+        images: Images,
+        *,
+        batch_size: int | None = None,
+        check: bool = True,
+    ) -> np.ndarray:
+        """Return the reward of each image.
+
+        Parameters
+        ----------
+        prompts : str or list of str
+            One prompt for all images, or one each. Each distinct prompt is encoded once and kept while the weights
+            stay the same.
+        images : list of PIL images or paths, one PIL image, or Tensor (n, 3, H, W)
+            Tensors are float in [0, 1] and never leave their device; they are rounded to 256 levels as a PNG is.
+        batch_size : int, optional
+            Images per forward.
+        check : bool
+            Refuse scores that are not finite; False returns them as they are.
+
+        Returns
+        -------
+        ndarray (n,)
+            float32.
+
+        Raises
+        ------
+        RewardError
+            Prompts that do not match the images, an image that cannot be used, a score that is not finite.
+        DeviceError
+            When the device runs out of memory.
+        """
+        if not isinstance(images, torch.Tensor):
+            images = as_list(images)
+        n = len(images)
+        rows = prompt_list(prompts, n)
+        size = self.batch_size if batch_size is None else integer("batch_size", batch_size, 1)
+        parts = []
+        with self._scoring():
+            for start in range(0, n, size):
+                part = images[start : start + size]
+                parts.append(self._score_batch(rows[start : start + size], part))
+        scores = np.concatenate(parts) if parts else np.empty(0, np.float32)
+        if check and not np.isfinite(scores).all():
+            bad = np.flatnonzero(~np.isfinite(scores))
+            raise RewardError(
+                f"reward {self.name} gave a score that is not finite for image {bad[0]} (prompt {rows[bad[0]]!r})",
+                value=[float(scores[i]) for i in bad[:8]],
+                bound="finite numbers",
+                remedy="Look at the image and the weights; in bfloat16 or float16 try float32.",
+            )
+        return scores
+
+    def score_pixels(self, prompts: str | Sequence[str], pixels: torch.Tensor) -> np.ndarray:
+        """Return the scores (n,) of images that are preprocessed already, without checks of the values."""
+        rows = prompt_list(prompts, len(pixels))
+        with self._scoring():
+            return self._score_batch(rows, pixels, ready=True)
+
+    def use_step(self, step: int | None) -> Reward:
+        """Switch to the noise-aware weights of a denoising step, or to the base model with None; return self.
+
+        Raises
+        ------
+        CheckpointError
+            When there are no weights for `step`.
+        """
+        if step is not None or self._series is not None:
+            if self._series is None:
+                raise CheckpointError(
+                    f"reward {self.name} has no noise-aware weights",
+                    value=step,
+                    bound="None",
+                    remedy="Load it with adapters=<run folder of ttsnap finetune>.",
+                )
+            self._series.use(step)
+        self.step = step
+        return self
+
+    @property
+    def adapter_steps(self) -> tuple[int, ...]:
+        """Steps that have noise-aware weights, ascending; empty for a base reward."""
+        return self._series.steps if self._series is not None else ()
+
+    def attach_steps(self, folder: str | Path) -> Reward:
+        """Add the noise-aware weights of a run folder (``step_14/ ... curriculum.json``); return self."""
+        from .steps import StepSeries
+
+        if self.module is None:
+            raise RewardError(
+                f"reward {self.name} has no weights to adapt", remedy="Attach checkpoints to a model reward."
+            )
+        if self._series is not None:
+            self.use_step(None)
+        self._series = StepSeries(self.module, folder, reward_name=self.name)
+        return self
+
+    def compile(self) -> Reward:
+        """Compile the forward pass with `torch.compile` on its first use; return self."""
+        self._compiled = torch.compile(self.forward)
+        return self
+
+    def clear_cache(self) -> None:
+        """Forget encoded prompts. Needed only after weights were replaced without an in-place update."""
+        self._texts.clear()
+
+    def __call__(self, prompts: str | Sequence[str], images: Images, **options: Any) -> np.ndarray:
+        """Score images; the same as :meth:`score`."""
+        return self.score(prompts, images, **options)
+
+    def __repr__(self) -> str:
+        steps = f", adapter_steps={self.adapter_steps}" if self.adapter_steps else ""
+        return f"{type(self).__name__}({self.name!r}, device={str(self.device)!r}, dtype={self.dtype}{steps})"
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _score_batch(self, prompts: list[str], images: Any, *, ready: bool = False) -> np.ndarray:
+        pixels = images.to(self.device) if ready else self.preprocess(images)
+        text = self._cached_text(prompts)
+        forward = self._compiled or self.forward
+        scores = forward(pixels, text)
+        if scores.shape != (len(images),):
+            raise RewardError(
+                f"reward {self.name} gave scores of the wrong shape",
+                value=tuple(scores.shape),
+                bound=f"({len(images)},)",
+                remedy="Return one number per image.",
+            )
+        return scores.float().cpu().numpy()
+
+    def _cached_text(self, prompts: list[str]) -> TextBatch:
+        """Return one row per prompt, encoding only those not seen since the weights last changed."""
+        # In-place updates (an optimizer's step, load_state_dict) raise a parameter's version: no stale rows.
+        versions = sum(p._version for p in self.module.parameters()) if self.module is not None else 0
+        if self._texts_of != (self.step, versions):
+            self._texts.clear()
+            self._texts_of = (self.step, versions)
+        distinct = list(dict.fromkeys(prompts))
+        missing = [prompt for prompt in distinct if prompt not in self._texts]
+        for start in range(0, len(missing), 256):
+            part = missing[start : start + 256]
+            encoded = self.encode_text(part)
+            for row, prompt in enumerate(part):
+                self._texts[prompt] = encoded[row : row + 1]
+        if len(distinct) == 1:
+            self._texts.move_to_end(distinct[0])
+            text = self._texts[distinct[0]].expand(len(prompts))
+        else:
+            rows = [self._texts[prompt] for prompt in prompts]
+            text = TextBatch({key: torch.cat([row.tensors[key] for row in rows]) for key in rows[0].tensors})
+        while len(self._texts) > _CACHED_PROMPTS:
+            self._texts.popitem(last=False)
+        return text
+
+    @contextlib.contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """No gradients, no dropout; training mode comes back afterwards."""
+        training = [part for part in self.module.modules() if part.training] if self.module is not None else []
+        try:
+            for part in training:
+                part.training = False
+            with torch.no_grad():
+                yield
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                f"out of memory while scoring with {self.name} on {self.device}",
+                value=str(error).splitlines()[0],
+                remedy="Use a smaller batch_size, or dtype bfloat16.",
+            ) from error
+        finally:
+            for part in training:
+                part.training = True
+
+
+def score_many(
+    rewards: Sequence[Reward], prompts: str | Sequence[str], images: Images, *, batch_size: int | None = None
+) -> dict[str, np.ndarray]:
+    """Score one image set with several rewards in one pass over the images.
+
+    Files are opened once, and rewards with equal preprocessing share the pixels.
+
+    Returns
+    -------
+    dict
+        Reward name -> float32 (n,).
+    """
+    names = [reward.name for reward in rewards]
+    if len(set(names)) != len(names):
+        raise ConfigError(
+            "rewards", value=names, bound="distinct names", remedy="Give one of them another name with name=."
+        )
+    if not isinstance(images, torch.Tensor):
+        images = as_list(images)
+    rows = prompt_list(prompts, len(images))
+    size = batch_size or min((reward.batch_size for reward in rewards), default=1)
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
+        if not isinstance(part, torch.Tensor):
+            part = [open_image(image) for image in part]
+        prepared: dict[tuple, torch.Tensor] = {}
+        for reward in rewards:
+            if reward.preprocessing is None:
+                scores = reward.score(rows[start : start + size], part, batch_size=size)
+            else:
+                key = (reward.preprocessing, reward.device)
+                if key not in prepared:
+                    prepared[key] = reward.preprocess(part)
+                scores = reward.score_pixels(rows[start : start + size], prepared[key])
+            parts[reward.name].append(scores)
+    return {name: np.concatenate(values) if values else np.empty(0, np.float32) for name, values in parts.items()}

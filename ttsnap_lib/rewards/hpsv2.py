@@ -1,0 +1,107 @@
+"""HPSv2 and HPSv2.1: an open_clip ViT-H-14 with the checkpoints of `xswu/HPSv2`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ttsnap_lib.checks import choice, real
+from ttsnap_lib.errors import RewardError
+
+from .base import Reward, TextBatch
+from .preprocess import HPS_PIXELS, Preprocessing
+from .weights import fetch, load_strict, read_state
+
+__all__ = ["HPS_FILES", "OpenClipReward", "load_hpsv2"]
+
+HPS_FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
+"""Checkpoint files of the repository `xswu/HPSv2`."""
+
+_LORA_TARGETS = r"visual\.transformer\.resblocks\.\d+\.(attn|mlp\.(c_fc|c_proj))"
+# Constant masks that some versions of open_clip kept in the state.
+_MAY_HAVE = (r"(.*\.)?attn_mask",)
+
+
+class OpenClipReward(Reward):
+    """Cosine similarity of an open_clip model's embeddings, times `scale`.
+
+    HPSv2 is the plain cosine, without the logit scale (about 0.2 to 0.3; often shown times 100).
+
+    Parameters
+    ----------
+    module : open_clip.CLIP
+        The model.
+    tokenizer : callable
+        ``tokenizer(prompts) -> LongTensor (n, 77)``, as `open_clip.get_tokenizer` returns; it truncates.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: Any,
+        tokenizer: Any,
+        preprocessing: Preprocessing = HPS_PIXELS,
+        *,
+        scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 32,
+    ) -> None:
+        super().__init__(
+            name,
+            module,
+            preprocessing=preprocessing,
+            default_lora_targets=_LORA_TARGETS,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+        )
+        self.tokenizer = tokenizer
+        self.scale = real("scale", scale, error=RewardError)
+        module.to(device=self.device, dtype=dtype).eval()
+
+    def encode_text(self, prompts: Sequence[str]) -> TextBatch:
+        """Return the normalized text embeddings ``features`` (n, d), float32."""
+        features = self.module.encode_text(self.tokenizer(list(prompts)).to(self.device))
+        return TextBatch({"features": functional.normalize(features.float(), dim=-1)})
+
+    def forward(self, pixels: torch.Tensor, text: TextBatch | Sequence[str]) -> torch.Tensor:
+        """Return the rewards (n,) of preprocessed images; see :meth:`Reward.forward`."""
+        if not isinstance(text, TextBatch):
+            text = self.encode_text(text)
+        image = functional.normalize(self.module.encode_image(pixels.to(self.dtype)).float(), dim=-1)
+        return (image * text.expand(len(pixels)).tensors["features"]).sum(-1) * self.scale
+
+
+def load_hpsv2(
+    name: str = "hpsv2",
+    *,
+    version: str = "hpsv2",
+    weights: str | Path | None = None,
+    revision: str | None = None,
+    scale: float = 1.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 32,
+) -> OpenClipReward:
+    """Load HPSv2 (or v2.1) from a checkpoint file, or from the hub when none is given."""
+    import open_clip
+
+    choice("version", version, HPS_FILES, error=RewardError)
+    path = Path(weights) if weights is not None else fetch("xswu/HPSv2", HPS_FILES[version], revision=revision)
+    state = read_state(path)
+    module = open_clip.create_model("ViT-H-14", pretrained=None, precision="fp32", device="cpu")
+    load_strict(module, state, source=str(path), may_have=_MAY_HAVE)
+    return OpenClipReward(
+        name,
+        module,
+        open_clip.get_tokenizer("ViT-H-14"),
+        scale=scale,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+    )

@@ -1,0 +1,181 @@
+"""`load_reward`: a reward by its name, folder, hub id or function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ttsnap_lib.checks import choice, known_keys
+from ttsnap_lib.errors import RewardError
+
+from .base import Reward
+
+__all__ = ["REWARDS", "load_reward"]
+
+_CLIP_OPTIONS = ("processor", "weights", "revision", "scale")
+REWARDS = {
+    "image_reward": ("weights", "med_config", "tokenizer", "standardize", "revision"),
+    "pickscore": _CLIP_OPTIONS,
+    "hpsv2": ("weights", "revision", "scale"),
+    "hpsv2.1": ("weights", "revision", "scale"),
+    "clipscore": _CLIP_OPTIONS,
+    "pocket-clip": _CLIP_OPTIONS,
+}
+"""Names that :func:`load_reward` knows, each with the options it takes."""
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def load_reward(
+    source: str | Path | Reward | Callable,
+    *,
+    name: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    compile: bool = False,
+    adapters: str | Path | None = None,
+    batch_size: int = 32,
+    **options: Any,
+) -> Reward:
+    """Load a reward model.
+
+    Parameters
+    ----------
+    source : str, Path, callable or Reward
+        - ``"image_reward"``: raw head output; ``standardize=True`` gives the package's score. Options `weights`,
+          `med_config`, `tokenizer` take local files instead of the hub's.
+        - ``"pickscore"``: ``logit_scale.exp()`` times cosine (about 20), `yuvalkirstain/PickScore_v1`.
+        - ``"hpsv2"``, ``"hpsv2.1"``: cosine (about 0.2 to 0.3), checkpoints of `xswu/HPSv2`, or `weights`.
+        - ``"clipscore"``: cosine of `openai/clip-vit-large-patch14` (the image-reward package's CLIPScore);
+          ``scale=2.5`` gives the published CLIPScore where the cosine is positive.
+        - ``"pocket-clip"``: the reward that ships with this project.
+        - a folder or hub id of a `transformers.CLIPModel` with its processor;
+        - a run folder of noise-aware checkpoints, whose ``curriculum.json`` names its base under ``reward``;
+        - ``"package.module:function"`` or a Python function, see :class:`CallableReward`.
+    name : str, optional
+        Name under which scores are kept; the source's when not given.
+    device : str or torch.device, optional
+        The accelerator when there is one, else the CPU.
+    dtype : torch.dtype or str
+        ``"float32"`` (default), ``"bfloat16"`` or ``"float16"``. Scores are float32 always.
+    compile : bool
+        Compile the forward pass with `torch.compile`.
+    adapters : str or Path, optional
+        Run folder of noise-aware checkpoints, see :meth:`Reward.use_step`.
+    batch_size : int
+        Images per forward of :meth:`Reward.score`.
+    **options
+        What the family takes, see :data:`REWARDS`.
+
+    Raises
+    ------
+    RewardError
+        An unknown name, weights that cannot be had or do not fit.
+    CheckpointError
+        Adapters that do not fit.
+    ConfigError
+        An option that this reward does not take.
+    """
+    if isinstance(dtype, str):
+        dtype = _DTYPES[choice("dtype", dtype, _DTYPES)]
+    common = {"device": device, "dtype": dtype, "batch_size": batch_size}
+    if isinstance(source, Reward):
+        known_keys("reward object", options, ())
+        reward = source
+        if name is not None:
+            reward.name = name
+    elif not isinstance(source, str | Path):
+        known_keys("reward function", options, ("takes",))
+        reward = _function(source, name, device, batch_size, options)
+    elif str(source) in REWARDS:
+        known_keys(f"reward {source}", options, REWARDS[str(source)])
+        reward = _named(str(source), name or str(source), common, options)
+    elif _is_function(str(source)):
+        from .callable import import_function
+
+        known_keys("reward function", options, ("takes",))
+        reward = _function(import_function(str(source)), name, device, batch_size, options)
+    elif (Path(source) / "curriculum.json").is_file():
+        reward = _from_run(Path(source), name, common, options)
+        adapters = source if adapters is None else adapters
+    else:
+        known_keys(f"reward {source}", options, _CLIP_OPTIONS)
+        reward = _clip(str(source), name, common, options)
+    if adapters is not None:
+        reward.attach_steps(adapters)
+    return reward.compile() if compile else reward
+
+
+def _named(source: str, name: str, common: dict[str, Any], options: dict[str, Any]) -> Reward:
+    if source == "image_reward":
+        from .image_reward import load_image_reward
+
+        return load_image_reward(name, **common, **options)
+    if source in ("hpsv2", "hpsv2.1"):
+        from .hpsv2 import load_hpsv2
+
+        return load_hpsv2(name, version=source, **common, **options)
+    from .clip import load_clip
+
+    if source == "pickscore":
+        # The model card takes the processor of the model that PickScore was trained from.
+        options = {"processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", **options}
+        return load_clip(name, "yuvalkirstain/PickScore_v1", **common, **options)
+    if source == "clipscore":
+        return load_clip(name, "openai/clip-vit-large-patch14", **common, **{"scale": 1.0, **options})
+    from ttsnap_lib.pocket import pocket_folder
+
+    return load_clip(name, pocket_folder("pocket-clip"), **common, **options)
+
+
+def _clip(source: str, name: str | None, common: dict[str, Any], options: dict[str, Any]) -> Reward:
+    from .clip import load_clip
+    from .weights import is_local
+
+    path = Path(source)
+    looks_like_hub_id = source.count("/") == 1 and not is_local(source)
+    if not path.is_dir() and not looks_like_hub_id:
+        if path.is_file():
+            raise RewardError(
+                "a weights file alone does not say which model it belongs to",
+                value=source,
+                bound="the reward's name with weights=<file>",
+                remedy='Write for example load_reward("hpsv2", weights=file).',
+            )
+        choice("reward", source, [*REWARDS, "a folder", "a hub id", "module:function"], error=RewardError)
+    return load_clip(name or path.name, source, **common, **options)
+
+
+def _from_run(folder: Path, name: str | None, common: dict[str, Any], options: dict[str, Any]) -> Reward:
+    from .steps import read_curriculum
+
+    base = read_curriculum(folder).get("reward")
+    if not isinstance(base, str):
+        raise RewardError(
+            f"curriculum.json of {folder} does not name its base reward",
+            value=base,
+            bound='a name under "reward"',
+            remedy="Load the base by name with adapters=<this folder>.",
+        )
+    return load_reward(base, name=name, **common, **options)
+
+
+def _function(function: Any, name: str | None, device: Any, batch_size: int, options: dict[str, Any]) -> Reward:
+    from .callable import CallableReward
+
+    return CallableReward(function, name, device=device, batch_size=batch_size, **options)
+
+
+def _is_function(source: str) -> bool:
+    module, colon, attribute = source.partition(":")
+    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), *attribute.split(".")))
