@@ -41,8 +41,8 @@ def single_reward(first, moves, last, valid, subsets, counts, values, winners, s
 
     Parameters
     ----------
-    first : int32 (prompt, image)
-        Rank of each image at the first stage.
+    first : int32 (prompt, position)
+        Rank at the first stage of the image that each position of a subset stands for.
     moves : int32 (prompt, stage, rank)
         Rank at stage k + 1 of the image that has the given rank at stage k; the last stage is the final choice.
     last : int32 (prompt, rank)
@@ -50,7 +50,7 @@ def single_reward(first, moves, last, valid, subsets, counts, values, winners, s
     valid : int32 (prompt, stage + 1)
         Number of images with a value at each stage; a rank at or past it means NaN.
     subsets : int64 (iteration, n)
-        Distinct candidates; budgets take prefixes.
+        Distinct positions; budgets take prefixes.
     counts : int64 (budget, stage + 1)
         Candidates at work in each stage, first column ascending.
     values : float64 (prompt, image, reward)
@@ -59,8 +59,8 @@ def single_reward(first, moves, last, valid, subsets, counts, values, winners, s
         Filled with winners when not empty.
     sums : float64 (budget, prompt, reward)
         Sum over iterations of the winner's values; added to.
-    fault : int64 (3,)
-        Prompt, stage and image of the first NaN that was read; fault[0] stays -1 when there is none.
+    fault : int64 (2,)
+        Prompt and stage of the first NaN that was read; fault[0] stays -1 when there is none.
     """
     n_prompts, pool = first.shape
     n_stages = moves.shape[1]
@@ -77,7 +77,7 @@ def single_reward(first, moves, last, valid, subsets, counts, values, winners, s
                 for j in range(filled, counts[b, 0]):
                     rank = first[p, subsets[i, j]]
                     if rank >= valid[p, 0]:
-                        fault[0], fault[1], fault[2] = p, 0, subsets[i, j]
+                        fault[0], fault[1] = p, 0
                         return
                     entry[rank >> 6] |= one << np.uint64(rank & 63)
                 filled = counts[b, 0]
@@ -99,7 +99,7 @@ def single_reward(first, moves, last, valid, subsets, counts, values, winners, s
                                 position = base + np.int64(_trailing_zeros(word))
                                 rank = moves[p, k, position]
                                 if rank >= limit:
-                                    fault[0], fault[1], fault[2] = p, k + 1, -1
+                                    fault[0], fault[1] = p, k + 1
                                     return
                                 if is_last:
                                     best = min(best, rank)
@@ -126,7 +126,7 @@ def _lowest(bits):
 
 
 @njit(nogil=True, cache=True)
-def multi_reward(mode, ranks, scores, valid, subsets, counts, values, winners, sums, fault):
+def multi_reward(mode, ranks, scores, valid, labels, subsets, counts, values, winners, sums, fault):
     """Prune by several rewards jointly: sum of within-set ranks, or mean of within-set z-scores.
 
     Parameters
@@ -139,6 +139,8 @@ def multi_reward(mode, ranks, scores, valid, subsets, counts, values, winners, s
         The rewards themselves (read for z-scores).
     valid : int32 (prompt, stage + 1, reward)
         Number of images with a value.
+    labels : int32 (prompt, position)
+        Image that each position of a subset stands for.
 
     The other parameters are those of :func:`single_reward`.
     """
@@ -158,7 +160,7 @@ def multi_reward(mode, ranks, scores, valid, subsets, counts, values, winners, s
             filled = 0
             for b in range(counts.shape[0]):
                 for j in range(filled, counts[b, 0]):
-                    image = subsets[i, j]
+                    image = labels[p, subsets[i, j]]
                     entry[image >> 6] |= one << np.uint64(image & 63)
                 filled = counts[b, 0]
                 n = 0  # candidates in the order of their index, so that the first of equals is the lowest index
@@ -172,7 +174,7 @@ def multi_reward(mode, ranks, scores, valid, subsets, counts, values, winners, s
                     for r in range(n_rewards):
                         for j in range(n):
                             if ranks[p, k, r, chosen[j]] >= valid[p, k, r]:
-                                fault[0], fault[1], fault[2] = p, k, chosen[j]
+                                fault[0], fault[1] = p, k
                                 return
                     keep = counts[b, k + 1] if k < n_levels - 1 else 1
                     if mode == RANK_SUM:

@@ -65,6 +65,7 @@ def prune_levels(
     subsets: np.ndarray,
     counts: np.ndarray,
     winners: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
 ) -> np.ndarray:
     """Prune by one reward on ranks made before; single-threaded, releases the GIL.
 
@@ -80,6 +81,9 @@ def prune_levels(
         Candidates at work in each stage, rows in ascending order of the first column.
     winners : int32 (budget, iteration, prompt), optional
         Filled with the winning image indices.
+    labels : int64 (prompt, image), optional
+        A permutation of the images for each prompt, applied to the subsets: with random ones every prompt has
+        subsets of its own although one table is drawn.
 
     Returns
     -------
@@ -98,9 +102,9 @@ def prune_levels(
     for k in range(len(levels) - 1):
         moves[:, k] = np.take_along_axis(levels[k + 1].rank, levels[k].order, axis=1)
     sums = np.zeros((len(counts), n_prompts, values.shape[2]))
-    fault = np.full(3, -1, np.int64)
+    fault = np.full(2, -1, np.int64)
     _kernels.single_reward(
-        levels[0].rank,
+        levels[0].rank if labels is None else np.take_along_axis(levels[0].rank, labels, axis=1),
         moves,
         levels[-1].order,
         np.stack([level.valid for level in levels], axis=1),
@@ -125,6 +129,7 @@ def prune_columns(
     combine: str = "rank_sum",
     weights: np.ndarray | None = None,
     keep_winners: bool = False,
+    labels: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Prune every prompt, chunk by chunk, in threads.
 
@@ -132,7 +137,7 @@ def prune_columns(
     ----------
     columns : sequence of float (prompt, image, reward)
         The rewards that select, at each pruning step and at the end.
-    values, subsets, counts
+    values, subsets, counts, labels
         As in :func:`prune_levels`.
     combine : {"rank_sum", "z_score", "weighted_sum"}
         How several rewards select jointly.
@@ -151,6 +156,7 @@ def prune_columns(
     def work(part: slice) -> None:
         chunk = [column[part] for column in columns]
         # A chunk of its own: the kernel writes contiguous arrays.
+        part_labels = None if labels is None else labels[part]
         won = None if winners is None else np.empty((len(counts), len(subsets), chunk[0].shape[0]), np.int32)
         part_values = np.ascontiguousarray(values[part], dtype=np.float64)
         try:
@@ -158,9 +164,9 @@ def prune_columns(
                 if combine == "weighted_sum" and weights is not None:
                     chunk = [(column.astype(np.float64) @ weights)[:, :, None] for column in chunk]
                 levels = [rank_level(column[:, :, 0]) for column in chunk]
-                sums[:, part] = prune_levels(levels, part_values, subsets, counts, won)
+                sums[:, part] = prune_levels(levels, part_values, subsets, counts, won, part_labels)
             else:
-                sums[:, part] = _prune_multi(chunk, part_values, subsets, counts, combine, won)
+                sums[:, part] = _prune_multi(chunk, part_values, subsets, counts, combine, won, part_labels)
         except NaNRead as error:
             raise NaNRead(error.prompt + part.start, error.stage) from None
         if winners is not None:
@@ -182,19 +188,22 @@ def run_threads(work, items: Sequence) -> list:
         return list(pool.map(work, items))
 
 
-def _prune_multi(columns, values, subsets, counts, combine: str, winners: np.ndarray | None) -> np.ndarray:
+def _prune_multi(columns, values, subsets, counts, combine, winners, labels) -> np.ndarray:
     from . import _kernels
 
     scores = np.stack([np.moveaxis(column, 2, 1) for column in columns], axis=1).astype(np.float64)
     n_prompts, n_levels, n_rewards, pool = scores.shape
     flat = rank_level(scores.reshape(-1, pool))
     sums = np.zeros((len(counts), n_prompts, values.shape[2]))
-    fault = np.full(3, -1, np.int64)
+    fault = np.full(2, -1, np.int64)
+    if labels is None:
+        labels = np.broadcast_to(np.arange(pool), (n_prompts, pool))
     _kernels.multi_reward(
         _kernels.RANK_SUM if combine == "rank_sum" else _kernels.Z_SCORE,
         flat.rank.reshape(scores.shape),
         scores,
         flat.valid.reshape(n_prompts, n_levels, n_rewards),
+        np.ascontiguousarray(labels, np.int32),
         subsets,
         counts,
         values,

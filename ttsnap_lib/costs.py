@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -95,33 +98,11 @@ class CostModel:
         A stage ends with a check; the last ends with the scoring of the clean image.
         """
         n = integer("n", n, 0, error=CostError)
-        pruning = schedule if schedule is not None else Schedule()
-        pruning.check(self.n_steps)
-        exact = self.accounting == "exact"
-        last = self.n_steps - 1
-        ends = (*pruning.steps, last)
-        if exact:
-            counts: tuple[float, ...] = pruning.survivors(n) if n else (0,) * len(ends)
-        else:  # fractions of candidates, as released
-            counts = tuple(n * math.prod(pruning.keep_ratios[:k]) for k in range(len(ends)))
-        # The released formula counts from step 0 without the forward that reaches it, but Best-of-N in full.
-        before = -1 if exact or schedule is None else 0
-        parts = []
-        for k, (end, count) in enumerate(zip(ends, counts, strict=True)):
-            is_check = k < len(pruning)
-            decode = self.preview_decode if is_check and self.preview_decode is not None else self.decode
-            parts.append(
-                StageCost(
-                    first_step=before + 1,
-                    last_step=end,
-                    candidates=count,
-                    denoise=count * (end - before) * self.step,
-                    decode=count * decode,
-                    verify=count * self.verify,
-                )
-            )
-            before = end
-        return tuple(parts)
+        units = _stage_units(self, schedule)
+        return tuple(
+            StageCost(first, last, count, count * denoise, count * decode, count * self.verify)
+            for count, (first, last, denoise, decode) in zip(self._counts(n, schedule), units, strict=True)
+        )
 
     def total(self, n: int, schedule: Schedule | None = None) -> float:
         """Return the cost of `n` candidates of one prompt, in `unit`.
@@ -129,7 +110,13 @@ class CostModel:
         ``None`` is Best-of-N. It is the same as ``Schedule()`` under exact accounting; under published accounting
         ``None`` is charged all steps, a schedule (also the empty one) one fewer, as released.
         """
-        return self.per_prompt + math.fsum(stage.total for stage in self.stages(n, schedule))
+        n = integer("n", n, 0, error=CostError)
+        units = _stage_units(self, schedule)
+        counts = self._counts(n, schedule)
+        return self.per_prompt + sum(
+            count * (denoise + decode + self.verify)
+            for count, (_, _, denoise, decode) in zip(counts, units, strict=True)
+        )
 
     def candidates(self, budget: float, schedule: Schedule | None = None) -> int:
         """Return the largest n with ``total(n, schedule) <= budget * (1 + 1e-9)``; 0 when not even one fits."""
@@ -137,12 +124,20 @@ class CostModel:
         if self.total(1, schedule) > budget:
             return 0
         # No candidate costs less than its first stage: that bounds n, and total is monotone in n.
-        first = self.stages(1, schedule)[0].total
-        low, high = 1, max(1, math.floor((budget - self.per_prompt) / first) + 1)
+        _, _, denoise, decode = _stage_units(self, schedule)[0]
+        low, high = 1, max(1, math.floor((budget - self.per_prompt) / (denoise + decode + self.verify)) + 1)
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.total(middle, schedule) <= budget else (low, middle - 1)
         return low
+
+    def _counts(self, n: int, schedule: Schedule | None) -> tuple[float, ...]:
+        """Return the candidates of each stage: whole ones, or fractions as released."""
+        if not n or schedule is None:
+            return (n,) * (1 if schedule is None else len(schedule) + 1)
+        if self.accounting == "exact":
+            return schedule.survivors(n)
+        return tuple(itertools.accumulate(schedule.keep_ratios, operator.mul, initial=n))
 
     # -- presets and files --------------------------------------------------------------------------------------
 
@@ -215,6 +210,22 @@ class CostModel:
         if isinstance(content, Mapping) and isinstance(content.get("cost"), Mapping):
             content = content["cost"]
         return cls.from_dict(content)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stage_units(cost: CostModel, schedule: Schedule | None) -> tuple[tuple[int, int, float, float], ...]:
+    """Return first step, last step, denoising and decoding cost of one candidate in each stage."""
+    pruning = Schedule() if schedule is None else schedule
+    pruning.check(cost.n_steps)
+    preview = cost.decode if cost.preview_decode is None else cost.preview_decode
+    # The released formula counts from step 0 without the forward that reaches it, but Best-of-N in full.
+    before = -1 if cost.accounting == "exact" or schedule is None else 0
+    units = []
+    for end in (*pruning.steps, cost.n_steps - 1):
+        is_last = end == cost.n_steps - 1
+        units.append((before + 1, end, (end - before) * cost.step, cost.decode if is_last else preview))
+        before = end
+    return tuple(units)
 
 
 def _presets() -> dict[str, CostModel]:

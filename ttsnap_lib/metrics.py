@@ -52,7 +52,7 @@ class Estimate:
         rng: np.random.Generator | int | None = None,
         *,
         level: float = 0.95,
-        resamples: int = 2000,
+        resamples: int = 1000,
     ) -> Estimate:
         """Average over the first axis, with a percentile bootstrap; prompts that are NaN throughout a cell drop out."""
         values = np.asarray(per_prompt, dtype=np.float64)
@@ -69,7 +69,7 @@ class Estimate:
 
 
 def bootstrap_means(
-    values: np.ndarray, rng: np.random.Generator | int | None = None, resamples: int = 2000
+    values: np.ndarray, rng: np.random.Generator | int | None = None, resamples: int = 1000
 ) -> np.ndarray:
     """Return means over resampled prompts; all cells of a resample share its prompts, so differences are paired.
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-__all__ = ["METHODS", "best_of_n", "curves", "prune", "simulate", "sweep"]
+__all__ = ["METHODS", "best_of_n", "best_of_n_weights", "curves", "prune", "simulate", "sweep"]
 
 METHODS = ("best_of_n", "ttsp", "ttsnap")
 _VARIABLE = {"ttsp": "base", "ttsnap": "noise_aware"}
@@ -77,10 +77,15 @@ def best_of_n(final: np.ndarray, n: int) -> np.ndarray:
             bound="a number",
             remedy="Score the image, or drop it with tensors.drop_missing().",
         )
+    return np.sort(values, axis=1) @ best_of_n_weights(pool, n)
+
+
+def best_of_n_weights(pool: int, n: int) -> np.ndarray:
+    """Return the chance of each sorted position (worst first) of a pool to be the best of a random n-subset."""
     k = np.arange(n, pool)  # weights[k] / weights[k + 1] for sorted positions counted from 1
     weights = np.zeros(pool)
     weights[n - 1 :] = np.append(np.cumprod(((k + 1 - n) / k)[::-1])[::-1], 1.0) * (n / pool)
-    return np.sort(values, axis=1) @ weights
+    return weights
 
 
 def prune(
@@ -149,7 +154,7 @@ def simulate(
     weights: Mapping[str, float] | Sequence[float] | None = None,
     report: Sequence[str] | None = None,
     level: float = 0.95,
-    resamples: int = 2000,
+    resamples: int = 1000,
 ) -> Simulation:
     """Simulate one method at one budget (or with `n` candidates) by Monte Carlo over random subsets.
 
@@ -167,7 +172,7 @@ def simulate(
     schedule : Schedule, optional
         Needed by ``ttsp`` and ``ttsnap``, not read by ``best_of_n``.
     iterations : int
-        Random subsets drawn; shared by all prompts, and equal for equal `rng` whatever the method and budget.
+        Random subsets drawn for each prompt; equal for equal `rng` whatever the method and budget.
     rng : numpy.random.Generator or int, optional
         Source of the subsets and of the bootstrap; 0 by default. A Generator is advanced.
     combine, weights
@@ -241,7 +246,7 @@ def curves(
     weights: Mapping[str, float] | Sequence[float] | None = None,
     report: Sequence[str] | None = None,
     level: float = 0.95,
-    resamples: int = 2000,
+    resamples: int = 1000,
     keep_winners: bool = False,
 ) -> Curves:
     """Return what :func:`sweep` tabulates, with the values per prompt and the area metric's interval.
@@ -307,6 +312,9 @@ def _run(
 
     rng = np.random.default_rng(0 if rng is None else rng)
     subsets = rng.permuted(np.tile(np.arange(pool), (iterations, 1)), axis=1)
+    # Subsets of their own for every prompt: with one table for all, what a subset happens to hold (repeated images,
+    # say) would move all prompts together and the mean would not settle with their number.
+    labels = rng.permuted(np.tile(np.arange(pool), (dataset.sizes["prompt"], 1)), axis=1)
     positions = step_positions(schedule, steps) if schedule is not None and set(methods) - {"best_of_n"} else []
 
     final = tensors.read_steps(dataset["base"], [-1])  # (prompt, image, 1, reward)
@@ -326,7 +334,14 @@ def _run(
         ascending = np.argsort(numbers_table[m], kind="stable")
         counts = np.array([stages.survivors(int(n)) for n in numbers_table[m][ascending]], np.int64)
         sums, won = prune_columns(
-            [*checks, last], values, subsets, counts, combine=combine, weights=weights, keep_winners=keep_winners
+            [*checks, last],
+            values,
+            subsets,
+            counts,
+            combine=combine,
+            weights=weights,
+            keep_winners=keep_winners,
+            labels=labels,
         )
         per_prompt[m, ascending] = np.moveaxis(sums, 1, 2) / iterations
         if winners is not None:
