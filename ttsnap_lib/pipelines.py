@@ -9,7 +9,6 @@ dtype="bf16", fp8=True, offload="model")`` (about 12 GB for the transformer). Wi
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,12 @@ from diffusers import (
 
 from ._adapters import ADAPTERS, adapter_of
 from ._segments import schedulable
-from .checks import choice, known_keys
+from .checks import choice
 from .errors import ConfigError, DeviceError, PipelineError
 
-__all__ = ["DEFAULTS_FILE", "POCKET_MODELS", "SCHEDULERS", "load_pipeline", "pipeline_source"]
+__all__ = ["POCKET_MODELS", "SCHEDULERS", "load_pipeline", "pipeline_source"]
 
 POCKET_MODELS = ("pocket-flux", "pocket-sdxl")
-
-DEFAULTS_FILE = "ttsnap_defaults.json"
-"""In a pipeline's folder: the :class:`~ttsnap_lib.denoise.Settings` it was made for, where its own are of no use."""
 
 SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
     "flow-euler": (FlowMatchEulerDiscreteScheduler, {}),
@@ -189,7 +185,14 @@ def _source(model: Any) -> tuple[str, bool]:
     if model in POCKET_MODELS:
         from .pocket import pocket_folder
 
-        return str(pocket_folder(model)), True
+        folder = Path(pocket_folder(model))
+        if not (folder / "model_index.json").exists():
+            raise PipelineError(
+                f"{model} is not in {folder}",
+                bound="the folder that the repository and the wheel bring",
+                remedy="Install the package again, or train the pocket models with `make pocket`.",
+            )
+        return str(folder), True
     path = Path(model).expanduser()
     if path.is_dir():
         return str(path), True
@@ -300,18 +303,12 @@ def _scheduler(wanted: Any, own: Any) -> Any:
     return cls.from_config(own.config, **options)
 
 
-def _defaults(folder: str) -> dict[str, Any]:
-    path = Path(folder) / DEFAULTS_FILE
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise PipelineError(
-            f"{path} cannot be read", value=_first_line(error), bound="JSON", remedy="Delete or mend the file."
-        ) from error
-    known_keys(str(path), content, _DEFAULT_KEYS, error=PipelineError)
-    return content
+def _defaults(source: str) -> dict[str, Any]:
+    """Return the size, guidance and text length that a pocket pipeline was made for; FLUX's own default is 512 px."""
+    from .pocket import POCKET_DEFAULTS, pocket_folder
+
+    name = next((name for name in POCKET_MODELS if Path(source).resolve() == Path(pocket_folder(name)).resolve()), None)
+    return {key: value for key, value in POCKET_DEFAULTS.get(name, {}).items() if key in _DEFAULT_KEYS}
 
 
 def _commit(model: str, revision: str | None) -> str | None:
