@@ -20,13 +20,12 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    SchedulerMixin,
     UniPCMultistepScheduler,
 )
 
 from .errors import PipelineError
 
-__all__ = ["Schedulable", "make_segment", "prepare", "schedulable"]
+__all__ = ["History", "Schedulable", "history_of", "make_segment", "noise_levels", "prepare", "schedulable"]
 
 History = dict[str, Any]
 
@@ -131,7 +130,7 @@ def schedulable(scheduler: Any) -> Schedulable:
 
 
 @functools.cache
-def _segment_class(base: type) -> type:
+def _segment_class(base: Any) -> Any:
     """Return the subclass of the scheduler class `base` that runs a part of its schedule."""
 
     class Segment(base):
@@ -190,7 +189,7 @@ def _segment_class(base: type) -> type:
     return Segment
 
 
-def prepare(scheduler: SchedulerMixin) -> SchedulerMixin:
+def prepare(scheduler: Any) -> Any:
     """Return a fresh segment scheduler with the configuration of `scheduler`."""
     known = schedulable(scheduler)
     segment = _segment_class(type(scheduler)).from_config(scheduler.config)
@@ -201,7 +200,7 @@ def prepare(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 def make_segment(
-    prepared: SchedulerMixin,
+    prepared: Any,
     first: int,
     last: int,
     record: Collection[int] = (),

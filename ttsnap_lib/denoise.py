@@ -12,155 +12,28 @@ that are still in the running. Between two parts candidates may be dropped.
 >>> candidates = denoiser.run(candidates.take(best), text.take(best), last_step=19)
 >>> images = denoiser.final(candidates)
 
-Every supported pipeline runs on ``cpu``, ``cuda`` and ``mps``, in fp32, bf16 and fp16, with or without offload; tested
-are ``cpu`` in fp32 and bf16 (``cuda``, ``mps`` and offload: untested on the machines at hand, the tests marked
-``device`` run where there is one). One denoiser at a time drives a pipeline; decoding may overlap with it.
+Nothing here depends on the device, the precision or offload. Tested is the CPU in fp32, bf16 and fp16; ``cuda``,
+``mps`` and offload are untested so far, and have tests marked ``device``. One denoiser at a time drives a pipeline;
+decoding may overlap with it.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 
 from ._adapters import adapter_of
-from ._segments import History, history_of, make_segment, noise_levels, prepare
-from .checks import integer, known_keys, real
+from ._candidates import Candidates, Conditioning, image_generator, image_seed
+from ._segments import history_of, make_segment, noise_levels, prepare
+from ._settings import Settings, resolve
+from .checks import integer
 from .errors import ConfigError, DeviceError, PipelineError
 
 __all__ = ["Candidates", "Conditioning", "Denoiser", "Settings", "image_generator", "image_seed"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How images are denoised. None stands for the default of the pipeline (a pocket pipeline brings its own).
-
-    Parameters
-    ----------
-    n_steps : int
-        Denoising steps of a whole trajectory.
-    guidance : float, optional
-        Guidance strength: the model's own input for guidance-distilled FLUX, classifier-free guidance elsewhere
-        (also for FLUX without that input); 1 is none.
-    height, width : int, optional
-        Size of the images in pixels.
-    max_sequence_length : int, optional
-        Text tokens of the T5 encoder (FLUX, Stable Diffusion 3).
-    negative_prompt : str, optional
-        What to steer away from; needs classifier-free guidance.
-    true_guidance : float, optional
-        Classifier-free guidance on top of FLUX's embedded guidance (``true_cfg_scale``).
-
-    Raises
-    ------
-    ConfigError
-        A value that can be right for no pipeline; :class:`Denoiser` checks the rest.
-    """
-
-    n_steps: int = 20
-    guidance: float | None = None
-    height: int | None = None
-    width: int | None = None
-    max_sequence_length: int | None = None
-    negative_prompt: str | None = None
-    true_guidance: float | None = None
-
-    def __post_init__(self) -> None:
-        put = object.__setattr__
-        put(self, "n_steps", integer("n_steps", self.n_steps, 1))
-        for name in ("height", "width"):
-            if getattr(self, name) is not None:
-                put(self, name, integer(name, getattr(self, name), 1))
-        if self.max_sequence_length is not None:
-            put(self, "max_sequence_length", integer("max_sequence_length", self.max_sequence_length, 1, 512))
-        for name in ("guidance", "true_guidance"):
-            if getattr(self, name) is not None:
-                put(self, name, real(name, getattr(self, name), 0))
-        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
-            raise ConfigError(
-                "negative_prompt", value=self.negative_prompt, bound="text or None", remedy="Give one text for all."
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a plain dictionary."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Settings:
-        """Build from :meth:`to_dict`'s form; unknown keys are an error."""
-        known_keys("settings", content, [field.name for field in fields(cls)])
-        return cls(**content)
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """Encoded prompts: the embeddings a pipeline call takes, by name, each with one row per image."""
-
-    embeds: Mapping[str, torch.Tensor]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.embeds.values())))
-
-    def take(self, indices: Sequence[int]) -> Conditioning:
-        """Return the rows `indices`."""
-        return Conditioning({name: _rows(value, indices) for name, value in self.embeds.items()})
-
-    def repeat(self, n: int) -> Conditioning:
-        """Return each row `n` times in a row: all candidates of the first prompt, then those of the second."""
-        return Conditioning({name: value.repeat_interleave(n, dim=0) for name, value in self.embeds.items()})
-
-    @classmethod
-    def cat(cls, parts: Sequence[Conditioning]) -> Conditioning:
-        """Return the rows of all `parts`, in order."""
-        return cls({name: torch.cat([part.embeds[name] for part in parts]) for name in parts[0].embeds})
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Images on their way: their latents after `step`, and what a multistep solver remembers.
-
-    Attributes
-    ----------
-    latents : torch.Tensor
-        (n, ...), in the layout that the pipeline's loop works in.
-    step : int
-        The last step that has run; -1 is pure noise.
-    history : dict, optional
-        Earlier model outputs, for multistep schedulers.
-    """
-
-    latents: torch.Tensor
-    step: int = -1
-    history: History | None = None
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def take(self, indices: Sequence[int]) -> Candidates:
-        """Return the candidates `indices`: the survivors of a pruning step."""
-        history = None if self.history is None else {k: _rows(v, indices) for k, v in self.history.items()}
-        return replace(self, latents=_rows(self.latents, indices), history=history)
-
-    @classmethod
-    def cat(cls, parts: Sequence[Candidates]) -> Candidates:
-        """Return the candidates of all `parts`, in order; they must stand at one step."""
-        steps = sorted({part.step for part in parts})
-        if len(steps) != 1:
-            raise ConfigError(
-                "candidates of several steps cannot be joined",
-                value=steps,
-                bound="parts that have run to one step",
-                remedy="Run them to the same step first.",
-            )
-        history = parts[0].history
-        if history is not None:
-            history = {name: _joined([part.history[name] for part in parts]) for name in history}
-        return cls(torch.cat([part.latents for part in parts]), steps[0], history)
 
 
 class Denoiser:
@@ -192,7 +65,7 @@ class Denoiser:
         self.pipeline = pipeline
         self._adapter = adapter_of(pipeline)
         self._scheduler = prepare(pipeline.scheduler)
-        self.settings = self._resolve(settings if settings is not None else Settings())
+        self.settings = resolve(settings if settings is not None else Settings(), pipeline)
         # A dry run: the pipeline checks its inputs and asks for its schedule, and is given no timestep to run.
         dry = make_segment(self._scheduler, 0, -1)
         blank = self._adapter.blank_embeds(pipeline, self.settings)
@@ -402,82 +275,6 @@ class Denoiser:
             for name in [name for name in own if name.startswith("_") and name not in before]:
                 del own[name]
             own.update(before)
-
-    def _resolve(self, settings: Settings) -> Settings:
-        pipeline, adapter = self.pipeline, self._adapter
-        brought = getattr(pipeline, "ttsnap_defaults", None) or {}
-        height, width = adapter.default_size(pipeline)
-        standard = {
-            "guidance": adapter.default_guidance(pipeline),
-            "height": height,
-            "width": width,
-            "max_sequence_length": adapter.default_sequence_length(pipeline),
-        }
-        found = {name: brought.get(name, value) for name, value in standard.items() if getattr(settings, name) is None}
-        resolved = replace(settings, **found)
-        multiple = adapter.size_multiple(pipeline)
-        for name in ("height", "width"):
-            value = getattr(resolved, name)
-            if value % multiple:
-                near = max(multiple, round(value / multiple) * multiple)
-                raise ConfigError(
-                    f"{name} of {type(pipeline).__name__}",
-                    value=value,
-                    bound=f"a multiple of {multiple}",
-                    remedy=f"The nearest is {near}.",
-                )
-        if adapter.sequence_length is None and settings.max_sequence_length is not None:
-            raise ConfigError(
-                "max_sequence_length",
-                value=settings.max_sequence_length,
-                bound=f"None: {type(pipeline).__name__} has no T5 encoder",
-                remedy="Leave it out.",
-            )
-        if settings.true_guidance is not None and not adapter.embedded_guidance(pipeline):
-            raise ConfigError(
-                "true_guidance",
-                value=settings.true_guidance,
-                bound="None: this model's guidance is classifier-free already",
-                remedy="Set guidance instead.",
-            )
-        if settings.negative_prompt is not None and not adapter.uses_cfg(pipeline, resolved):
-            raise ConfigError(
-                "negative_prompt has no effect without classifier-free guidance",
-                value=settings.negative_prompt,
-                remedy=f"Set {'true_guidance' if adapter.embedded_guidance(pipeline) else 'guidance'} above 1, or leave it out.",
-            )
-        return resolved
-
-
-def image_seed(base_seed: int, prompt_index: int, image_index: int) -> int:
-    """Return the seed of one image; it depends on these three numbers alone.
-
-    The low 63 bits of ``numpy.random.SeedSequence([base, prompt, image]).generate_state(1, uint64)``.
-    """
-    numbers = [
-        integer(name, value, 0)
-        for name, value in (("base_seed", base_seed), ("prompt_index", prompt_index), ("image_index", image_index))
-    ]
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) & (2**63 - 1)
-
-
-def image_generator(base_seed: int, prompt_index: int, image_index: int) -> torch.Generator:
-    """Return the CPU generator of one image, seeded with :func:`image_seed`."""
-    return torch.Generator().manual_seed(image_seed(base_seed, prompt_index, image_index))
-
-
-def _rows(value: Any, indices: Sequence[int]) -> Any:
-    if isinstance(value, list):
-        return [_rows(one, indices) for one in value]
-    if not isinstance(value, torch.Tensor) or value.ndim == 0:  # a timestep, a count, an empty place
-        return value
-    return value[torch.as_tensor(indices, dtype=torch.long, device=value.device)]
-
-
-def _joined(values: list[Any]) -> Any:
-    if isinstance(values[0], list):
-        return [_joined(list(parts)) for parts in zip(*values, strict=True)]
-    return torch.cat(values) if isinstance(values[0], torch.Tensor) and values[0].ndim else values[0]
 
 
 @contextlib.contextmanager

@@ -3,12 +3,13 @@
 FLUX.1-dev on a card of 24 GB: its transformer alone fills the card in bf16 (12 billion weights). Keep the weights in
 8 bits, compute in bf16, and let the text encoders make room: ``load_pipeline("black-forest-labs/FLUX.1-dev",
 dtype="bf16", fp8=True, offload="model")`` (about 12 GB for the transformer). Without the 8 bits,
-``offload="sequential"`` fits any card but is many times slower. Both are untested on the machines at hand.
+``offload="sequential"`` fits any card but is many times slower. Both are untested so far.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,14 @@ from diffusers import (
 )
 
 from ._adapters import ADAPTERS, adapter_of
+from ._load_errors import KNOWN_IDS, POCKET_MODELS, explain
 from ._segments import schedulable
 from .checks import choice
 from .errors import ConfigError, DeviceError, PipelineError
 
 __all__ = ["POCKET_MODELS", "SCHEDULERS", "load_pipeline", "pipeline_source"]
 
-POCKET_MODELS = ("pocket-flux", "pocket-sdxl")
-
-SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flow-euler": (FlowMatchEulerDiscreteScheduler, {}),
     "euler": (EulerDiscreteScheduler, {}),
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
@@ -41,15 +41,6 @@ SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
 }
 """Names for `scheduler`: the class, and the options that latents need."""
 
-_KNOWN_IDS = (
-    *POCKET_MODELS,
-    "black-forest-labs/FLUX.1-dev",
-    "black-forest-labs/FLUX.1-schnell",
-    "SG161222/RealVisXL_V4.0",
-    "stabilityai/stable-diffusion-xl-base-1.0",
-    "stabilityai/stable-diffusion-3.5-medium",
-    "stable-diffusion-v1-5/stable-diffusion-v1-5",
-)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DEFAULT_KEYS = ("guidance", "height", "width", "max_sequence_length")
 
@@ -78,7 +69,7 @@ def load_pipeline(
     revision, variant : str, optional
         Commit, branch or tag, and file variant (such as ``"fp16"``) of a hub id.
     offload : {"none", "model", "sequential"}
-        Keep components, or single layers, in main memory until they are needed. Needs an accelerator; untested here.
+        Keep components, or single layers, in main memory until they are needed. Needs an accelerator; untested so far.
     fp8 : bool
         Keep the denoising model's weights in 8-bit floats and compute in `dtype`: half the memory of bf16.
     scheduler : str or diffusers scheduler, optional
@@ -119,7 +110,7 @@ def load_pipeline(
     try:
         pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=number, variant=variant, **options)
     except Exception as error:  # many libraries below, each with its own errors
-        raise _explained(source, is_folder, error) from error
+        raise explain(source, is_folder, error) from error
     adapter = adapter_of(pipeline)
     if scheduler is not None:
         pipeline.scheduler = _scheduler(scheduler, pipeline.scheduler)
@@ -153,7 +144,7 @@ def _device(name: Any) -> torch.device:
         raise DeviceError(
             "device", value=name, bound="'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'", remedy="Use one of those."
         ) from error
-    there = {
+    there: dict[str, Callable[[], bool]] = {
         "cpu": lambda: True,
         "cuda": lambda: torch.cuda.is_available() and (place.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available,
@@ -180,7 +171,7 @@ def _source(model: Any) -> tuple[str, bool]:
     """Return what from_pretrained takes, and whether it is a folder."""
     if not isinstance(model, str | Path) or not str(model).strip():
         raise ConfigError(
-            "model", value=model, bound="a name, a folder or a hub id", remedy=f"For example {_KNOWN_IDS[0]!r}."
+            "model", value=model, bound="a name, a folder or a hub id", remedy=f"For example {KNOWN_IDS[0]!r}."
         )
     if model in POCKET_MODELS:
         from .pocket import pocket_folder
@@ -199,7 +190,7 @@ def _source(model: Any) -> tuple[str, bool]:
     named = str(model)
     looks_like_id = named.count("/") == 1 and not named.startswith((".", "/", "~")) and not isinstance(model, Path)
     if not looks_like_id or path.exists():
-        close = difflib.get_close_matches(named, _KNOWN_IDS, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(named, KNOWN_IDS, n=1, cutoff=0.5)
         raise PipelineError(
             "unknown model" if not path.exists() else "model is a file, not a folder",
             value=named,
@@ -214,69 +205,7 @@ def _class_name(source: str, is_folder: bool, options: dict[str, Any]) -> str:
     try:
         return DiffusionPipeline.load_config(source, **options).get("_class_name", "pipeline without a class name")
     except Exception as error:
-        raise _explained(source, is_folder, error) from error
-
-
-def _explained(source: str, is_folder: bool, error: Exception) -> PipelineError:
-    """Say what an error of from_pretrained means and what to do."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    names = {cls.__name__ for one in chain for cls in type(one).__mro__}
-    text = " ".join(str(one) for one in chain)
-    if is_folder:
-        what = (
-            "no model_index.json"
-            if not (Path(source) / "model_index.json").exists()
-            else "files that are missing or broken"
-        )
-        return PipelineError(
-            f"folder {source} cannot be loaded: {what} ({type(error).__name__}: {_first_line(error)})",
-            bound="a whole folder written by save_pretrained",
-            remedy="Save the pipeline again, or download it whole.",
-        )
-    if "GatedRepoError" in names or "gated" in text.lower():
-        return PipelineError(
-            f"{source} is gated: its owner wants a licence accepted first",
-            remedy=f"Log in and accept the licence at https://huggingface.co/{source}, make an access token, and set it as HF_TOKEN "
-            "(or run `hf auth login`).",
-        )
-    if {"RepositoryNotFoundError", "RevisionNotFoundError"} & names or "not a valid model identifier" in text:
-        close = difflib.get_close_matches(source, _KNOWN_IDS, n=1, cutoff=0.5)
-        hint = (
-            f"Did you mean {close[0]!r}?"
-            if close and close[0] != source
-            else "Check the spelling of name and revision."
-        )
-        return PipelineError(
-            f"the hub has no {source}, or not that revision",
-            bound="an existing model",
-            remedy=f"{hint} A private model needs HF_TOKEN.",
-        )
-    offline = {
-        "LocalEntryNotFoundError",
-        "OfflineModeIsEnabled",
-        "ConnectionError",
-        "ConnectTimeout",
-        "Timeout",
-        "HTTPError",
-    }
-    if offline & names or "connect" in text.lower() or "offline" in text.lower():
-        return PipelineError(
-            f"{source} is not on this machine and cannot be downloaded",
-            remedy=f"Where there is a network, run `hf download {source}`, and give the folder it prints as the model, or "
-            "copy the cache (HF_HOME). The pocket models need no download.",
-        )
-    return PipelineError(
-        f"{source} cannot be loaded ({type(error).__name__}: {_first_line(error)})",
-        remedy="See the error above this one; `hf download` it again if a file is broken.",
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
+        raise explain(source, is_folder, error) from error
 
 
 def _scheduler(wanted: Any, own: Any) -> Any:
@@ -308,7 +237,7 @@ def _defaults(source: str) -> dict[str, Any]:
     from .pocket import POCKET_DEFAULTS, pocket_folder
 
     name = next((name for name in POCKET_MODELS if Path(source).resolve() == Path(pocket_folder(name)).resolve()), None)
-    return {key: value for key, value in POCKET_DEFAULTS.get(name, {}).items() if key in _DEFAULT_KEYS}
+    return {key: value for key, value in POCKET_DEFAULTS.get(name or "", {}).items() if key in _DEFAULT_KEYS}
 
 
 def _commit(model: str, revision: str | None) -> str | None:
