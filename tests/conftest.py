@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,13 @@ def reference() -> Path:
     if not (folder / "golden_official.npz").exists():
         pytest.skip("published reference data not found; set TTSNAP_REFERENCE to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def pools(reference):
+    """Return the published reward tensors by model, in memory, repeats kept."""
+    from ttsnap_lib import import_published
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the SDXL pool repeats itself
+        return {model: import_published(reference / "values", model) for model in ("flux", "sdxl")}

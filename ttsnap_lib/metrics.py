@@ -6,6 +6,7 @@ bootstraps over prompts, since prompts are what a result should carry over to.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +65,10 @@ class Estimate:
             samples = boot[..., 0] / boot[..., 1]
             mean = stacked[..., 0].sum(0) / stacked[..., 1].sum(0)
         tail = (1 - real("level", level, 0, 1, open_low=True)) / 2
-        low, high = np.quantile(samples, [tail, 1 - tail], axis=0)
+        # A resample of dropped prompts alone has no mean; the few of them are left out.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a cell without any value stays NaN
+            low, high = np.nanquantile(samples, [tail, 1 - tail], axis=0)
         return cls(mean, low, high, values)
 
 

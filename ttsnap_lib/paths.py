@@ -16,6 +16,7 @@ from typing import Any
 from .errors import DiskError
 
 __all__ = [
+    "SHIPPED_TENSORS",
     "atomic_folder",
     "atomic_write",
     "data_cache",
@@ -24,10 +25,14 @@ __all__ = [
     "notebooks_folder",
     "repository_root",
     "require_space",
+    "shipped_tensor",
     "write_json",
 ]
 
 _PACKAGE = Path(__file__).resolve().parent
+
+SHIPPED_TENSORS = {"pocket-flux": "flux", "pocket-sdxl": "sdxl"}
+"""Names of the tensors that come with the package, and their folders in ``data_cache/pocket``."""
 
 
 def repository_root() -> Path | None:
@@ -51,6 +56,14 @@ def notebooks_folder() -> Path:
     """Return the folder of the shipped notebooks: the repository's, else the copy in the wheel."""
     root = repository_root()
     return root / "notebooks" if root is not None else _PACKAGE / "_notebooks"
+
+
+def shipped_tensor(name: str) -> Path:
+    """Return the folder of a shipped pocket tensor: in the data cache, else in the repository, else in the wheel."""
+    relative = Path("pocket") / f"{SHIPPED_TENSORS[name]}.zarr"
+    root = repository_root()
+    places = [data_cache(), *([root / "data_cache"] if root else []), _PACKAGE / "_data_cache"]
+    return next((place / relative for place in places if (place / relative).is_dir()), places[-1] / relative)
 
 
 @contextlib.contextmanager

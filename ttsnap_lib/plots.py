@@ -15,12 +15,13 @@ from .errors import ConfigError
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from .costs import CostModel
     from .metrics import Estimate
     from .schedule import Schedule
 
-__all__ = ["METHOD_LABELS", "gain_bars", "reward_against_budget", "survivor_funnel", "tau_per_step"]
+__all__ = ["METHOD_LABELS", "gain_bars", "reward_against_budget", "reward_panels", "survivor_funnel", "tau_per_step"]
 
 METHOD_LABELS = {"best_of_n": "Best-of-N", "ttsp": "TTSp", "ttsnap": "TTSnap"}
 _STYLES = {"best_of_n": (7, "s", "--"), "ttsp": (1, "^", "-."), "ttsnap": (0, "o", "-")}
@@ -73,6 +74,19 @@ def reward_against_budget(
     ax.set(xlabel=f"budget per prompt ({unit})", ylabel=f"mean {reward_label(reward)} of the chosen image")
     ax.legend(frameon=False)
     return _finish(ax)
+
+
+def reward_panels(frame: pd.DataFrame, *, unit: str = "TFLOPs", title: str | None = None) -> Figure:
+    """Draw :func:`reward_against_budget` for every reward of the frame, side by side, and return the figure."""
+    import matplotlib.pyplot as plt
+
+    rewards = list(dict.fromkeys(frame["reward"]))
+    figure, axes = plt.subplots(1, len(rewards), figsize=(4.8 * len(rewards), 3.6), layout="constrained", squeeze=False)
+    for reward, ax in zip(rewards, axes[0], strict=True):
+        reward_against_budget(frame, reward, unit=unit, ax=ax)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
 
 
 def gain_bars(gains: pd.DataFrame, *, ax: Axes | None = None) -> Axes:

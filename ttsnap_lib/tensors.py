@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import TensorError
-from .paths import atomic_folder
+from .paths import SHIPPED_TENSORS, atomic_folder, shipped_tensor
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -176,7 +176,9 @@ def save_rewards(dataset: xr.Dataset, path: str | Path, *, overwrite: bool = Fal
     for variable in ordered.variables.values():
         variable.encoding = {}  # chunks of the store it was read from need not fit
     chunks = tuple(min(PROMPT_CHUNK, size) if dim == "prompt" else size for dim, size in ordered["base"].sizes.items())
-    encoding = {name: {"chunks": chunks, "dtype": "float32"} for name in ("base", "noise_aware")}
+    # NaN as fill value: what was never written, or was lost, must not read as zero.
+    values = {"chunks": chunks, "dtype": "float32", "_FillValue": np.float32("nan")}
+    encoding = {name: dict(values) for name in ("base", "noise_aware")}
     for name in ("noise_aware_source", "status", "prompt_text", "reward"):
         if name in ordered.variables:  # fixed-width text: variable-length strings have no stable Zarr v3 type yet
             ordered[name] = ordered[name].astype(str)
@@ -194,6 +196,12 @@ def save_rewards(dataset: xr.Dataset, path: str | Path, *, overwrite: bool = Fal
 def open_rewards(path: str | Path) -> xr.Dataset:
     """Open a reward tensor lazily: values are read when they are used.
 
+    Parameters
+    ----------
+    path : path or name
+        A Zarr folder; ``"pocket-flux"`` or ``"pocket-sdxl"`` for the shipped pocket tensors; ``"synthetic"`` for the
+        statistical stand-in of :mod:`ttsnap_lib.synthetic`.
+
     Raises
     ------
     TensorError
@@ -201,7 +209,11 @@ def open_rewards(path: str | Path) -> xr.Dataset:
     """
     import xarray as xr
 
-    path = Path(path)
+    if path == "synthetic":
+        from .synthetic import synthetic_rewards
+
+        return synthetic_rewards()
+    path = shipped_tensor(path) if path in SHIPPED_TENSORS else Path(path)
     remedy = "Check the path; `ttsnap import-published` and `ttsnap score` write tensors."
     if not path.is_dir():
         raise TensorError("reward tensor", value=str(path), bound="a Zarr folder", remedy=remedy)
