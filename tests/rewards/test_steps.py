@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.rewards.conftest import PROMPTS
+from tests.rewards.conftest import PROMPTS, save_clip
 from ttsnap_lib.errors import CheckpointError
 from ttsnap_lib.rewards import load_reward
 
@@ -58,6 +58,16 @@ def test_switching_equals_merging(clip_folder, run_folder, images):
         scores = reward.use_step(step).score(PROMPTS, images)
         np.testing.assert_allclose(scores, base if step is None else expected[step], rtol=1e-4, atol=1e-4)
         assert reward.step == step
+
+
+def test_fingerprints_tell_base_weights_apart(clip_folder, run_folder, tmp_path):
+    plain = load_reward(clip_folder, device="cpu")
+    adapted = load_reward(clip_folder, device="cpu", adapters=run_folder).use_step(8)
+    assert plain.fingerprint() == adapted.fingerprint()
+    assert plain.fingerprint() != load_reward(clip_folder, device="cpu", scale=1.0).fingerprint()
+    other = save_clip(tmp_path / "other", seed=9)
+    assert plain.fingerprint() != load_reward(other, device="cpu").fingerprint()
+    assert adapted._series.fingerprint(8) != adapted._series.fingerprint(2)
 
 
 def test_switching_trains_nothing(clip_folder, run_folder):

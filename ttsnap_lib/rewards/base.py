@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -234,6 +235,22 @@ class Reward:
         """Steps that have noise-aware weights, ascending; empty for a base reward."""
         return self._series.steps if self._series is not None else ()
 
+    @property
+    def series_kind(self) -> str | None:
+        """Kind of the noise-aware weights: ``"lora"`` is fast to switch, ``"full"`` slow; None without any."""
+        return self._series.kind if self._series is not None else None
+
+    def step_fingerprint(self, step: int) -> str:
+        """Return a digest of the noise-aware weights of `step`."""
+        if self._series is None or step not in self.adapter_steps:
+            raise CheckpointError(
+                f"reward {self.name} has no noise-aware weights for step {step}",
+                value=step,
+                bound=f"one of {list(self.adapter_steps)}",
+                remedy="Attach a series that has them.",
+            )
+        return self._series.fingerprint(step)
+
     def attach_steps(self, folder: str | Path) -> Reward:
         """Add the noise-aware weights of a run folder (``step_14/ ... curriculum.json``); return self."""
         from .steps import StepSeries
@@ -251,6 +268,32 @@ class Reward:
         """Compile the forward pass with `torch.compile` on its first use; return self."""
         self._compiled = torch.compile(self.forward)
         return self
+
+    def fingerprint(self) -> str:
+        """Return a short digest of what decides the base scores: architecture, weights (sampled), type, settings.
+
+        It tells scores of one model from those of another when a tensor is resumed; it is no security measure.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+        digest.update(f"{type(self).__name__} {self.preprocessing} {self.dtype} {self._settings()}".encode())
+        adapted = "lora" if self._series is not None and self._series.kind == "lora" else ""
+        for key, value in sorted(self._base_state().items()):
+            if adapted and ".lora_" in key:
+                continue
+            flat = value.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 256)].float().cpu().numpy()
+            digest.update(f"{key.replace('.base_layer', '')} {tuple(value.shape)}".encode() + sample.tobytes())
+        return digest.hexdigest()
+
+    def _settings(self) -> str:
+        """Return the settings of the family that change the scores."""
+        return f"scale={getattr(self, 'scale', None)} standardize={getattr(self, 'standardize', None)}"
+
+    def _base_state(self) -> dict[str, torch.Tensor]:
+        if self.module is None:
+            return {}
+        own = {key: value for key, value in self.module.state_dict().items() if value.is_floating_point()}
+        return {**own, **(self._series.base_state() if self._series is not None else {})}
 
     def clear_cache(self) -> None:
         """Forget encoded prompts. Needed only after weights were replaced without an in-place update."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -113,6 +114,17 @@ class StepSeries:
     def steps(self) -> tuple[int, ...]:
         """Steps with weights, ascending."""
         return tuple(self._folders)
+
+    def fingerprint(self, step: int) -> str:
+        """Return a digest of the weights file of `step`."""
+        path = self._folders[step]
+        file = path / (_ADAPTER if self.kind == "lora" else _FULL)
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+    def base_state(self) -> dict[str, torch.Tensor]:
+        """Return the base values of the weights that full checkpoints have replaced so far."""
+        return self._base
 
     def use(self, step: int | None) -> None:
         """Make the weights of `step` (None: the base) the active ones."""
