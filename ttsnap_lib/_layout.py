@@ -27,6 +27,7 @@ __all__ = [
 HIDDEN = ".ttsnap"
 """Folder for locks and checksums inside a trajectory folder."""
 _PROMPT, _IMAGE = re.compile(r"p(\d{4,})"), re.compile(r"id(\d{3,})")
+_PART = re.compile(r"\.id(\d{3,})\..+\.(?:part|old)")
 
 
 def prompt_name(prompt: int) -> str:
@@ -64,8 +65,8 @@ class PromptState:
     incomplete: dict[int, list[int]] = field(default_factory=dict)
     """Images with missing steps, and which."""
     foreign: list[Path] = field(default_factory=list)
-    parts: list[Path] = field(default_factory=list)
-    """Leftovers of images that were being written when a process ended."""
+    parts: dict[Path, int] = field(default_factory=dict)
+    """Leftovers of images that were being written when a process ended, and which image."""
 
 
 def scan_prompt(folder: Path, n_steps: int, image_format: str) -> PromptState:
@@ -81,8 +82,8 @@ def scan_prompt(folder: Path, n_steps: int, image_format: str) -> PromptState:
         return state
     for entry in entries:
         if entry.name.startswith("."):
-            if entry.name.startswith(".id") and entry.name.endswith((".part", ".old")):
-                state.parts.append(Path(entry.path))
+            if part := _PART.fullmatch(entry.name):
+                state.parts[Path(entry.path)] = int(part[1])
             continue
         image = _index(_IMAGE, entry.name, image_name)
         if image is None or not entry.is_dir(follow_symlinks=False):

@@ -22,7 +22,6 @@ MAX_CHARACTERS = 10_000
 """Longest prompt taken; text encoders read 77 to 512 tokens."""
 
 _HEADER_WORDS = 3  # a CSV header of more words is a prompt: the file has no header line
-_POCKET_SPLIT, _POCKET_COUNT = "test", 64
 _SHAPES = 'a JSON list of texts, .txt with one prompt a line, .csv or .parquet with a column "prompt", or "pocket"'
 
 
@@ -54,7 +53,7 @@ def read_prompts(source: str | Path | Sequence[str], *, limit: int | None = None
     if isinstance(source, str | Path):
         name = str(source)
         if name == "pocket" or name.startswith("pocket:"):
-            found = _pocket(name, limit)
+            found = _pocket(name)
         else:
             found = _file(Path(text("prompts", name, error=PromptError)))
     else:
@@ -103,16 +102,16 @@ def check_prompts(prompts: Sequence[Any], name: str = "prompts") -> list[str]:
     return prompts
 
 
-def _pocket(name: str, limit: int | None) -> list[str]:
+def _pocket(name: str) -> list[str]:
     from .pocket import pocket_prompts  # late: only the pocket prompts need it
 
     parts = name.split(":")
-    split = parts[1] if len(parts) > 1 and parts[1] else _POCKET_SPLIT
     if len(parts) > 3 or (len(parts) == 3 and not parts[2].isdigit()):
         raise PromptError(
             "prompts", value=name, bound='"pocket:<split>:<count>"', remedy='Write for example "pocket:test:16".'
         )
-    return list(pocket_prompts(split, int(parts[2]) if len(parts) == 3 else (limit or _POCKET_COUNT)))
+    split = parts[1:2] if len(parts) > 1 and parts[1] else []
+    return list(pocket_prompts(*split, **({"n": int(parts[2])} if len(parts) == 3 else {})))
 
 
 def _file(path: Path) -> list[Any]:

@@ -1,0 +1,30 @@
+"""A progress bar as a callback: in a notebook a widget, in a terminal a line, headless plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+__all__ = ["progress_bar"]
+
+
+def progress_bar(what: str = "images", *, quiet: bool = False) -> Callable[[int, int], None] | None:
+    """Return a callback ``(done, total)`` that shows a tqdm bar with the rate and the time left.
+
+    What was done before the first call does not count for the rate. None when `quiet`.
+    """
+    if quiet:
+        return None
+    from tqdm.auto import tqdm
+
+    bar: tqdm | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, initial=done, unit=what.rstrip("s"), desc=what, mininterval=0.5)
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+            bar = None
+
+    return show
