@@ -22,7 +22,16 @@ from .rewards.base import Reward
 from .rewards.loading import load_reward
 from .trajectories import Trajectories
 
-__all__ = ["ScoreReport", "Skipped", "load_rewards", "reward_plan", "score"]
+__all__ = [
+    "Rewards",
+    "ScoreReport",
+    "Skipped",
+    "chosen_steps",
+    "identity_digest",
+    "load_rewards",
+    "reward_plan",
+    "score",
+]
 
 Rewards = str | Path | Reward | Callable | Sequence[str | Path | Reward | Callable]
 
@@ -98,7 +107,7 @@ def score(
     workers, prefetch = integer("workers", workers, 1, 256), integer("prefetch", prefetch, 0)
     part = parse_shard(shard)
     found = Trajectories(folder)
-    chosen = _steps(steps, found.n_steps)
+    chosen = chosen_steps(steps, found.n_steps)
     models = load_rewards(
         rewards, noise_aware, device=device, dtype=dtype, compile=compile, batch_size=batch_size, steps=found.n_steps
     )
@@ -191,7 +200,8 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _steps(given: Sequence[int] | None, n: int) -> list[int]:
+def chosen_steps(given: Sequence[int] | None, n: int) -> list[int]:
+    """Return steps as ascending indices; all `n` when None, negative ones from the end."""
     if given is None:
         return list(range(n))
     chosen = sorted({integer("steps", step, -n, n - 1) % n for step in given})

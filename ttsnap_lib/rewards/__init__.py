@@ -21,9 +21,9 @@ _NAMES = {
     "REWARDS": "loading",
     "Reward": "base",
     "StepSeries": "steps",
-    "TextBatch": "base",
+    "TextBatch": "text",
     "load_reward": "loading",
-    "score_many": "base",
+    "score_many": "several",
     "step_folders": "steps",
 }
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections import OrderedDict
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,49 +13,23 @@ import numpy as np
 import torch
 
 from ttsnap_lib.checks import integer
-from ttsnap_lib.errors import CheckpointError, ConfigError, DeviceError, RewardError
+from ttsnap_lib.errors import CheckpointError, DeviceError, RewardError
 
 from .inputs import Images, as_list, check_tensor, open_image, prompt_list
 from .preprocess import Preprocessing
+from .text import TextBatch, TextCache
 
 if TYPE_CHECKING:
     from .steps import StepSeries
 
-__all__ = ["Reward", "TextBatch", "default_device", "score_many"]
-
-_CACHED_PROMPTS = 4096  # rows of the text cache; at most 16 MB for the largest text tower
+__all__ = ["Reward", "default_device"]
 
 
 def default_device() -> torch.device:
-    """Return the accelerator when there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@dataclass
-class TextBatch:
-    """Encoded prompts: named tensors with one row per prompt, whatever the family needs."""
-
-    tensors: dict[str, torch.Tensor]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
-
-    def __getitem__(self, rows: Any) -> TextBatch:
-        """Return the given rows (an index tensor, a slice or a list of integers)."""
-        return TextBatch({name: tensor[rows] for name, tensor in self.tensors.items()})
-
-    def expand(self, n: int) -> TextBatch:
-        """Return `n` rows: one row is repeated without copying."""
-        if len(self) == n:
-            return self
-        if len(self) != 1:
-            raise RewardError(
-                "prompts and images differ in number",
-                value=f"{len(self)} prompts, {n} images",
-                bound="one prompt per image, or one for all",
-                remedy="Pass a list of prompts as long as the images.",
-            )
-        return TextBatch({name: tensor.expand(n, *tensor.shape[1:]) for name, tensor in self.tensors.items()})
+    """Return the accelerator when there is one (this process's own under a launcher), else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 class Reward:
@@ -103,8 +76,7 @@ class Reward:
         self.batch_size = integer("batch_size", batch_size, 1)
         self.step: int | None = None
         self._series: StepSeries | None = None
-        self._texts: OrderedDict[str, TextBatch] = OrderedDict()
-        self._texts_of: tuple | None = None
+        self._texts = TextCache()
         self._compiled: Any = None
 
     # -- what a family fills in ---------------------------------------------------------------------------------
@@ -324,28 +296,9 @@ class Reward:
         return scores.float().cpu().numpy()
 
     def _cached_text(self, prompts: list[str]) -> TextBatch:
-        """Return one row per prompt, encoding only those not seen since the weights last changed."""
         # In-place updates (an optimizer's step, load_state_dict) raise a parameter's version: no stale rows.
         versions = sum(p._version for p in self.module.parameters()) if self.module is not None else 0
-        if self._texts_of != (self.step, versions):
-            self._texts.clear()
-            self._texts_of = (self.step, versions)
-        distinct = list(dict.fromkeys(prompts))
-        missing = [prompt for prompt in distinct if prompt not in self._texts]
-        for start in range(0, len(missing), 256):
-            part = missing[start : start + 256]
-            encoded = self.encode_text(part)
-            for row, prompt in enumerate(part):
-                self._texts[prompt] = encoded[row : row + 1]
-        if len(distinct) == 1:
-            self._texts.move_to_end(distinct[0])
-            text = self._texts[distinct[0]].expand(len(prompts))
-        else:
-            rows = [self._texts[prompt] for prompt in prompts]
-            text = TextBatch({key: torch.cat([row.tensors[key] for row in rows]) for key in rows[0].tensors})
-        while len(self._texts) > _CACHED_PROMPTS:
-            self._texts.popitem(last=False)
-        return text
+        return self._texts.rows(prompts, self.encode_text, (self.step, versions))
 
     @contextlib.contextmanager
     def _scoring(self) -> Iterator[None]:
@@ -365,42 +318,3 @@ class Reward:
         finally:
             for part in training:
                 part.training = True
-
-
-def score_many(
-    rewards: Sequence[Reward], prompts: str | Sequence[str], images: Images, *, batch_size: int | None = None
-) -> dict[str, np.ndarray]:
-    """Score one image set with several rewards in one pass over the images.
-
-    Files are opened once, and rewards with equal preprocessing share the pixels.
-
-    Returns
-    -------
-    dict
-        Reward name -> float32 (n,).
-    """
-    names = [reward.name for reward in rewards]
-    if len(set(names)) != len(names):
-        raise ConfigError(
-            "rewards", value=names, bound="distinct names", remedy="Give one of them another name with name=."
-        )
-    if not isinstance(images, torch.Tensor):
-        images = as_list(images)
-    rows = prompt_list(prompts, len(images))
-    size = batch_size or min((reward.batch_size for reward in rewards), default=1)
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for start in range(0, len(images), size):
-        part = images[start : start + size]
-        if not isinstance(part, torch.Tensor):
-            part = [open_image(image) for image in part]
-        prepared: dict[tuple, torch.Tensor] = {}
-        for reward in rewards:
-            if reward.preprocessing is None:
-                scores = reward.score(rows[start : start + size], part, batch_size=size)
-            else:
-                key = (reward.preprocessing, reward.device)
-                if key not in prepared:
-                    prepared[key] = reward.preprocess(part)
-                scores = reward.score_pixels(rows[start : start + size], prepared[key])
-            parts[reward.name].append(scores)
-    return {name: np.concatenate(values) if values else np.empty(0, np.float32) for name, values in parts.items()}

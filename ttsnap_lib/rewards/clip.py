@@ -12,8 +12,9 @@ from torch.nn import functional
 from ttsnap_lib.checks import real
 from ttsnap_lib.errors import RewardError
 
-from .base import Reward, TextBatch
+from .base import Reward
 from .preprocess import Preprocessing, from_clip_processor
+from .text import TextBatch
 from .weights import check_keys, is_local, offline_error, read_state
 
 __all__ = ["ClipReward", "load_clip"]

@@ -12,8 +12,9 @@ from torch.nn import functional
 from ttsnap_lib.checks import choice, real
 from ttsnap_lib.errors import RewardError
 
-from .base import Reward, TextBatch
+from .base import Reward
 from .preprocess import HPS_PIXELS, Preprocessing
+from .text import TextBatch
 from .weights import fetch, load_strict, read_state
 
 __all__ = ["HPS_FILES", "OpenClipReward", "load_hpsv2"]

@@ -13,8 +13,9 @@ import torch
 
 from ttsnap_lib.errors import RewardError
 
-from .base import Reward, TextBatch
+from .base import Reward
 from .preprocess import IMAGE_REWARD_PIXELS
+from .text import TextBatch
 from .weights import fetch, is_local, load_strict, offline_error, read_state
 
 __all__ = ["ImageRewardModel", "load_image_reward"]
