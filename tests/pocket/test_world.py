@@ -1,0 +1,199 @@
+"""The picture world: captions, splits, the renderer, and the oracle that judges its pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from ttsnap_lib.errors import PromptError, RewardError
+from ttsnap_lib.pocket import oracle_score, pocket_folder, pocket_prompts
+from ttsnap_lib.pocket import prompts as prompt_module
+from ttsnap_lib.pocket.oracle import judge
+from ttsnap_lib.pocket.world import (
+    COLORS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    all_scenes,
+    caption,
+    parse_caption,
+    random_scene,
+    render,
+)
+
+
+@pytest.fixture(scope="module")
+def world():
+    rng = np.random.default_rng(11)
+    scenes = [random_scene(rng) for _ in range(120)]
+    pictures = render(scenes, rng)
+    texts = [caption(scene) for scene in scenes]
+    return scenes, texts, pictures, oracle_score(texts, pictures)
+
+
+def test_every_caption_is_read_back():
+    scenes = list(all_scenes())
+    assert len(scenes) == len(set(scenes)) > 50_000
+    for scene in scenes[::97]:
+        assert parse_caption(caption(scene)) == scene
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a photo of a dog", "a small red ring", "a tiny red ring on a black background", 3, None]
+)
+def test_other_text_is_refused(text):
+    with pytest.raises(PromptError, match="caption"):
+        parse_caption(text)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Thing("huge", "red", "ring"),
+        lambda: Thing("small", "pink", "ring"),
+        lambda: Scene("red", (Thing("small", "red", "ring"),)),
+        lambda: Scene("black", (Thing("small", "red", "ring"),), "above"),
+        lambda: Scene("black", (Thing("small", "red", "ring"),) * 2),
+        lambda: Scene("black", ()),
+    ],
+)
+def test_impossible_scenes_are_refused(make):
+    with pytest.raises(PromptError):
+        make()
+
+
+def test_mirrored_tells_the_same_picture():
+    scene = Scene("black", (Thing("small", "red", "ring"), Thing("large", "blue", "cross")), "left of")
+    pictures = render([scene, scene.mirrored()], np.random.default_rng(0), jitter=False)
+    assert scene.mirrored() != scene
+    assert scene.mirrored().mirrored() == scene
+    np.testing.assert_array_equal(pictures[0], pictures[1])
+
+
+def test_render_is_deterministic_and_independent_of_the_batch():
+    rng = np.random.default_rng(3)
+    scenes = [random_scene(rng) for _ in range(20)]
+    first = render(scenes, np.random.default_rng(4))
+    assert first.shape == (20, 32, 32, 3)
+    assert first.dtype == np.uint8
+    np.testing.assert_array_equal(first, render(scenes, np.random.default_rng(4)))
+    assert (first != render(scenes, np.random.default_rng(5))).any()
+    # each scene draws the same count of numbers, so a prefix of the batch draws the same
+    np.testing.assert_array_equal(first[:7], render(scenes[:7], np.random.default_rng(4)))
+
+
+def test_things_never_touch_nor_leave_the_picture():
+    rng = np.random.default_rng(6)
+    big = [Thing("large", "red", shape) for shape in SHAPES]
+    scenes = [Scene("white", (a, Thing("large", "blue", b.shape)), r) for a in big for b in big for r in RELATIONS]
+    for picture in render(scenes, rng).astype(float):
+        ground = np.median(picture[0], axis=0)
+        far = np.abs(picture - ground).max(axis=-1) > 60
+        assert ndimage.label(far, structure=np.ones((3, 3)))[1] == 2
+        assert not far[0].any() and not far[-1].any() and not far[:, 0].any() and not far[:, -1].any()
+
+
+def test_oracle_is_near_one_on_renders_and_near_zero_on_noise(world):
+    _, texts, pictures, right = world
+    noise = np.random.default_rng(0).integers(0, 256, pictures.shape, dtype=np.uint8)
+    assert right.mean() > 0.93
+    assert np.quantile(right, 0.05) > 0.8
+    assert oracle_score(texts, noise).mean() < 0.1
+    assert oracle_score(texts, np.full_like(pictures, 128)).mean() < 0.1
+    assert oracle_score(texts, pictures[::-1]).mean() < 0.3
+
+
+@pytest.mark.parametrize("attribute, options", [("size", SIZES), ("color", COLORS), ("shape", SHAPES)])
+def test_one_wrong_attribute_costs(world, attribute, options):
+    scenes, _, pictures, right = world
+    rng, wrong = np.random.default_rng(1), []
+    for scene in scenes:
+        things = list(scene.things)
+        which = int(rng.integers(len(things)))
+        others = [name for name in options if name != getattr(things[which], attribute)]
+        things[which] = dataclasses.replace(things[which], **{attribute: str(rng.choice(others))})
+        wrong.append(caption(dataclasses.replace(scene, things=tuple(things))))
+    scores = oracle_score(wrong, pictures)
+    assert (scores < right).mean() > 0.97
+    assert (right - scores).mean() > 0.2
+
+
+def test_wrong_background_relation_and_count_cost(world):
+    scenes, _, pictures, right = world
+    turn = {"black": "white", "white": "pink", "pink": "gray", "gray": "black"}
+    other = [caption(dataclasses.replace(scene, background=turn[scene.background])) for scene in scenes]
+    assert (oracle_score(other, pictures) < right - 0.2).mean() > 0.97
+    two = [k for k, scene in enumerate(scenes) if scene.relation]
+    opposite = [caption(dataclasses.replace(scenes[k].mirrored(), things=scenes[k].things)) for k in two]
+    assert (oracle_score(opposite, pictures[two]) < right[two] - 0.2).mean() > 0.95
+    alone = [caption(Scene(scenes[k].background, scenes[k].things[:1])) for k in two]
+    assert (oracle_score(alone, pictures[two]) < right[two] - 0.1).mean() > 0.95
+
+
+def test_oracle_falls_gradually_with_blur(world):
+    _, texts, pictures, right = world
+    blurred = [
+        oracle_score(texts, ndimage.gaussian_filter(pictures / 255.0, (0, sigma, sigma, 0))).mean()
+        for sigma in (0.5, 1.0, 2.0)
+    ]
+    assert right.mean() + 0.03 > blurred[0] > blurred[1] > blurred[2]
+
+
+def test_oracle_reads_uint8_floats_and_pil_alike(world):
+    from PIL import Image
+
+    _, texts, pictures, right = world
+    np.testing.assert_allclose(oracle_score(texts[:5], pictures[:5] / 255.0), right[:5], atol=1e-9)
+    np.testing.assert_allclose(oracle_score(texts[:5], [Image.fromarray(p) for p in pictures[:5]]), right[:5])
+    np.testing.assert_allclose(oracle_score(texts[0], pictures[:1]), right[:1])
+    assert set(judge(parse_caption(texts[0]), pictures[0] / 255.0)) >= {"background", "count", "color_0", "shape_0"}
+
+
+def test_oracle_refuses_what_it_cannot_judge(world):
+    _, texts, pictures, _ = world
+    with pytest.raises(RewardError, match="differ in number"):
+        oracle_score(texts[:3], pictures[:2])
+    with pytest.raises(RewardError, match="32"):
+        oracle_score(texts[:1], pictures[:1, :16])
+    with pytest.raises(RewardError, match="finite"):
+        oracle_score(texts[:1], np.full((1, 32, 32, 3), np.nan))
+    with pytest.raises(PromptError):
+        oracle_score(["a dog"], pictures[:1])
+
+
+def test_splits_are_disjoint_whole_and_the_packaged_ones():
+    splits = {name: pocket_prompts(name) for name in prompt_module.SPLITS}
+    assert {name: len(texts) for name, texts in splits.items()} == prompt_module.SPLITS
+    seen: set = set()
+    for texts in splits.values():
+        told = {parse_caption(text) for text in texts}
+        assert len(told) == len(texts)
+        both = told | {scene.mirrored() for scene in told}
+        assert not both & seen
+        seen |= both
+    packaged = json.loads(Path(prompt_module.__file__).with_name("prompts.json").read_text("utf-8"))
+    assert prompt_module.make_splits() == packaged
+
+
+def test_training_scenes_are_not_held_out():
+    scenes = prompt_module.training_scenes(3000, np.random.default_rng(0))
+    assert not set(scenes) & prompt_module.held_out()
+    assert len(prompt_module.held_out()) >= 3 * 128
+
+
+def test_names_and_sizes_are_checked():
+    assert pocket_prompts("evaluation", 3) == pocket_prompts()[:3]
+    with pytest.raises(PromptError, match="evaluation"):
+        pocket_prompts("validation")
+    with pytest.raises(PromptError, match="128"):
+        pocket_prompts("test", 129)
+    assert pocket_folder("pocket-flux").name == "pocket-flux"
+    with pytest.raises(Exception, match="pocket-flux"):
+        pocket_folder("pocket-fluks")

@@ -1,0 +1,236 @@
+"""A rule-based judge: does a picture show what its caption says? It knows the renderer's geometry, and learns nothing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import ndimage
+
+from ttsnap_lib.errors import RewardError
+
+from .world import BACKGROUNDS, COLORS, PIXELS, RELATIONS, SHAPES, SIZES, Scene, Thing, parse_caption, shape_mask
+
+__all__ = ["WEIGHTS", "judge", "oracle_score"]
+
+WEIGHTS: dict[str, float] = {
+    "background": 0.5,
+    "count": 0.4,
+    "relation": 0.5,
+    "color": 0.45,
+    "shape": 0.45,
+    "size": 0.3,
+    "presence": 0.6,
+}
+"""How much of the score is lost when that part of the caption is wholly wrong."""
+
+_SMALLEST = 6.0  # pixels of cover; below that a blob is dirt
+_TEMPLATE = 20  # pixels of the frame in which shapes are compared
+_CHROMA = 0.14  # distance in RGB over which a color stops being itself
+
+
+def oracle_score(captions: Sequence[str] | str, images: np.ndarray | Sequence) -> np.ndarray:
+    """Score pictures against captions.
+
+    Parameters
+    ----------
+    captions : str or sequence of str
+        One caption for each image, or one for all.
+    images : array or sequence
+        uint8 (n, 32, 32, 3), float (n, 32, 32, 3) in [0, 1], or PIL images of that size.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64, (n,), in [0, 1]: the product over the caption's parts of ``1 - weight * (1 - a)``, where ``a`` in
+        [0, 1] says how well the part is met (see :func:`judge`).
+
+    Raises
+    ------
+    PromptError
+        A text that is not a caption of this world.
+    RewardError
+        Images of another shape, or another number of them than captions.
+    """
+    pictures = _pictures(images)
+    texts = [captions] * len(pictures) if isinstance(captions, str) else list(captions)
+    if len(texts) != len(pictures):
+        raise RewardError(
+            "captions and images differ in number",
+            value=len(texts),
+            bound=f"{len(pictures)} captions, or one for all",
+            remedy="Give one caption for each image.",
+        )
+    scenes = [parse_caption(text) for text in texts]
+    return np.array([_total(judge(scene, picture)) for scene, picture in zip(scenes, pictures, strict=True)])
+
+
+def _pictures(images: np.ndarray | Sequence) -> np.ndarray:
+    array = images if isinstance(images, np.ndarray) else np.stack([np.asarray(image) for image in images])
+    if array.ndim != 4 or array.shape[1:] != (PIXELS, PIXELS, 3):
+        raise RewardError(
+            "images for the oracle",
+            value=array.shape,
+            bound=f"(n, {PIXELS}, {PIXELS}, 3)",
+            remedy="Generate at 32 x 32, RGB, channels last.",
+        )
+    array = array.astype(np.float64) / (255.0 if array.dtype == np.uint8 else 1.0)
+    if not np.isfinite(array).all():
+        raise RewardError("images for the oracle", bound="finite values", remedy="Check what made the image.")
+    return array
+
+
+def _total(parts: dict[str, float]) -> float:
+    score = 1.0
+    for name, value in parts.items():
+        score *= 1.0 - WEIGHTS[name.split("_")[0]] * (1.0 - value)
+    return float(score)
+
+
+def judge(scene: Scene, picture: np.ndarray) -> dict[str, float]:
+    """Return how well each part of `scene` is met by a float picture (32, 32, 3), each in [0, 1].
+
+    Keys: ``background``, ``count``, ``relation`` (two things), and ``presence_k``, ``color_k``, ``shape_k``,
+    ``size_k`` of thing k. Blobs are told from the background by color distance; with two things, the assignment of
+    blobs to things that scores best counts.
+    """
+    border = np.concatenate([picture[0], picture[-1], picture[1:-1, 0], picture[1:-1, -1]])
+    ground = np.median(border, axis=0)
+    spread = np.abs(picture[_corners()] - ground).mean()
+    flat = float(np.exp(-((spread / 0.15) ** 2)))  # a background is one color
+    background = _nearness(ground, BACKGROUNDS, scene.background) * flat
+    blobs, dirt = _blobs(picture, ground)
+    wanted = len(scene.things)
+    parts = {"background": background, "count": float(np.exp(-2.0 * abs(len(blobs) - wanted) - dirt / 12.0))}
+    options = []
+    indices = list(range(min(len(blobs), 3)))
+    pairs = [(k,) for k in indices] if wanted == 1 else [(k, m) for k in indices for m in indices if k != m]
+    if wanted == 2 and len(blobs) == 1:
+        pairs = [(0, None), (None, 0)]
+    for chosen in pairs or [(None,) * wanted]:
+        found = [None if k is None else blobs[k] for k in chosen]
+        judged: dict[str, float] = {}
+        if scene.relation is not None:
+            judged["relation"] = _relation(scene.relation, *found)
+        for k, (thing, blob) in enumerate(zip(scene.things, found, strict=True)):
+            judged |= {f"{name}_{k}": value for name, value in _match(thing, blob).items()}
+        options.append(judged)
+    return parts | max(options, key=_total)
+
+
+@functools.cache
+def _corners() -> np.ndarray:
+    """Return the mask of the picture's outer frame, where mostly background stands."""
+    mask = np.ones((PIXELS, PIXELS), dtype=bool)
+    mask[1:-1, 1:-1] = False
+    return mask
+
+
+def _nearness(color: np.ndarray, palette: dict[str, tuple[float, float, float]], wanted: str) -> float:
+    """Return 1 at the wanted color, 0.5 at the border to another color of the palette or when far from all."""
+    distance = {name: float(np.linalg.norm(color - np.array(value))) for name, value in palette.items()}
+    right = distance[wanted]
+    rival = min(value for name, value in distance.items() if name != wanted)
+    margin = 1.0 / (1.0 + np.exp(-(rival - right) / 0.06))
+    return float(margin * np.exp(-0.5 * (max(0.0, right - _CHROMA) / 0.2) ** 2))
+
+
+def _blobs(picture: np.ndarray, ground: np.ndarray) -> tuple[list[dict], float]:
+    """Return the blobs, largest first, as color, cover (soft mask) and center, and the cover of the dirt left out."""
+    distance = np.linalg.norm(picture - ground, axis=-1)
+    labels, count = ndimage.label(distance > 0.22, structure=np.ones((3, 3)))
+    blobs, dirt = [], 0.0
+    for k in range(1, count + 1):
+        inside = labels == k
+        around = ndimage.binary_dilation(inside, structure=np.ones((3, 3))) & ((labels == 0) | inside)
+        strength = np.sort(distance[inside])
+        full = strength[int(0.6 * (len(strength) - 1))]  # distance of a pixel that the shape covers whole
+        cover = np.clip(distance * around / max(full, 0.22), 0.0, 1.0)
+        area = cover.sum()
+        if area < _SMALLEST:
+            dirt += area
+            continue
+        core = inside & (distance >= 0.85 * full)
+        rows, columns = np.indices(cover.shape)
+        center = np.array([(columns * cover).sum(), (rows * cover).sum()]) / area
+        blobs.append({"color": np.median(picture[core], axis=0), "cover": cover, "center": center, "area": area})
+    return sorted(blobs, key=lambda blob: -blob["area"])[:4], dirt
+
+
+def _relation(relation: str, first: dict | None, second: dict | None) -> float:
+    if first is None or second is None:
+        return 0.0
+    along = np.array(RELATIONS[relation], dtype=float)
+    offset = first["center"] - second["center"]
+    forward, aside = float(offset @ along), float(np.abs(offset) @ (1.0 - np.abs(along)))
+    return float(1.0 / (1.0 + np.exp(-(forward - 4.0) / 1.5)) / (1.0 + np.exp((aside - forward - 2.0) / 2.0)))
+
+
+def _match(thing: Thing, blob: dict | None) -> dict[str, float]:
+    if blob is None:
+        return {"presence": 0.0, "color": 0.0, "shape": 0.0, "size": 0.0}
+    shape, half = _shape(thing.shape, blob)
+    small, large = SIZES["small"], SIZES["large"]
+    right = SIZES[thing.size]
+    toward = (half - (small + large) / 2) * (1 if right == large else -1)
+    size = 1.0 / (1.0 + np.exp(-toward / 0.3)) * np.exp(-0.5 * (max(0.0, abs(half - right) - 0.6) / 1.5) ** 2)
+    return {
+        "presence": 1.0,
+        "color": _nearness(blob["color"], COLORS, thing.color),
+        "shape": shape,
+        "size": float(size),
+    }
+
+
+def _shape(wanted: str, blob: dict) -> tuple[float, float]:
+    """Return how much the blob is the wanted shape rather than another, and its half extent in pixels."""
+    overlaps, halves = {}, {}
+    for shape in SHAPES:
+        best = (-1.0, 0.0)
+        for half, template, offset in _templates(shape):
+            overlap = _overlap(blob, template, offset)
+            best = max(best, (overlap, half))
+        overlaps[shape], halves[shape] = best
+    rival = max(value for shape, value in overlaps.items() if shape != wanted)
+    right = overlaps[wanted]
+    # Close shapes (a circle and a square) differ by 0.1 to 0.15 in overlap when both are drawn well.
+    clear = 1.0 / (1.0 + np.exp(-(right - rival) / 0.025))
+    fit = 1.0 / (1.0 + np.exp(-(right - 0.62) / 0.05))
+    winner = max(overlaps, key=overlaps.get)
+    return float(clear * fit), halves[wanted] if right >= rival - 0.1 else halves[winner]
+
+
+def _overlap(blob: dict, template: np.ndarray, offset: np.ndarray) -> float:
+    """Return the soft intersection over union of the blob's cover and a template, centers of mass aligned."""
+    shift = blob["center"] - np.array([_TEMPLATE / 2 - 0.5] * 2) - offset
+    base = np.floor(shift).astype(int)
+    window = _window(blob["cover"], base[1], base[0])
+    moved = ndimage.shift(template, (shift - base)[::-1], order=1, mode="constant")
+    union = np.maximum(window, moved).sum() + blob["area"] - window.sum()
+    return float(np.minimum(window, moved).sum() / max(union, 1e-9))
+
+
+def _window(cover: np.ndarray, top: int, left: int) -> np.ndarray:
+    """Return the (21, 21) part of `cover` from (top, left), zeros outside."""
+    side = _TEMPLATE + 1
+    out = np.zeros((side, side))
+    rows = slice(max(top, 0), min(top + side, PIXELS))
+    columns = slice(max(left, 0), min(left + side, PIXELS))
+    if rows.start < rows.stop and columns.start < columns.stop:
+        out[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left] = cover[rows, columns]
+    return out
+
+
+@functools.cache
+def _templates(shape: str) -> tuple[tuple[float, np.ndarray, np.ndarray], ...]:
+    """Return (half extent, cover (21, 21), offset of its center of mass) over a range of sizes."""
+    fine = (np.arange(_TEMPLATE * 4) + 0.5) / 4 - _TEMPLATE / 2
+    out = []
+    for half in np.arange(3.0, 8.01, 0.5):
+        inside = shape_mask(shape, fine[None, :] / half, fine[:, None] / half).astype(float)
+        cover = inside.reshape(_TEMPLATE, 4, _TEMPLATE, 4).mean(axis=(1, 3))
+        rows, columns = np.indices(cover.shape) - (_TEMPLATE / 2 - 0.5)
+        offset = np.array([(columns * cover).sum(), (rows * cover).sum()]) / cover.sum()
+        out.append((float(half), np.pad(cover, ((0, 1), (0, 1))), offset))
+    return tuple(out)

@@ -1,0 +1,236 @@
+"""Train every pocket model: ``python -m ttsnap_lib.pocket.train --all`` (or ``make pocket``).
+
+Stages, each resumable from ``data_cache/pocket/training``: ``text``, ``vae``, ``tiny``, ``flux``, ``sdxl``, ``clip``,
+``preferences``; then ``save`` writes the shipped folders and ``report`` the figures and sheets of ``docs/pocket``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ttsnap_lib.checks import choice
+from ttsnap_lib.paths import atomic_folder, atomic_write, data_cache
+
+from .loop import Fit
+
+__all__ = ["FULL", "SMOKE", "STAGES", "Plan", "Training", "main"]
+
+STAGES = ("text", "vae", "tiny", "flux", "sdxl", "clip", "preferences", "save", "report")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything."""
+
+    vae_pictures: int
+    diffusion_pictures: int
+    clip_pictures: int
+    preference_prompts: int
+    preference_images: int
+    report_prompts: int
+    report_images: int
+    fits: dict[str, Fit] = field(hash=False)
+
+
+FULL = Plan(
+    vae_pictures=12_000,
+    diffusion_pictures=16_000,
+    clip_pictures=20_000,
+    preference_prompts=320,
+    preference_images=8,
+    report_prompts=64,
+    report_images=16,
+    fits={
+        "text": Fit(700, 128, 3e-3, ema=0.99),
+        "vae": Fit(1000, 32, 2e-3),
+        "tiny": Fit(800, 32, 2e-3),
+        "flux": Fit(3000, 64, 1e-3),
+        "sdxl": Fit(2500, 64, 1e-3),
+        "clip": Fit(1200, 64, 1e-3, ema=0.998),
+        "preferences": Fit(400, 64, 4e-4, ema=0.99),
+    },
+)
+"""The plan of the shipped models."""
+
+SMOKE = Plan(
+    vae_pictures=64,
+    diffusion_pictures=64,
+    clip_pictures=64,
+    preference_prompts=4,
+    preference_images=2,
+    report_prompts=2,
+    report_images=2,
+    fits={name: Fit(2, 8, 1e-3) for name in FULL.fits},
+)
+"""A plan that only shows that every stage runs."""
+
+
+class Training:
+    """The stages over one scratch folder; a stage that has been trained is only loaded."""
+
+    def __init__(self, plan: Plan, scratch: Path, models: Path, docs: Path, log: Callable[[str], None] = print) -> None:
+        self.plan, self.scratch, self.models, self.docs, self.log = plan, scratch, models, docs, log
+        scratch.mkdir(parents=True, exist_ok=True)
+
+    def _fit_arguments(self, stage: str) -> dict[str, Any]:
+        return {"how": self.plan.fits[stage], "scratch": self.scratch, "log": self.log}
+
+    def _renders(self, seed: int, n: int) -> tuple[list, np.ndarray]:
+        from .prompts import training_scenes
+        from .world import render
+
+        rng = np.random.default_rng(seed)
+        scenes = training_scenes(n, rng)
+        return scenes, render(scenes, rng)
+
+    @functools.cached_property
+    def text(self) -> tuple:
+        """The T5 and the CLIP text encoder."""
+        from .train_text import train_text
+
+        return train_text(**self._fit_arguments("text"))[:2]
+
+    @functools.cached_property
+    def vae(self) -> Any:
+        """The VAE, normalized."""
+        from diffusers import AutoencoderKL
+
+        from .train_vae import train_vae
+
+        folder = self.scratch / "vae"
+        if not folder.exists():  # kept: cached latents and later stages hold for these very weights
+            vae, _ = train_vae(self._renders(0, self.plan.vae_pictures)[1], **self._fit_arguments("vae"))
+            with atomic_folder(folder) as part:
+                vae.save_pretrained(part)
+        return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
+
+    @functools.cached_property
+    def latents(self) -> tuple[torch.Tensor, list[str]]:
+        """Latents and captions of the diffusion models' training pictures."""
+        from .train_vae import encode
+        from .world import caption
+
+        scenes, pictures = self._renders(2, self.plan.diffusion_pictures)
+        file = self.scratch / "latents.pt"
+        if not file.exists():
+            with atomic_write(file) as handle:
+                torch.save(encode(self.vae, pictures), handle)
+        return torch.load(file, weights_only=True), [caption(scene) for scene in scenes]
+
+    @functools.cached_property
+    def tiny(self) -> Any:
+        """The tiny autoencoder."""
+        from .train_vae import encode, train_tiny
+
+        pictures = self._renders(0, self.plan.vae_pictures)[1]
+        return train_tiny(pictures, encode(self.vae, pictures), **self._fit_arguments("tiny"))[0]
+
+    @functools.cached_property
+    def flux(self) -> Any:
+        """The pipeline pocket-flux."""
+        from .train_diffusion import flux_pipeline, train_flux
+
+        latents, texts = self.latents
+        transformer, _ = train_flux(latents, texts, *self.text, **self._fit_arguments("flux"))
+        return flux_pipeline(self.vae, *self.text, transformer)
+
+    @functools.cached_property
+    def sdxl(self) -> Any:
+        """The pipeline pocket-sdxl."""
+        from .train_diffusion import sdxl_pipeline, train_sdxl
+
+        latents, texts = self.latents
+        unet, _ = train_sdxl(latents, texts, self.text[1], **self._fit_arguments("sdxl"))
+        return sdxl_pipeline(self.vae, self.text[1], unet)
+
+    @functools.cached_property
+    def clip(self) -> Any:
+        """The model pocket-clip after its contrastive stage."""
+        from .train_clip import train_contrastive
+
+        scenes, pictures = self._renders(1, self.plan.clip_pictures)
+        return train_contrastive(scenes, pictures, self.text[1], **self._fit_arguments("clip"))[0]
+
+    @functools.cached_property
+    def preferences(self) -> Any:
+        """The model pocket-clip after its preference stage."""
+        from .train_clip import train_preferences
+        from .train_vae import decode, encode
+
+        scenes, pictures = self._renders(3, min(4000, self.plan.clip_pictures))
+        pictures = pictures.copy()
+        pictures[::2] = decode(self.vae, encode(self.vae, pictures[::2]))
+        clip = self.clip
+        train_preferences(clip, self._generated(), scenes, pictures, **self._fit_arguments("preferences"))
+        return clip
+
+    def _generated(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
+        """Return (caption, pictures, oracle) of training captions, from both models, made once."""
+        from .oracle import oracle_score
+        from .prompts import pocket_prompts
+        from .sample import sample
+
+        captions, out = pocket_prompts("train", self.plan.preference_prompts), []
+        for name in ("flux", "sdxl"):
+            file = self.scratch / f"generated-{name}.npy"
+            if not file.exists():
+                made = sample(getattr(self, name), captions, self.plan.preference_images, base_seed=1_000_003)
+                np.save(file, made)
+            made = np.load(file)
+            flat = oracle_score(np.repeat(captions, made.shape[1]).tolist(), made.reshape(-1, *made.shape[2:]))
+            out += list(zip(captions, made, flat.reshape(made.shape[:2]), strict=True))
+        return out
+
+    def save(self) -> None:
+        """Write the shipped folders, weights in half precision."""
+        from .ship import ship
+
+        ship(self, self.models)
+
+    def report(self) -> None:
+        """Measure the shipped folders and write the report."""
+        from .report import write_report
+
+        write_report(self.plan, self.scratch, self.models, self.docs, self.log)
+
+    def run(self, stage: str) -> None:
+        """Run one stage (and what it needs)."""
+        value = getattr(self, choice("stage", stage, STAGES))
+        if stage in ("save", "report"):
+            value()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line of this module."""
+    root = Path(__file__).parent
+    parser = argparse.ArgumentParser(prog="python -m ttsnap_lib.pocket.train", description=__doc__)
+    parser.add_argument("--all", action="store_true", help="run every stage")
+    parser.add_argument("--stage", action="append", choices=STAGES, default=[], help="run one stage; repeatable")
+    parser.add_argument("--smoke", action="store_true", help="two steps of everything, to see that it runs")
+    parser.add_argument("--scratch", type=Path, help="training states (data_cache/pocket/training)")
+    parser.add_argument("--models", type=Path, help="where the folders go (the package's own)")
+    parser.add_argument("--docs", type=Path, help="where the report goes (docs/pocket)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    given = parser.parse_args(arguments)
+    stages = STAGES if given.all else given.stage
+    if not stages:
+        parser.error("give --all or --stage")
+    scratch = given.scratch or data_cache() / "pocket" / ("smoke" if given.smoke else "training")
+    models = given.models or (scratch / "models" if given.smoke else root / "models")
+    docs = given.docs or (scratch / "docs" if given.smoke else root.parents[1] / "docs" / "pocket")
+    torch.set_num_threads(given.threads)
+    training = Training(SMOKE if given.smoke else FULL, scratch, models, docs)
+    for stage in stages:
+        training.run(stage)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""The pocket picture world: scenes of one or two colored shapes, their captions, and a fast renderer."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ttsnap_lib.checks import choice, integer
+from ttsnap_lib.errors import PromptError
+
+__all__ = [
+    "BACKGROUNDS",
+    "COLORS",
+    "PIXELS",
+    "RELATIONS",
+    "SHAPES",
+    "SIZES",
+    "WORDS",
+    "Scene",
+    "Thing",
+    "all_scenes",
+    "caption",
+    "parse_caption",
+    "random_scene",
+    "render",
+    "shape_mask",
+]
+
+PIXELS = 32
+"""Height and width of a picture."""
+
+COLORS: dict[str, tuple[float, float, float]] = {
+    "red": (0.86, 0.12, 0.12),
+    "green": (0.10, 0.62, 0.16),
+    "blue": (0.12, 0.22, 0.88),
+    "yellow": (0.96, 0.86, 0.10),
+    "purple": (0.58, 0.14, 0.72),
+    "cyan": (0.12, 0.80, 0.86),
+}
+"""Colors of things, RGB in [0, 1]."""
+
+BACKGROUNDS: dict[str, tuple[float, float, float]] = {
+    "black": (0.06, 0.06, 0.06),
+    "gray": (0.50, 0.50, 0.50),
+    "white": (0.95, 0.95, 0.95),
+    "pink": (0.98, 0.68, 0.76),
+}
+"""Background colors, RGB in [0, 1]; none is a color of things."""
+
+SHAPES = ("circle", "square", "triangle", "ring", "cross")
+SIZES: dict[str, float] = {"small": 4.6, "large": 6.5}
+"""Half the extent of a shape, in pixels."""
+
+RELATIONS: dict[str, tuple[int, int]] = {
+    "left of": (-1, 0),
+    "right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}
+"""Where the first thing stands from the second: (x, y), y downwards."""
+
+WORDS = (*SIZES, *COLORS, *SHAPES, *(name.split()[0] for name in RELATIONS), *BACKGROUNDS)
+"""The words that carry meaning; the rest of a caption (a, of, on, background) is grammar."""
+
+_NEAR, _FAR = 8.0, 24.0  # centers of two things along the axis of their relation
+_AXIS_JITTER, _CROSS_JITTER, _ALONE_JITTER = 0.6, 2.5, 3.0  # pixels, uniform
+_SIZE_JITTER, _SHADE_JITTER = 0.05, 0.04
+_SUPERSAMPLING = 3
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One colored shape."""
+
+    size: str
+    color: str
+    shape: str
+
+    def __post_init__(self) -> None:
+        choice("size", self.size, SIZES, error=PromptError)
+        choice("color", self.color, COLORS, error=PromptError)
+        choice("shape", self.shape, SHAPES, error=PromptError)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption says: one thing, or two and where the first stands from the second."""
+
+    background: str
+    things: tuple[Thing, ...]
+    relation: str | None = None
+
+    def __post_init__(self) -> None:
+        choice("background", self.background, BACKGROUNDS, error=PromptError)
+        integer("number of things", len(self.things), 1, 2, error=PromptError)
+        choice("relation", self.relation, RELATIONS if len(self.things) == 2 else [None], error=PromptError)
+
+    def mirrored(self) -> Scene:
+        """Return the same picture told from the other thing ("a above b" is "b below a")."""
+        if self.relation is None:
+            return self
+        x, y = RELATIONS[self.relation]
+        other = next(name for name, offset in RELATIONS.items() if offset == (-x, -y))
+        return Scene(self.background, self.things[::-1], other)
+
+
+def caption(scene: Scene) -> str:
+    """Return the caption of a scene, e.g. ``a small red ring left of a large blue square on a pink background``."""
+    things = [f"a {thing.size} {thing.color} {thing.shape}" for thing in scene.things]
+    return f"{f' {scene.relation} '.join(things)} on a {scene.background} background"
+
+
+_THING = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
+_PATTERN = re.compile(rf"{_THING}(?: ({'|'.join(RELATIONS)}) {_THING})? on a ({'|'.join(BACKGROUNDS)}) background")
+
+
+def parse_caption(text: str) -> Scene:
+    """Return the scene that a caption tells: the inverse of :func:`caption`.
+
+    Raises
+    ------
+    PromptError
+        When the text is not a caption of this world.
+    """
+    match = _PATTERN.fullmatch(text.strip()) if isinstance(text, str) else None
+    if match is None:
+        raise PromptError(
+            "not a caption of the pocket world",
+            value=text,
+            bound="e.g. 'a small red ring left of a large blue square on a pink background'",
+            remedy=f"Use the words {', '.join(WORDS)}; ttsnap_lib.pocket.pocket_prompts lists captions.",
+        )
+    first, relation, second, background = match.group(1, 2, 3), match[4], match.group(5, 6, 7), match[8]
+    things = (Thing(*first),) if relation is None else (Thing(*first), Thing(*second))
+    return Scene(background, things, relation)
+
+
+def all_scenes() -> Iterator[Scene]:
+    """Yield every scene of the world in a fixed order: those of one thing, then those of two."""
+    things = [Thing(*parts) for parts in itertools.product(SIZES, COLORS, SHAPES)]
+    for background, thing in itertools.product(BACKGROUNDS, things):
+        yield Scene(background, (thing,))
+    for background, relation, first, second in itertools.product(BACKGROUNDS, RELATIONS, things, things):
+        if (first.color, first.shape) != (second.color, second.shape):  # two that differ by size alone are hard to tell
+            yield Scene(background, (first, second), relation)
+
+
+def random_scene(rng: np.random.Generator, alone: float = 0.25) -> Scene:
+    """Return a random scene; `alone` is the chance of a single thing."""
+    pick = lambda options: str(rng.choice(list(options)))
+    draw = lambda: Thing(pick(SIZES), pick(COLORS), pick(SHAPES))
+    background, first = pick(BACKGROUNDS), draw()
+    if rng.random() < alone:
+        return Scene(background, (first,))
+    second = draw()
+    while (first.color, first.shape) == (second.color, second.shape):
+        second = draw()
+    return Scene(background, (first, second), pick(RELATIONS))
+
+
+def shape_mask(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return where points (x, y), in units of the half extent, y downwards, lie inside `shape`."""
+    if shape == "circle":
+        return x * x + y * y < 1.0
+    if shape == "square":
+        return (np.abs(x) < 0.88) & (np.abs(y) < 0.88)
+    if shape == "triangle":  # tip up; the slanted edges meet the base corners
+        return (y < 0.85) & (2.0 * np.abs(x) - 1.08 * y < 1.06)
+    if shape == "ring":
+        radius = x * x + y * y
+        return (radius < 1.0) & (radius > 0.50**2)
+    narrow, long = 0.32, 1.0  # cross
+    return ((np.abs(x) < narrow) & (np.abs(y) < long)) | ((np.abs(y) < narrow) & (np.abs(x) < long))
+
+
+def render(scenes: Sequence[Scene], rng: np.random.Generator, *, jitter: bool = True) -> np.ndarray:
+    """Draw scenes.
+
+    Parameters
+    ----------
+    scenes : sequence of Scene
+        What to draw.
+    rng : numpy.random.Generator
+        Source of the jitter of place, size and shade. Each scene draws the same count of numbers.
+    jitter : bool
+        False draws every scene at its center values.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8, (n, 32, 32, 3), anti-aliased by 3 x 3 supersampling.
+    """
+    n = len(scenes)
+    noise = rng.uniform(-1.0, 1.0, size=(n, 2, 8)) * float(jitter)
+    fine = (np.arange(PIXELS * _SUPERSAMPLING, dtype=np.float32) + 0.5) / _SUPERSAMPLING
+    background = np.array([BACKGROUNDS[scene.background] for scene in scenes]).reshape(n, 3)
+    picture = np.broadcast_to(background[:, None, None, :], (n, PIXELS, PIXELS, 3)).astype(np.float32)
+    picture = picture + (_SHADE_JITTER * noise[:, 0, 5:8])[:, None, None, :]
+    for which in range(2):
+        for shape in SHAPES:
+            chosen = [
+                k for k, scene in enumerate(scenes) if len(scene.things) > which and scene.things[which].shape == shape
+            ]
+            for start in range(0, len(chosen), 256):  # bounds the memory of the fine grid
+                rows = np.array(chosen[start : start + 256])
+                _draw(picture, rows, [scenes[k] for k in rows], which, noise[rows, which], fine)
+    return np.round(np.clip(picture, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def _draw(
+    picture: np.ndarray, rows: np.ndarray, scenes: list[Scene], which: int, noise: np.ndarray, fine: np.ndarray
+) -> None:
+    """Paint thing number `which` of `scenes` (all of one shape) over their rows of `picture`."""
+    centers = np.array([_center(scene, which) for scene in scenes])
+    spread = np.array([_spread(scene) for scene in scenes])
+    centers = (centers + spread * noise[:, :2]).astype(np.float32)
+    things = [scene.things[which] for scene in scenes]
+    half = np.array([SIZES[thing.size] for thing in things]) * (1.0 + _SIZE_JITTER * noise[:, 2])
+    half = half.astype(np.float32)[:, None, None]
+    x = (fine[None, None, :] - centers[:, 0, None, None]) / half
+    y = (fine[None, :, None] - centers[:, 1, None, None]) / half
+    inside = shape_mask(things[0].shape, x, y).astype(np.float32)
+    blocks = inside.reshape(len(rows), PIXELS, _SUPERSAMPLING, PIXELS, _SUPERSAMPLING)
+    cover = blocks.mean(axis=(2, 4))[..., None]
+    shade = np.array([COLORS[thing.color] for thing in things]) + _SHADE_JITTER * noise[:, 3:6]
+    picture[rows] = picture[rows] * (1.0 - cover) + cover * shade.astype(np.float32)[:, None, None, :]
+
+
+def _center(scene: Scene, which: int) -> tuple[float, float]:
+    middle = PIXELS / 2
+    if scene.relation is None:
+        return middle, middle
+    x, y = RELATIONS[scene.relation]
+    sign = (x + y) * (1 if which == 0 else -1)
+    place = _NEAR if sign < 0 else _FAR
+    return (place, middle) if x else (middle, place)
+
+
+def _spread(scene: Scene) -> tuple[float, float]:
+    if scene.relation is None:
+        return _ALONE_JITTER, _ALONE_JITTER
+    return (_AXIS_JITTER, _CROSS_JITTER) if RELATIONS[scene.relation][0] else (_CROSS_JITTER, _AXIS_JITTER)
