@@ -6,13 +6,17 @@ import dataclasses
 
 import numpy as np
 import pytest
+import yaml
 
-from ttsnap_lib import CostModel, Schedule, optimize_schedule
+from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel, Schedule, import_published, optimize_schedule, save_rewards
+from ttsnap_lib.__main__ import main
 from ttsnap_lib._scoring import _CONTROL, Scorer, Selection, balanced_subsets
 from ttsnap_lib._search_space import SearchSpace
-from ttsnap_lib.errors import BudgetError, ConfigError, ScheduleError, TensorError  # noqa: F401
-from ttsnap_lib.simulate import best_of_n, prune
+from ttsnap_lib.commands.optimize import parse_range
+from ttsnap_lib.errors import BudgetError, ConfigError, ScheduleError, TensorError
+from ttsnap_lib.simulate import best_of_n, curves, prune
 from ttsnap_lib.tensors import make_rewards
+from ttsnap_lib.transfer import Case, compare_schedules, flatness, transfer
 
 COST = CostModel(step=1.0, verify=0.1, decode=0.1, n_steps=8)
 BUDGETS = np.arange(2, 7) * COST.total(1)
@@ -119,3 +123,195 @@ def test_gains_where_checks_tell_and_not_where_they_do_not():
     # Checks that tell nothing and cost something: no pruning is best.
     blind = fast(world(noise=np.r_[np.full(7, 1e3), 0.0]))
     assert blind.schedule == Schedule() and blind.test_gain == pytest.approx(0, abs=1e-9)
+
+
+def test_every_result_can_be_checked_against_the_simulation():
+    """The report is what `curves` finds on the test prompts, within Monte Carlo noise (3 points of 20)."""
+    data = world(prompts=60)
+    found = fast(data, tune=range(30), test=range(30, 60))
+    again = curves(
+        data.isel(prompt=slice(30, 60)), ["ttsnap"], BUDGETS, COST, found.schedule, iterations=400, rng=1, resamples=50
+    )
+    frame = found.frontier
+    assert frame["n"].tolist() == again.n[-1].tolist()
+    np.testing.assert_allclose(frame["spent"], again.spent[-1])
+    assert found.test_gain == pytest.approx(again.relative_gains()["relative_gain"][0], abs=3)
+    np.testing.assert_allclose(frame["mean"], again.per_prompt[-1, :, 0].mean(-1), atol=0.05)
+
+
+def test_single_budget():
+    data = world()
+    found = fast(data, budgets=BUDGETS[2], objective="single")
+    assert len(found.frontier) == 1
+    row = found.frontier.iloc[0]
+    one = data["base"].values[0, found.test, :, -1].mean()
+    assert found.test_gain == pytest.approx(100 * row.gain / (row.best_of_n - one), rel=1e-6)
+    assert found.test_gain > 0
+
+
+def test_frontier_has_a_schedule_for_every_budget():
+    found = fast(world(), objective="frontier", n_trials=300)
+    area = fast(world(), objective="area", n_trials=300)
+    assert len(found.frontier) == len(BUDGETS)
+    assert all(isinstance(schedule, Schedule) for schedule in found.frontier["schedule"])
+    # A choice per budget is no worse than one for all; 3 points of 120 for the noise of 48 subsets.
+    assert found.tuned_gain >= area.tuned_gain - 3
+    for row in found.frontier.itertuples():
+        assert COST.candidates(row.budget, row.schedule) == row.n
+
+
+def test_several_rewards_and_reported_ones():
+    data = world(rewards=2)
+    joint = fast(data)
+    assert joint.rewards["selects"].tolist() == [True, True] and (joint.rewards["gain"] > 0).all()
+    alone = fast(data, report=["r1"])
+    assert alone.rewards["selects"].tolist() == [True, False]
+    # Merit is the selecting reward alone, so both rows of the first reward agree.
+    assert alone.rewards["gain"][0] == pytest.approx(alone.test_gain)
+    assert fast(data, combine="weighted_sum", weights={"r0": 1.0, "r1": 0.5}).test_gain > 0
+
+
+def test_copied_steps_are_left_out():
+    data = world()
+    source = np.full((1, 8), "finetuned", dtype=object)
+    source[0, [0, 1, 6, 7]] = "copied_from_base"
+    data["noise_aware_source"] = (("reward", "step"), source)
+    steps = {step for steps in fast(data).trials["steps"] for step in steps}
+    assert steps <= {2, 3, 4, 5} and steps
+    assert {0, 6} & {step for steps in fast(data, copied_steps=True).trials["steps"] for step in steps}
+    data["noise_aware_source"] = (("reward", "step"), np.full((1, 8), "copied_from_base", dtype=object))
+    with pytest.raises(ScheduleError, match="ttsp"):
+        fast(data)
+    assert fast(data, method="ttsp").complete
+
+
+def test_more_than_the_pool_is_infeasible_not_an_error():
+    small = world(pool=9)
+    found = fast(small)  # 6 Best-of-N images; pruning early would buy more than the 9 there are
+    assert found.infeasible > 0
+    assert all(COST.candidates(BUDGETS[-1], Schedule(*pair)) <= 9
+               for pair in zip(found.trials["steps"], found.trials["keep_ratios"], strict=True))  # fmt: skip
+    with pytest.raises(BudgetError, match="pool"):
+        fast(world(pool=5))  # Best-of-N itself needs 6
+
+
+def test_published_schedule_is_compared():
+    data = world(steps=20, noise=np.linspace(1, 0, 20))
+    cost = dataclasses.replace(COST, n_steps=20)
+    found = fast(data, cost=cost, budgets=np.arange(2, 6) * cost.total(1))
+    table = compare_schedules(
+        data, cost, found.budgets, [found.schedule, PUBLISHED_SCHEDULE], prompts=found.test, iterations=300
+    )
+    assert found.published_gain == pytest.approx(table["gain"][1], abs=2)  # Monte Carlo noise in points
+    assert found.over_published == pytest.approx(found.test_gain - found.published_gain)
+    low, high = found.over_published_interval
+    assert low <= found.over_published <= high
+    assert fast(world()).published_gain is None  # step 11 is not there
+
+
+def test_time_limit_and_interrupt_keep_the_best_so_far():
+    data = world()
+    short = fast(data, n_trials=10**6, time_limit_s=3)
+    # A million schedules would take hours; the slack is for compiling and for a busy machine.
+    assert not short.complete and len(short.trials) > 0 and short.elapsed_s < 30
+
+    def stop(done, total):
+        if done >= 96:
+            raise KeyboardInterrupt
+
+    cut = fast(data, progress=stop)
+    assert not cut.complete and len(cut.trials) == 96
+    assert fast(data, n_trials=96).schedule == cut.schedule
+
+
+def test_racing_spends_little_on_poor_schedules():
+    trials = fast(world(), n_trials=400).trials
+    whole = trials["draws"].max() * len(trials)
+    assert trials["draws"].sum() < 0.4 * whole
+    last = trials["rounds"] == 3
+    assert trials["score"][last].median() > trials["score"][~last].median()
+
+
+def test_transfer_and_flatness():
+    data = world(rewards=2)
+    cases = {name: Case(data.sel(reward=[name]), COST, BUDGETS) for name in ("r0", "r1")}
+    found = transfer(cases, n_trials=96, iterations=12)
+    assert list(found.gain.index) == ["r0", "r1", "published"] and list(found.gain.columns) == ["r0", "r1"]
+    assert found.behind.loc["r0", "r0"] == 0 and found.behind.loc["r1", "r1"] == 0
+    assert found.gain.loc["published"].isna().all()  # eight steps only
+    assert (found.low.iloc[:2] <= found.gain.iloc[:2]).all(None)
+    result = fast(cases["r0"].dataset)
+    flat = flatness(result, cases["r0"].dataset, top=10)
+    assert flat["schedule"][0] == result.schedule and flat["within"][0] and flat["behind"][0] == 0
+    # Pruning where nothing is known yet is not as good as the best.
+    bad = compare_schedules(data.sel(reward=["r0"]), COST, BUDGETS, [result.schedule, Schedule((6,), (0.9,))])
+    assert bad["behind_low"][1] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"method": "best_of_n"}, ConfigError, "method"),
+        ({"objective": "areas"}, ConfigError, "area"),
+        ({"objective": "single"}, BudgetError, "one budget"),
+        ({"budgets": BUDGETS[::-1]}, ConfigError, "increasing"),
+        ({"budgets": [COST.total(1) * 0.5, 30.0]}, BudgetError, "at least"),
+        ({"budgets": COST.total(1), "objective": "single"}, BudgetError, "two Best-of-N"),
+        ({"tune": [0, 1], "test": [1, 2]}, ConfigError, "overlap"),
+        ({"tune": [0, 0]}, ConfigError, "once"),
+        ({"tune": [400]}, ConfigError, "tune prompt"),
+        ({"tune": []}, ConfigError, "tune"),
+        ({"n_trials": 0}, ConfigError, "n_trials"),
+        ({"time_limit_s": -1}, ConfigError, "time_limit_s"),
+        ({"cost": dataclasses.replace(COST, n_steps=9)}, ConfigError, "n_steps"),
+        ({"cost": "flux"}, ConfigError, "CostModel"),
+    ],
+)
+def test_bad_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        fast(world(), **options)
+
+
+def test_missing_values_are_refused_before_the_search():
+    data = world()
+    data["noise_aware"][0, 3, 4, 2] = np.nan
+    with pytest.raises(TensorError, match="prompt 3"):
+        fast(data)
+    assert fast(data, tune=range(4, 20), test=range(20, 40)).complete  # prompt 3 takes no part
+
+
+def test_command(tmp_path, capsys):
+    tensor = save_rewards(world(prompts=20), tmp_path / "t.zarr")
+    COST.save(tmp_path / "cost.json")
+    out = tmp_path / "schedule.yaml"
+    arguments = ["optimize", str(tensor), "--cost", str(tmp_path / "cost.json"), "--budgets", "2:5", "--trials", "64"]
+    assert main([*arguments, "-q", "--out", str(out), "--trials-out", str(tmp_path / "trials.csv")]) == 0
+    printed = capsys.readouterr().out
+    schedule = Schedule.from_yaml(out)
+    assert str(list(schedule.steps)) in printed and "next: ttsnap run simulate" in printed
+    assert (tmp_path / "trials.csv").read_text().count("\n") == 65
+    assert main([*arguments, "-q", "--objective", "frontier", "--out", str(out)]) == 0
+    content = yaml.safe_load(out.read_text())
+    assert len(content["frontier"]) == 4 and Schedule.from_dict(content["schedule"]) is not None
+    assert main(["optimize", str(tensor), "--cost", "nonsense"]) == 1
+    assert main([*arguments, "--tune", "5:1"]) == 1
+
+
+def test_ranges():
+    assert parse_range("x", "2:5", float) == [2, 3, 4, 5]
+    assert parse_range("x", "0:10:5,12", int) == [0, 5, 10, 12]
+    for text in ("", "a", "5:2", "1:2:0"):
+        with pytest.raises(ConfigError):
+            parse_range("x", text, int)
+
+
+@pytest.mark.slow
+def test_published_tensors(reference):
+    """Tuned on even prompts, told on odd ones; margins are what two seeds of a short search differ by."""
+    data = import_published(reference / "values", "flux", ["image_reward"])
+    cost = CostModel(step=21.5, verify=0.335, decode=2.51)
+    budgets = np.arange(2, 21) * cost.total(1)
+    even, odd = np.arange(0, 200, 2), np.arange(1, 200, 2)
+    found = optimize_schedule(data, cost, budgets, tune=even, test=odd, n_trials=1000)
+    assert found.test_gain >= 24.0 and found.over_published_interval[0] > 0
+    assert found.published_gain == pytest.approx(22.2, abs=1.5)

@@ -57,10 +57,14 @@ class Goals:
         return sums / draws
 
     def score(self, curve: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-        """Return (..., goal) scores of curves (..., budget) against `baseline` (..., 1 + budget)."""
-        if self.objective == "frontier":
-            return self.per_budget(curve, baseline)
-        return np.asarray(self.overall(curve, baseline))[..., None]
+        """Return (..., goal) scores of curves (..., budget) against `baseline` (..., 1 + budget).
+
+        The last goal is the whole range; a frontier has every budget before it.
+        """
+        overall = np.asarray(self.overall(curve, baseline))[..., None]
+        if self.objective != "frontier":
+            return overall
+        return np.concatenate([self.per_budget(curve, baseline), overall], axis=-1)
 
     def overall(self, curve: np.ndarray, baseline: np.ndarray) -> np.ndarray:
         """Return one gain in percent for each curve, (..., budget) to (...); NaN where it is not defined.

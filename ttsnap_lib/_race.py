@@ -80,26 +80,27 @@ class Race:
             [(rest, 0, first), (all_, first, second)],
             [(all_, second, top)],
         ]
+        scorer.sums(space.steps[:1], np.full((1, len(space.steps[:1]) + 1), 1), 0, 1)  # compiles, before time is taken
         self.baselines = [goals.baseline(scorer, self.rounds[: r + 1]) for r in range(3)]
 
     # -- running ------------------------------------------------------------------------------------------------
 
     def run(self, n_trials: int, deadline: Callable[[], float], progress: Callable[[int, int], None] | None) -> bool:
         """Search until `n_trials` schedules were tried; False when the deadline or Ctrl-C came first."""
-        with ThreadPoolExecutor(self.threads) as pool:
-            while len(self.trials) < n_trials:
-                try:
+        try:
+            with ThreadPoolExecutor(self.threads) as pool:
+                while len(self.trials) < n_trials:
                     batch = self.propose(min(_GENERATION, n_trials - len(self.trials)))
                     if not batch:  # the space is exhausted
                         return True
                     if not self._run_generation(batch, pool, deadline):
                         return False
-                except KeyboardInterrupt:
-                    if not self.finished():
-                        raise
-                    return False
-                if progress is not None:
-                    progress(len(self.trials), n_trials)
+                    if progress is not None:
+                        progress(len(self.trials), n_trials)
+        except KeyboardInterrupt:
+            if not self.finished():
+                raise
+            return False
         return True
 
     def _run_generation(self, batch: list[Trial], pool: ThreadPoolExecutor, deadline: Callable[[], float]) -> bool:
@@ -117,8 +118,8 @@ class Race:
                     if r == 0:
                         self.trials.append(trial)
             draws = sum((b.stop - b.start) * (last - first) for b, first, last in self.rounds[r])
-            spent = (time.monotonic() - started) / max(1, len(running) * draws)
-            self.seconds_per_draw = max(self.seconds_per_draw / 2, spent)
+            spent = (time.monotonic() - started) / (len(running) * draws)
+            self.seconds_per_draw = (self.seconds_per_draw + spent) / 2 if self.seconds_per_draw else spent
             if r + 1 < len(self.rounds):
                 running = self._promote(running, r)
                 if not running:
@@ -172,7 +173,8 @@ class Race:
             self._gaps[r] += [trial.scores[-1] - trial.scores[r] for trial in last_round]
             self._gaps[r] = self._gaps[r][-200:]
             if len(self._gaps[r]) >= 20:
-                self._spread[r] = np.nanstd(np.array(self._gaps[r]), axis=0)
+                gaps = np.ma.masked_invalid(self._gaps[r])
+                self._spread[r] = gaps.std(axis=0).filled(np.inf)
 
     # -- proposing ----------------------------------------------------------------------------------------------
 
@@ -202,7 +204,8 @@ class Race:
         if not elites or fresh or draw < _RANDOM:
             return self.space.random(self.rng)
         # Better parents more often: the lower of two draws of the rank.
-        best = elites[int(self.rng.integers(len(elites)))]
+        # What is good over the whole range (the last goal) is a good start for every budget.
+        best = elites[-1 if self.rng.random() < 0.4 else int(self.rng.integers(len(elites)))]
         parent = best[int(self.rng.integers(len(best), size=2).min())].schedule
         if draw < _RANDOM + _CROSSED:
             other = best[int(self.rng.integers(len(best)))].schedule

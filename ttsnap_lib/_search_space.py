@@ -83,15 +83,20 @@ class SearchSpace:
     # -- schedules to try ---------------------------------------------------------------------------------------
 
     def first(self) -> list[Schedule]:
-        """Return what every search starts with: no pruning, the published schedule, one early check."""
+        """Return what every search starts with: no pruning, the published schedule, evenly spread checks."""
         found = [Schedule()]
         if set(PUBLISHED_SCHEDULE.steps) <= set(self.steps) and len(PUBLISHED_SCHEDULE) <= self.max_stages:
             found.append(PUBLISHED_SCHEDULE)
-        found += [Schedule((step,), (ratio,)) for step in self.steps for ratio in (0.3, 0.6)]
+        for stages in range(1, min(self.max_stages, len(self.steps), 4) + 1):
+            at = [round((k + 1) / (stages + 1) * 0.8 * (len(self.steps) - 1)) for k in range(stages)]
+            if len(set(at)) == stages:
+                found += [_make([self.steps[k] for k in at], [ratio] * stages) for ratio in (0.4, 0.55)]
         return found
 
     def random(self, rng: np.random.Generator) -> Schedule:
         """Draw a schedule: any number of stages, any steps, ratios uniform on the log scale."""
+        if not self.steps or not self.max_stages:
+            return Schedule()
         stages = int(rng.integers(1, min(self.max_stages, len(self.steps)) + 1))
         steps = np.sort(rng.choice(self.steps, stages, replace=False))
         # Deep schedules keep more at each stage, else nothing is left to choose from.
@@ -141,6 +146,8 @@ class SearchSpace:
 
     def cross(self, one: Schedule, other: Schedule, rng: np.random.Generator) -> Schedule:
         """Return the early stages of one schedule followed by the late stages of the other."""
+        if not self.steps:
+            return one
         cut = int(rng.choice(self.steps))
         pairs = [pair for pair in zip(one.steps, one.keep_ratios, strict=True) if pair[0] <= cut]
         pairs += [pair for pair in zip(other.steps, other.keep_ratios, strict=True) if pair[0] > cut]

@@ -18,7 +18,7 @@ from .schedule import Schedule
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["HeldOut", "frontier_table", "held_out", "per_prompt", "trials_table"]
+__all__ = ["HeldOut", "best_of_n_per_prompt", "frontier_table", "held_out", "per_prompt", "trials_table"]
 
 
 @dataclass(frozen=True)

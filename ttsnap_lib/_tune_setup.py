@@ -63,8 +63,9 @@ def make_setup(
     weights: Mapping[str, float] | Sequence[float] | None,
     report: Sequence[str] | None,
     copied_steps: bool,
+    prompts: np.ndarray | None = None,
 ) -> Setup:
-    """Check the arguments of ``optimize_schedule`` and read the tensor once."""
+    """Check the arguments of ``optimize_schedule`` and read the tensor once; `prompts` stand for tune and test both."""
     choice("method", method, VARIABLE)
     choice("objective", objective, OBJECTIVES)
     if not isinstance(cost, CostModel):
@@ -90,7 +91,9 @@ def make_setup(
             bound=f"at least {cost.total(2):.6g} {cost.unit}, two Best-of-N candidates",
             remedy="Raise the budget: the gain is told in percent of what Best-of-N gains over one candidate.",
         )
-    tune_at, test_at = split_prompts(dataset.sizes["prompt"], tune, test)
+    tune_at = test_at = prompts
+    if prompts is None:
+        tune_at, test_at = split_prompts(dataset.sizes["prompt"], tune, test)
     allowed = allowed_steps(dataset, method, selecting, copied_steps)
     space = SearchSpace(tuple(allowed), max_stages, cost, amounts, pool)
     published = _published(scored, space)

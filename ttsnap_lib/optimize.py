@@ -17,7 +17,7 @@ import numpy as np
 from ._goals import Goals
 from ._race import Race, Trial, best_indices
 from ._scoring import Scorer
-from ._tune_report import HeldOut, frontier_table, held_out, trials_table
+from ._tune_report import frontier_table, held_out, trials_table
 from ._tune_setup import make_setup
 from .checks import integer, real
 from .costs import CostModel
@@ -66,6 +66,9 @@ class OptimizedSchedule:
     infeasible : int
         Schedules dropped because a budget buys none of their candidates, or more than the pool.
     objective, method : str
+    cost : CostModel
+    budgets : float64 (budget,)
+    tune, test : int64, prompt positions
     elapsed_s : float
     """
 
@@ -83,6 +86,10 @@ class OptimizedSchedule:
     infeasible: int
     objective: str
     method: str
+    cost: CostModel
+    budgets: np.ndarray
+    tune: np.ndarray
+    test: np.ndarray
     elapsed_s: float
 
     def __str__(self) -> str:
@@ -172,65 +179,32 @@ def optimize_schedule(
 
     threads = max(1, config.NUMBA_NUM_THREADS)
     race = Race(space, tuning, goals, streams[1], threads)
+    if np.isnan(goals.overall(race.baselines[-1][1:], race.baselines[-1])):
+        raise BudgetError(
+            "gain of Best-of-N over these budgets on the tune prompts",
+            value=0.0,
+            bound="above 0, since every gain is told in percent of it",
+            remedy="Raise the budgets or widen their range, or use more prompts.",
+        )
     final_iterations = _FINAL_ITERATIONS * setup.iterations
 
-    def deadline() -> float:
-        if time_limit_s is None:
-            return np.inf
-        # What comes after: the finalists on the tune prompts, two or three schedules on the test prompts.
-        finalists = _FINALISTS * (3 if objective == "frontier" else 1)
-        draws = final_iterations * (finalists * len(setup.tune) + 4 * len(setup.test))
-        return started + time_limit_s - 1.2 * draws * race.seconds_per_draw - 0.3
+    def until(draws: float) -> float:
+        """Return when the work before must end so that `draws` of a schedule still fit into the time limit."""
+        limit = np.inf if time_limit_s is None else started + time_limit_s
+        return limit - 1.3 * draws * race.seconds_per_draw - 0.3
 
-    complete = race.run(setup.n_trials, deadline, progress)
+    finalists = _FINALISTS * (len(goals.n) ** 0.5 if objective == "frontier" else 1)
+    report_draws = final_iterations * 4 * race.threads * len(setup.test)
+    final_draws = report_draws + final_iterations * finalists * len(setup.tune)
+    complete = race.run(setup.n_trials, lambda: until(final_draws), progress)
     if not race.finished():
-        raise BudgetError(
-            "schedules that every budget can run" if objective != "frontier" else "schedules that a budget can run",
-            value=0,
-            bound=f"one or more; the pool holds {space.pool} images",
-            remedy="Lower the largest budget, or score more images per prompt.",
-        )
+        raise _infeasible("schedules that the budgets can run", space.pool)
     final = tuning.redrawn(final_iterations, streams[2])
-    single, chosen, tuned = _choose(race, final, goals)
+    single, chosen, tuned = _choose(race, final, goals, lambda: until(report_draws))
     test_scorer = Scorer(*setup.arrays(setup.test), setup.selection, final_iterations, streams[3])
     outcome = held_out(
         test_scorer, goals, space, chosen, setup.published, setup.names, setup.selection, streams[4], level, resamples
     )
-    return _result(outcome, goals, space, race, single, chosen, tuned, complete, method, time.monotonic() - started)
-
-
-def _choose(race: Race, final: Scorer, goals: Goals) -> tuple[Trial, list[Trial], np.ndarray]:
-    """Return the best single schedule, the one for every budget, and the tuned gain (all last, then per budget).
-
-    The finalists are compared on subsets that the search has not seen.
-    """
-    everything = [(slice(0, final.n_prompts), 0, final.iterations)]
-    baseline = goals.baseline(final, [everything])
-    elites = race.elites(_FINALISTS if goals.objective != "frontier" else 3)
-    finalists = list({id(trial): trial for best in elites for trial in best}.values())
-    if goals.objective == "frontier":
-        area = np.array([goals.overall(trial.sums / trial.draws, race.baselines[-1]) for trial in race.finished()])
-        best = [race.finished()[k] for k in best_indices(area, _FINALISTS)]
-        finalists = list({id(trial): trial for trial in [*finalists, *best]}.values())
-    sums = race.map(lambda trial: race.sums(trial, everything, final), finalists)
-    curves = np.array(sums) / (final.n_prompts * final.iterations)
-    per_budget = goals.per_budget(curves, baseline)
-    overall = goals.overall(curves, baseline)
-    # A budget range that no schedule runs throughout has no single best one.
-    one = (best_indices(overall, 1) or best_indices(np.nan_to_num(per_budget, nan=-np.inf).max(1), 1))[0]
-    if goals.objective != "frontier":
-        return finalists[one], [finalists[one]] * len(goals.budgets), np.append(per_budget[one], overall[one])
-    rows = [
-        (best_indices(per_budget[:, b], 1) or best_indices(curves[:, b], 1) or [one])[0] for b in range(len(goals.n))
-    ]
-    curve = curves[rows, np.arange(len(rows))]
-    tuned = np.append(per_budget[rows, np.arange(len(rows))], goals.overall(curve, baseline))
-    return finalists[one], [finalists[k] for k in rows], tuned
-
-
-def _result(
-    outcome: HeldOut, goals, space, race, single, chosen, tuned, complete, method, elapsed_s
-) -> OptimizedSchedule:
     return OptimizedSchedule(
         schedule=single.schedule,
         tuned_gain=float(tuned[-1]),
@@ -244,7 +218,57 @@ def _result(
         trials=trials_table(race.trials),
         complete=complete,
         infeasible=race.infeasible,
-        objective=goals.objective,
+        objective=objective,
         method=method,
-        elapsed_s=elapsed_s,
+        cost=cost,
+        budgets=goals.budgets,
+        tune=setup.tune,
+        test=setup.test,
+        elapsed_s=time.monotonic() - started,
+    )
+
+
+def _choose(
+    race: Race, final: Scorer, goals: Goals, deadline: Callable[[], float]
+) -> tuple[Trial, list[Trial], np.ndarray]:
+    """Return the best single schedule, the one for every budget, and the tuned gain (all last, then per budget).
+
+    The finalists are compared on subsets that the search has not seen.
+    """
+    *others, overall_best = race.elites(_FINALISTS)
+    elites = [*(best[:3] for best in others), overall_best]
+    finalists = list({id(trial): trial for best in elites for trial in best}.values())
+    sums, done, size = 0.0, [], -(-final.iterations // _FINAL_ITERATIONS)
+    for first in range(0, final.iterations, size):
+        block = (slice(0, final.n_prompts), first, min(final.iterations, first + size))
+        sums = sums + np.array(race.map(lambda trial, block=block: race.sums(trial, [block], final), finalists))
+        done.append([block])
+        if time.monotonic() > deadline():
+            break
+    curves = sums / (final.n_prompts * block[2])
+    baseline = goals.baseline(final, done)
+    per_budget = goals.per_budget(curves, baseline)
+    overall = goals.overall(curves, baseline)
+    # A range of budgets that no schedule runs throughout has no single best one: take that of the largest budget.
+    one = (best_indices(overall, 1) or best_indices(curves[:, -1], 1) or [0])[0]
+    if goals.objective != "frontier":
+        return finalists[one], [finalists[one]] * len(goals.budgets), np.append(per_budget[one], overall[one])
+    rows = []
+    for b, budget in enumerate(goals.budgets):
+        best = best_indices(curves[:, b], 1)
+        if not best:
+            raise _infeasible(f"schedules that budget {budget:.6g} can run", final.pool)
+        rows += best
+    each = np.arange(len(rows))
+    curve = curves[rows, each]
+    tuned = np.append(per_budget[rows, each], goals.overall(curve, baseline))
+    return finalists[one], [finalists[k] for k in rows], tuned
+
+
+def _infeasible(what: str, pool: int) -> BudgetError:
+    return BudgetError(
+        what,
+        value=0,
+        bound=f"one or more; the pool holds {pool} images",
+        remedy="Lower the largest budget, or score more images per prompt.",
     )

@@ -1,0 +1,156 @@
+"""``ttsnap optimize``: the best schedule for a reward tensor, a cost model and a budget or a range of budgets."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add", "parse_range"]
+
+
+def add(commands: Any) -> None:
+    """Register the command with argparse's subparsers."""
+    parser = commands.add_parser(
+        "optimize",
+        help="find the best pruning schedule for your costs and budgets",
+        description="Tune a schedule on some prompts of a reward tensor and tell what it gains on the others.",
+    )
+    parser.add_argument("tensor", type=Path, help="Zarr folder of `ttsnap score` or `ttsnap import-published`")
+    parser.add_argument(
+        "--reward", action="append", metavar="NAME", help="reward that selects; may stand several times"
+    )
+    parser.add_argument("--report", action="append", metavar="NAME", help="reward that is measured but never selects")
+    parser.add_argument("--cost", required=True, metavar="PRESET_OR_FILE", help="flux-512+pickscore, or a file")
+    parser.add_argument(
+        "--budgets", default="2:20", metavar="LIST",
+        help="multiples of one Best-of-N image: 2:20, 2:20:3, 4 or 2,4,8 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--method", choices=("ttsnap", "ttsp"), default="ttsnap", help="default: %(default)s")
+    parser.add_argument(
+        "--objective", choices=("area", "single", "frontier"),
+        help="one schedule for all budgets, for one, or one for each (default: area, single for one budget)",
+    )  # fmt: skip
+    parser.add_argument("--combine", choices=("rank_sum", "z_score"), default="rank_sum", help="several rewards")
+    parser.add_argument("--max-stages", type=int, default=4, metavar="N", help="pruning steps at most (default: 4)")
+    parser.add_argument("--trials", type=int, metavar="N", help="schedules to try (default: 3000, frontier 10000)")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop with the best so far")
+    parser.add_argument("--seed", type=int, default=0, help="of the search (default: 0)")
+    parser.add_argument("--tune", metavar="LIST", help="prompts to tune on, 0:100 or 0,2,4 (default: even positions)")
+    parser.add_argument("--test", metavar="LIST", help="prompts to report on (default: the rest)")
+    parser.add_argument("--copied-steps", action="store_true", help="also check where noise-aware is a copy of base")
+    parser.add_argument("--distinct", action="store_true", help="drop repeated images of the pool first")
+    parser.add_argument("--out", type=Path, metavar="FILE.yaml", help="write the schedule (frontier: one per budget)")
+    parser.add_argument("--trials-out", type=Path, metavar="FILE.csv", help="write every schedule that was tried")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(func=_optimize)
+
+
+def _optimize(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    from ttsnap_lib.checks import choice
+    from ttsnap_lib.costs import CostModel
+    from ttsnap_lib.optimize import optimize_schedule
+    from ttsnap_lib.paths import atomic_write
+    from ttsnap_lib.progress import progress_bar
+    from ttsnap_lib.tensors import drop_repeats, open_rewards
+
+    dataset = open_rewards(arguments.tensor)
+    cost = CostModel.load(arguments.cost)
+    multiples = parse_range("--budgets", arguments.budgets, float)
+    known = [str(name) for name in dataset["reward"].values]
+    report = arguments.report or []
+    names = arguments.reward or [name for name in known if name not in report]
+    for name in (*names, *report):
+        choice("reward", name, known)
+    dataset = dataset.sel(reward=[*names, *(name for name in report if name not in names)])
+    dataset = drop_repeats(dataset) if arguments.distinct else dataset
+    objective = arguments.objective or ("area" if len(multiples) > 1 else "single")
+    result = optimize_schedule(
+        dataset,
+        cost,
+        np.array(multiples) * cost.total(1),
+        arguments.method,
+        tune=parse_range("--tune", arguments.tune, int) if arguments.tune else None,
+        test=parse_range("--test", arguments.test, int) if arguments.test else None,
+        objective=objective,
+        n_trials=arguments.trials,
+        time_limit_s=arguments.time_limit,
+        seed=arguments.seed,
+        max_stages=arguments.max_stages,
+        combine=arguments.combine,
+        report=report,
+        copied_steps=arguments.copied_steps,
+        progress=progress_bar("schedules", quiet=arguments.quiet),
+    )
+    print(_summary(result, multiples, cost.unit))
+    if arguments.trials_out:
+        with atomic_write(arguments.trials_out, "w") as file:
+            result.trials.to_csv(file, index=False)
+    if arguments.out:
+        with atomic_write(arguments.out, "w") as file:
+            file.write(_as_yaml(result))
+        print(f"\nschedule: {arguments.out}")
+    steps, ratios = (list(part) for part in (result.schedule.steps, result.schedule.keep_ratios))
+    print(
+        f'next: ttsnap run simulate -p tensor {arguments.tensor} -p cost {arguments.cost} -p rewards "{names}" '
+        f'-p steps "{steps}" -p keep_ratios "{ratios}"'
+    )
+    return 0
+
+
+def _summary(result: Any, multiples: list[float], unit: str) -> str:
+    low, high = result.test_interval
+    lines = [f"{result.schedule}", "", f"{'gain over Best-of-N at equal compute':<44}{'percent':>8}   95% interval"]
+    what = "best schedule at every budget" if result.objective == "frontier" else "this schedule"
+    lines.append(
+        f"{f'  {what}, {len(result.test)} test prompts':<44}{result.test_gain:>8.1f}   {low:.1f} to {high:.1f}"
+    )
+    lines.append(f"{f'  {len(result.tune)} tune prompts':<44}{result.tuned_gain:>8.1f}")
+    if result.published_gain is not None:
+        low, high = result.over_published_interval
+        lines.append(f"{'  published schedule, test prompts':<44}{result.published_gain:>8.1f}")
+        lines.append(f"{'  points over it':<44}{result.over_published:>8.1f}   {low:.1f} to {high:.1f}")
+    table = result.frontier.assign(images=multiples).round(4)
+    columns = ["images", "budget", "n", "mean", "best_of_n", "gain", "low", "high"]
+    if result.objective == "frontier":
+        columns += ["steps", "keep_ratios"]
+    lines += ["", f"budget in {unit}; images: the same as a number of Best-of-N images", ""]
+    lines.append(table[columns].to_string(index=False))
+    tried = f"{len(result.trials)} schedules in {result.elapsed_s:.0f} s"
+    lines.append(f"\n{tried}" + ("" if result.complete else ", cut short: the best so far"))
+    return "\n".join(lines)
+
+
+def _as_yaml(result: Any) -> str:
+    if result.objective != "frontier":
+        return result.schedule.to_yaml()
+    import yaml
+
+    rows = [{"budget": float(row.budget), **row.schedule.to_dict()} for row in result.frontier.itertuples()]
+    return yaml.safe_dump(
+        {"schedule": result.schedule.to_dict(), "frontier": rows}, sort_keys=False, default_flow_style=None
+    )
+
+
+def parse_range(name: str, text: str, kind: type) -> list:
+    """Read ``2:20`` (with the end), ``2:20:3`` or ``2,4,8``."""
+    from ttsnap_lib.errors import ConfigError
+
+    found: list = []
+    try:
+        for part in text.split(","):
+            numbers = [kind(number) for number in part.split(":")]
+            if len(numbers) == 1:
+                found += numbers
+                continue
+            start, stop, step = numbers if len(numbers) == 3 else (*numbers, 1)
+            if step <= 0 or stop < start or (stop - start) / step > 100_000:
+                raise ValueError(part)
+            found += [start + k * step for k in range(int((stop - start) / step + 1e-9) + 1)]
+    except ValueError:
+        raise ConfigError(
+            name, value=text, bound="numbers such as 2:20, 2:20:3 or 2,4,8", remedy=f"Write {name} 2:20."
+        ) from None
+    return found
