@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["execute"]
+from .forkserver import ForkServer, import_statements
+
+__all__ = ["execute", "lean_imports"]
 
 _STARTUP_S = 300  # a laptop under load may take a minute; a kernel that dies is noticed at once
 
@@ -26,8 +30,11 @@ def execute(
     say: Callable[[str], None],
     echo: TextIO | None,
     timeout_s: float | None,
+    warm: bool = False,
 ) -> tuple[str, str] | None:
     """Execute the notebook `node` and write it to `output` after each cell.
+
+    With `warm` the kernel is forked from a server that has made the notebook's imports, where that is possible.
 
     Returns
     -------
@@ -38,33 +45,21 @@ def execute(
     import nbformat
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
-    from papermill.engines import NBClientEngine, papermill_engines
     from papermill.exceptions import PapermillExecutionError
     from papermill.iorw import write_ipynb
 
+    _register_engine()
     total = sum(cell.cell_type == "code" for cell in node.cells)
     at = {"cell": "", "code": 0}
 
-    class Engine(NBClientEngine):
-        """papermill's own engine; it also tells which cell runs."""
+    def on_cell(cell: Any) -> None:
+        at["code"] += 1
+        at["cell"] = _cell_label(cell, at["code"])
+        say(f"cell {at['code']}/{total}")
 
-        @classmethod
-        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
-            start = nb_man.cell_start
-
-            def cell_start(cell: Any, cell_index: int | None = None, **rest: Any) -> None:
-                if cell.cell_type == "code":
-                    at["code"] += 1
-                    at["cell"] = _cell_label(cell, at["code"])
-                    say(f"cell {at['code']}/{total}")
-                start(cell, cell_index, **rest)
-
-            nb_man.cell_start = cell_start
-            return super().execute_managed_notebook(nb_man, kernel_name, **options)
-
-    papermill_engines.register("ttsnap", Engine)
     scratch = Path(tempfile.mkdtemp(prefix="ttsnap-"))  # short: the path of a socket has about 100 characters
     log = output.parent / "kernel.log"
+    server = _server(import_statements(node), environment) if warm else None
     node.metadata.setdefault("papermill", {})
     try:
         with open(log, "wb") as stream:
@@ -72,12 +67,13 @@ def execute(
                 node,
                 str(output).replace("{", "{{").replace("}", "}}"),  # papermill formats the path
                 engine_name="ttsnap",
+                on_cell=on_cell,
                 kernel_name="python3",
                 language="python",
                 progress_bar=False,
                 start_timeout=_STARTUP_S,
                 execution_timeout=None if timeout_s is None else math.ceil(timeout_s),
-                kernel_manager_class=_manager_class(scratch, environment, stream),
+                kernel_manager_class=_manager_class(scratch, environment, stream, server),
                 stdout_file=echo,
                 stderr_file=echo,
             )
@@ -104,10 +100,62 @@ def execute(
     return None
 
 
-def _manager_class(scratch: Path, environment: Mapping[str, str], log: Any) -> type:
+@functools.cache
+def _register_engine() -> None:
+    """Register, once, papermill's own engine with a hook that tells which cell starts."""
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class Engine(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, *, on_cell: Any, **options: Any) -> Any:
+            start = nb_man.cell_start
+
+            def cell_start(cell: Any, cell_index: int | None = None, **rest: Any) -> None:
+                if cell.cell_type == "code":
+                    on_cell(cell)
+                start(cell, cell_index, **rest)
+
+            nb_man.cell_start = cell_start
+            return super().execute_managed_notebook(nb_man, kernel_name, **options)
+
+    papermill_engines.register("ttsnap", Engine)
+
+
+_servers: dict[tuple[str, ...], ForkServer] = {}
+_servers_guard = threading.Lock()
+
+
+def _server(statements: tuple[str, ...], environment: Mapping[str, str]) -> ForkServer | None:
+    """Return this process's fork server for a notebook's imports, or None where it is of no use."""
+    if not hasattr(os, "fork") or sys.platform == "darwin":  # system libraries of macOS do not survive a fork
+        return None
+    with _servers_guard:
+        if statements not in _servers:
+            _servers[statements] = ForkServer(statements, {**os.environ, **environment})
+        return _servers[statements] if _servers[statements].usable else None
+
+
+def _manager_class(scratch: Path, environment: Mapping[str, str], log: Any, server: ForkServer | None) -> type:
     """Return a kernel manager whose kernels are of this interpreter, whatever kernelspecs are installed."""
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
+    from jupyter_client.provisioning import LocalProvisioner
+
+    env = {**os.environ, **environment}
+
+    class Provisioner(LocalProvisioner):
+        """Launches by forking the server, and in the ordinary way when the server is gone."""
+
+        async def launch_kernel(self, cmd: list[str], **options: Any) -> Any:
+            folder = options.get("cwd") or os.getcwd()
+            try:
+                self.process = server.start(cmd[cmd.index("-f") :], env, str(folder), log.name)
+            except (OSError, ValueError):
+                server.usable = False
+                return await super().launch_kernel(cmd, **options)
+            self.pid = self.pgid = self.process.pid
+            self.cwd = folder
+            return self.connection_info
 
     class Manager(AsyncKernelManager):
         def __init__(self, **options: Any) -> None:
@@ -124,10 +172,19 @@ def _manager_class(scratch: Path, environment: Mapping[str, str], log: Any) -> t
             return KernelSpec(argv=argv, display_name="Python 3", language="python", env={})
 
         async def _async_pre_start_kernel(self, **options: Any) -> Any:
-            env = {**os.environ, **environment}
+            if server is not None and self.provisioner is None:
+                self.provisioner = Provisioner(kernel_id="", kernel_spec=self.kernel_spec, parent=self)
             return await super()._async_pre_start_kernel(**{**options, "env": env, "stdout": log, "stderr": log})
 
     return Manager
+
+
+def lean_imports() -> None:
+    """Keep papermill's import short in a process of our own.
+
+    jsonschema parses a grammar of URLs as it loads, for 2 s, to check a format that notebooks do not use.
+    """
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 
 def _cell_label(cell: Any, number: int) -> str:

@@ -120,6 +120,7 @@ def run(
     echo: bool = False,
     timeout_s: float | None = None,
     environment: Mapping[str, str] | None = None,
+    warm: bool = False,
 ) -> RunResult:
     """Execute `notebook` with `parameters` over its defaults, in a run folder named by their hash.
 
@@ -144,6 +145,9 @@ def run(
         Longest time for one cell, rounded up to whole seconds.
     environment : mapping, optional
         Environment variables for the kernel, over those of this process (thread limits in a sweep).
+    warm : bool
+        Fork the kernel from a process that has made the notebook's imports. The first run pays for that process, each
+        later one saves a second and the imports; a sweep's workers do so.
 
     Raises
     ------
@@ -157,13 +161,13 @@ def run(
     gate = planned.folder.parent / ".locks" / planned.run_hash
     try:
         with lock(gate):
-            return _run_locked(planned, force, say, echo, timeout_s, environment)
+            return _run_locked(planned, force, say, echo, timeout_s, environment, warm)
     except DiskError as error:
         if error.value != str(gate):
             raise
     say("another process is at this run; waiting for it")
     with lock(gate, wait=True):
-        return _run_locked(planned, False, say, echo, timeout_s, environment)
+        return _run_locked(planned, False, say, echo, timeout_s, environment, warm)
 
 
 def finished(planned: Plan) -> RunResult | None:
@@ -189,6 +193,7 @@ def _run_locked(
     echo: bool,
     timeout_s: float | None,
     environment: Mapping[str, str] | None,
+    warm: bool,
 ) -> RunResult:
     done = None if force else finished(planned)
     if done is not None:
@@ -213,7 +218,7 @@ def _run_locked(
     }
     write_json(planned.folder / "manifest.json", manifest)
     begin = time.monotonic()
-    error = _execute(planned, content, manifest["token"], say, echo, timeout_s, environment)
+    error = _execute(planned, content, manifest["token"], say, echo, timeout_s, environment, warm)
     recorded = read_json(planned.folder / "recorded.json") or {}
     (planned.folder / "recorded.json").unlink(missing_ok=True)
     manifest |= {
@@ -239,6 +244,7 @@ def _execute(
     echo: bool,
     timeout_s: float | None,
     environment: Mapping[str, str] | None,
+    warm: bool,
 ) -> RunError | None:
     """Execute into ``executed.ipynb`` of the run folder; return the failure of a cell, if one failed."""
     import nbformat
@@ -268,6 +274,7 @@ def _execute(
         say=say,
         echo=sys.stdout if echo else None,
         timeout_s=timeout_s,
+        warm=warm,
     )
     if failure is None:
         return None

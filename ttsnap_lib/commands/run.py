@@ -26,6 +26,32 @@ def add(commands: Any) -> None:
     run.add_argument("-q", "--quiet", action="store_true", help="print the run folder only")
     run.set_defaults(func=_run)
 
+    sweep = commands.add_parser(
+        "sweep",
+        help="run a notebook over a grid of parameters, in parallel, resumable",
+        description="Run a notebook over the grid in a YAML file. What has finished is not run again.",
+        epilog="Exit status: 0 all runs are good, 1 some failed, 130 interrupted.",
+    )
+    sweep.add_argument("grid", type=Path, metavar="GRID.yaml", help="notebook, parameters, grid, cases, exclude")
+    sweep.add_argument("-j", "--workers", type=int, help="local worker processes (default: one for each core)")
+    sweep.add_argument("--scheduler", metavar="ADDRESS", help="run on this Dask cluster (tcp://host:8786) instead")
+    sweep.add_argument("-o", "--folder", help="for the table and the figure (default: data_cache/sweeps/NAME)")
+    sweep.add_argument("--runs", metavar="FOLDER", help="holds the run folders (default: data_cache/runs)")
+    sweep.add_argument("--retries", type=int, default=2, help="tries again after a lost worker (default: 2)")
+    sweep.add_argument("--timeout", type=float, metavar="SECONDS", help="longest time for one cell")
+    sweep.add_argument("--dry-run", action="store_true", help="show the runs and stop")
+    sweep.add_argument("-q", "--quiet", action="store_true", help="print the sweep's folder and its failures only")
+    sweep.set_defaults(func=_sweep)
+
+    report = commands.add_parser(
+        "report",
+        help="render a run or a sweep as one HTML file",
+        description="Render a run folder or a sweep folder as one HTML file that needs nothing else.",
+    )
+    report.add_argument("folder", type=Path, help="what `ttsnap run` or `ttsnap sweep` printed")
+    report.add_argument("-o", "--output", type=Path, metavar="REPORT.html", help="default: report.html in the folder")
+    report.set_defaults(func=_report)
+
 
 def _parameter_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -51,8 +77,9 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ttsnap_lib import runner
+    from ttsnap_lib import execution, runner
 
+    execution.lean_imports()
     if arguments.list:
         return _list(arguments.notebook)
     given = _given(arguments)
@@ -80,4 +107,55 @@ def _list(notebook: str) -> int:
         kind = f": {parameter.annotation}" if parameter.annotation else ""
         comment = f"  # {parameter.help}" if parameter.help else ""
         print(f"{parameter.name}{kind} = {parameter.default!r}{comment}")
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from ttsnap_lib.grids import load_grid
+
+    grid = load_grid(arguments.grid)
+    if arguments.dry_run:
+        return _dry_run(grid, arguments.runs)
+    from ttsnap_lib.sweeps import run_sweep
+
+    try:
+        result = run_sweep(
+            grid,
+            folder=arguments.folder,
+            runs_folder=arguments.runs,
+            workers=arguments.workers,
+            scheduler=arguments.scheduler,
+            retries=arguments.retries,
+            timeout_s=arguments.timeout,
+            stream=None if arguments.quiet else sys.stderr,
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    for failure in result.failed:
+        where = f" at {failure['cell']}" if failure["cell"] else ""
+        print(f"failed: {failure['label']}{where}: {failure['last_line']}", file=sys.stderr)
+        print(f"        {failure['folder']}/executed.ipynb", file=sys.stderr)
+    print(result.folder)
+    return 1 if result.failed else 0
+
+
+def _dry_run(grid: Any, runs: str | None) -> int:
+    from ttsnap_lib._sweep_view import short_parameters
+    from ttsnap_lib.runner import finished, plan
+
+    for parameters, case in zip(grid.runs, grid.cases, strict=True):
+        planned = plan(grid.notebook, parameters, folder=runs)
+        state = "finished" if finished(planned) else "to run"
+        print(f"{planned.run_hash}  {state:<8}  {short_parameters(parameters, grid.axes, case)}")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from ttsnap_lib import execution
+
+    execution.lean_imports()
+    from ttsnap_lib.report import render
+
+    print(render(arguments.folder, arguments.output))
     return 0
