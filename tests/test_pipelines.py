@@ -15,7 +15,6 @@ from tests import tiny
 from ttsnap_lib.denoise import Denoiser, Settings, image_generator
 from ttsnap_lib.errors import ConfigError, DeviceError, PipelineError
 from ttsnap_lib.pipelines import POCKET_MODELS, SCHEDULERS, load_pipeline, pipeline_source
-from ttsnap_lib.pocket import pocket_folder
 
 CPU = {"device": "cpu"}
 
@@ -246,8 +245,6 @@ def test_offload(folders, offload):
 
 @pytest.mark.parametrize("name", POCKET_MODELS)
 def test_pocket_models(name):
-    if not (pocket_folder(name) / "model_index.json").exists():
-        pytest.skip("the pocket models are not trained yet")
     pipeline = load_pipeline(name, **CPU)
     denoiser = Denoiser(pipeline, Settings(n_steps=6))
     assert (denoiser.settings.height, denoiser.settings.width) == (32, 32)
