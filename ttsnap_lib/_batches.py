@@ -1,8 +1,9 @@
-"""Makes one batch after another: encode, denoise, decode, in shapes that never change."""
+"""Makes one batch after another: encode, denoise, decode, in shapes that never change; hands the pictures over."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -10,10 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ._plan import Blocks
+from ._image_writer import ImageWriter
+from ._plan import Blocks, Wanted
+from .checks import integer
 from .denoise import Conditioning, Denoiser, image_generator
 
-__all__ = ["BatchMaker", "Clock", "host_pixels"]
+__all__ = ["BatchMaker", "Clock", "OnBatch", "hand_over_to", "host_pixels", "model_threads", "threads_of_torch"]
+
+OnBatch = Callable[[int, list[int], int, torch.Tensor], None]
+"""``on_batch(prompt_index, image_indices, step, images)``: float32 (n, 3, height, width) in [0, 1] on the device."""
 
 
 class Clock:
@@ -118,3 +124,56 @@ def host_pixels(images: torch.Tensor) -> Callable[[int], np.ndarray]:
         return pinned[row].numpy()
 
     return row_of
+
+
+def hand_over_to(
+    rows: Sequence[tuple[int, int]],
+    wanted: Wanted,
+    chosen: Collection[int],
+    writer: ImageWriter | None,
+    on_batch: OnBatch | None,
+    clock: Clock,
+) -> Callable[[int, torch.Tensor], None]:
+    """Return the function that gives a batch's pictures to the writer and the callback."""
+    places: dict[int, list[int]] = {}
+    for place, row in enumerate(rows):
+        if row in wanted:
+            places.setdefault(row[0], []).append(place)
+            if writer is not None:
+                writer.start(*row, wanted[row])
+
+    def hand_over(step: int, images: torch.Tensor) -> None:
+        with clock("hand_over"):
+            if writer is not None:
+                pixels = host_pixels(images)
+                for place in (place for found in places.values() for place in found):
+                    writer.put(*rows[place], step, lambda place=place: pixels(place))
+            if on_batch is not None and step in chosen:
+                for prompt, found in places.items():
+                    on_batch(prompt, [rows[place][1] for place in found], step, images[found])
+
+    return hand_over
+
+
+def model_threads(denoiser: Denoiser, given: int | None, made_with: int | None) -> int | None:
+    """Return the threads of the model: None on an accelerator, where they decide nothing."""
+    given = None if given is None else integer("cpu_threads", given, 1, 1024)
+    if denoiser.device.type != "cpu":
+        return None
+    return (
+        given
+        or made_with
+        or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
+    )
+
+
+@contextlib.contextmanager
+def threads_of_torch(threads: int | None) -> Iterator[None]:
+    """Let torch use so many threads on the CPU during the block; None leaves it alone."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -6,34 +6,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ._batches import BatchMaker, Clock, host_pixels
+from ._batches import BatchMaker, Clock, OnBatch, hand_over_to, model_threads, threads_of_torch
 from ._identity import decoder_digest, writer_of
 from ._identity import identity as identity_of
 from ._image_writer import ImageWriter, remove_leftovers
 from ._images import IMAGE_FORMATS
-from ._plan import Wanted, blocks_for, checked_folder, missing_rows, parse_shard, require_disk, shard_lock, wanted_rows
+from ._plan import blocks_for, checked_folder, missing_rows, parse_shard, require_disk, shard_lock, wanted_rows
 from .checks import choice, integer
 from .denoise import Denoiser, Settings
 from .errors import ConfigError
 from .negtome import NegToMe
+from .pipelines import load_pipeline
 from .prompts import read_prompts
 from .trajectories import MANIFEST, Manifest, VerifyReport, extend, verify
 
-__all__ = ["GenerateReport", "OnBatch", "generate", "repair"]
-
-OnBatch = Callable[[int, list[int], int, torch.Tensor], None]
-"""``on_batch(prompt_index, image_indices, step, images)``: float32 (n, 3, height, width) in [0, 1] on the device."""
+__all__ = ["GenerateReport", "OnBatch", "generate", "pipeline_of", "repair"]
 
 _DEFAULTS = {"image_format": "png", "batch": {"size": 8}}
 
@@ -56,6 +50,13 @@ class GenerateReport:
         """Images made per second, all of it counted."""
         return self.made / self.elapsed_s if self.elapsed_s else 0.0
 
+    def __str__(self) -> str:
+        text = f"{self.made} images made, {self.found} found, in {self.elapsed_s:.1f} s"
+        if not self.made:
+            return text
+        parts = ", ".join(f"{part} {seconds / self.elapsed_s:.0%}" for part, seconds in self.seconds.items())
+        return f"{text}: {self.images_per_s:.2f} images/s, {self.bytes_written / 1e6:.1f} MB ({parts})"
+
 
 def generate(
     pipeline: Any,
@@ -75,6 +76,7 @@ def generate(
     cpu_threads: int | None = None,
     workers: int = 4,
     only: Collection[tuple[int, int]] | Mapping[tuple[int, int], Collection[int]] | None = None,
+    source: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> GenerateReport:
     """Generate images with their x0 estimate at every step.
@@ -123,6 +125,8 @@ def generate(
         Threads that encode and write pictures.
     only : collection or mapping of (int, int), optional
         Make these (prompt, image) alone. A mapping to steps makes these steps again, even where they are there.
+    source : str, optional
+        Where the prompts come from, for the manifest's provenance; the file when `prompts` is one.
     progress : callable, optional
         ``progress(done, total)`` in images of this shard; see :func:`ttsnap_lib.progress.progress_bar`.
 
@@ -147,7 +151,7 @@ def generate(
     images_per_prompt = integer("images_per_prompt", images_per_prompt, 1)
     seed, workers = integer("seed", seed, 0), integer("workers", workers, 1, 256)
     index, count = parse_shard(shard)
-    source = str(prompts) if isinstance(prompts, str | Path) else None
+    source = str(prompts) if source is None and isinstance(prompts, str | Path) else source
     prompts = read_prompts(prompts)
     folder = None if folder is None else checked_folder(folder)
     # What is left open is as the folder was made.
@@ -158,7 +162,7 @@ def generate(
     denoiser = Denoiser(pipeline, settings)
     n_steps = denoiser.settings.n_steps
     chosen = {integer("steps", step, 0, n_steps - 1) for step in (range(n_steps) if steps is None else steps)}
-    threads = _threads(denoiser, cpu_threads, made_with.get("cpu_threads"))
+    threads = model_threads(denoiser, cpu_threads, made_with.get("cpu_threads"))
     batches = list(blocks.starts(len(prompts), images_per_prompt))[index::count]
     wanted = wanted_rows(blocks, batches, len(prompts), images_per_prompt, n_steps, only)
     total, writer, report, clock = len(wanted), None, GenerateReport(), Clock()
@@ -183,7 +187,7 @@ def generate(
             require_disk(folder, wanted, image_format, denoiser.settings.height * denoiser.settings.width * 3)
             writer = stack.enter_context(ImageWriter(folder, image_format, f"shard-{index}-of-{count}", workers))
         report.found = total - len(wanted)
-        stack.enter_context(_cpu_threads(threads))
+        stack.enter_context(threads_of_torch(threads))
         if negtome is not None:
             stack.enter_context(negtome.install(pipeline))
         begin = time.perf_counter()
@@ -195,7 +199,7 @@ def generate(
             if not rows:
                 continue
             needed = {step for steps_ in rows.values() for step in steps_} if writer else chosen
-            hand_over = _hand_over(blocks.rows(start), rows, chosen, writer, on_batch, clock)
+            hand_over = hand_over_to(blocks.rows(start), rows, chosen, writer, on_batch, clock)
             maker.make(start, needed | chosen if on_batch else needed, hand_over)
             report.made += len(rows)
             if progress is not None:
@@ -250,53 +254,25 @@ def repair(
     return verify(folder)
 
 
-def _hand_over(
-    rows: Sequence[tuple[int, int]],
-    wanted: Wanted,
-    chosen: Collection[int],
-    writer: ImageWriter | None,
-    on_batch: OnBatch | None,
-    clock: Clock,
-) -> Callable[[int, torch.Tensor], None]:
-    """Return the function that gives a batch's pictures to the writer and the callback."""
-    places: dict[int, list[int]] = {}
-    for place, row in enumerate(rows):
-        if row in wanted:
-            places.setdefault(row[0], []).append(place)
-            if writer is not None:
-                writer.start(*row, wanted[row])
+def pipeline_of(folder: str | Path, model: str | None = None, **options: Any) -> Any:
+    """Load the pipeline that `folder` was made with: model, revision, precision and scheduler of its manifest.
 
-    def hand_over(step: int, images: torch.Tensor) -> None:
-        with clock("hand_over"):
-            if writer is not None:
-                pixels = host_pixels(images)
-                for place in (place for found in places.values() for place in found):
-                    writer.put(*rows[place], step, lambda place=place: pixels(place))
-            if on_batch is not None and step in chosen:
-                for prompt, found in places.items():
-                    on_batch(prompt, [rows[place][1] for place in found], step, images[found])
+    Parameters
+    ----------
+    model : str, optional
+        Where the model is now, when its name in the manifest does not say.
+    options
+        Of :func:`ttsnap_lib.pipelines.load_pipeline`; those that are None or ``dtype="auto"`` come from the manifest.
+    """
+    import diffusers
 
-    return hand_over
-
-
-def _threads(denoiser: Denoiser, given: int | None, made_with: int | None) -> int | None:
-    """Return the threads of the model: None on an accelerator, where they decide nothing."""
-    given = None if given is None else integer("cpu_threads", given, 1, 1024)
-    if denoiser.device.type != "cpu":
-        return None
-    return (
-        given
-        or made_with
-        or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
-    )
-
-
-@contextlib.contextmanager
-def _cpu_threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    identity = Manifest.read(folder).identity
+    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    if options.get("dtype", "auto") == "auto":
+        options["dtype"] = names.get(identity["dtype"], "auto")
+    if model is None and options.get("revision") is None:
+        options["revision"] = identity["revision"]
+    kind = getattr(diffusers, identity["scheduler"]["class"], None)
+    if options.get("scheduler") is None and kind is not None:
+        options["scheduler"] = kind.from_config(identity["scheduler"]["config"])
+    return load_pipeline(model or identity["model"], **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 __all__ = ["progress_bar"]
@@ -14,7 +15,11 @@ def progress_bar(what: str = "images", *, quiet: bool = False) -> Callable[[int,
     """
     if quiet:
         return None
-    from tqdm.auto import tqdm
+    # A widget that nobody watches would leave an empty box in the executed notebook.
+    if os.environ.get("TTSNAP_RUN_FOLDER"):
+        from tqdm import tqdm
+    else:
+        from tqdm.auto import tqdm
 
     bar: tqdm | None = None
 
