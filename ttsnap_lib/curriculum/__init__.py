@@ -1,0 +1,40 @@
+"""Noise-aware finetuning: a clean-image reward learns, step by step, to judge noisy estimates as it judges images.
+
+The base reward of a trajectory's clean image is the target; training starts where the estimates are nearly clean and
+moves to earlier steps, each from the weights of the one before (arXiv 2511.22242, section 3).
+
+>>> result = finetune("data_cache/trajectories", "data_cache/run", load_config("pocket-flux"))
+>>> reward = load_reward("pocket-clip", adapters="data_cache/run").use_step(6)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_NAMES = {
+    "CurriculumConfig": "config",
+    "CurriculumResult": "train",
+    "ImageBank": "images",
+    "Images": "images",
+    "compare_at_steps": "report",
+    "finetune": "train",
+    "ground_truth_targets": "targets",
+    "import_series": "exchange",
+    "load_config": "config",
+    "load_series": "exchange",
+    "metrics_table": "report",
+    "open_images": "images",
+    "own_targets": "targets",
+    "push_series": "exchange",
+    "shipped_configs": "config",
+    "validate": "validation",
+}
+
+__all__ = list(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)

@@ -1,0 +1,179 @@
+"""Which pictures every update sees: a pure function of the seed, read ahead of the model by a thread."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ttsnap_lib.errors import CurriculumError
+from ttsnap_lib.rewards.base import Reward
+
+from .config import CurriculumConfig
+from .images import Images
+from .losses import TargetScale
+from .pixels import model_pixels
+
+__all__ = ["Load", "Loader", "Plan", "Stage"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the curriculum: the steps it trains on (one, unless everything is mixed)."""
+
+    position: int
+    steps: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """How the stage is called in messages."""
+        return f"step {self.steps[0]}" if len(self.steps) == 1 else f"steps {self.steps[0]} to {self.steps[-1]}"
+
+
+class Plan:
+    """Groups of pictures for every update, the same for every number of processes."""
+
+    def __init__(self, config: CurriculumConfig, n_prompts: int, n_images: int) -> None:
+        if n_images < config.group_size:
+            raise CurriculumError(
+                "group_size",
+                value=config.group_size,
+                bound=f"at most the {n_images} images per prompt",
+                remedy="Lower group_size, or generate more images per prompt.",
+            )
+        self.config, self.n_prompts, self.n_images = config, n_prompts, n_images
+        self.groups = n_prompts * (n_images // config.group_size)
+        self.groups_per_batch = config.batch_size // config.group_size
+        self.batches = -(-self.groups // self.groups_per_batch)
+
+    def stages(self) -> list[Stage]:
+        """Return the stages in training order."""
+        if self.config.curriculum:
+            return [Stage(k, (step,)) for k, step in enumerate(self.config.steps)]
+        return [Stage(0, self.config.steps)]
+
+    def updates(self, stage: Stage) -> int:
+        """Return the number of updates of a stage."""
+        per_step = self.batches * self.config.epochs_per_step
+        if self.config.max_updates_per_step is not None:
+            per_step = min(per_step, self.config.max_updates_per_step)
+        return per_step * len(stage.steps)
+
+    def batch(self, stage: Stage, update: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the groups of an update: (group, group_size, 2) of prompt and image, and the step of each group."""
+        epoch, place = divmod(update, self.batches)
+        groups, steps = self._epoch(stage, epoch)
+        chosen = slice(place * self.groups_per_batch, (place + 1) * self.groups_per_batch)
+        return groups[chosen], steps[chosen]
+
+    def _epoch(self, stage: Stage, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        if getattr(self, "_kept", (None,))[0] != (stage, epoch):
+            rng = np.random.default_rng(np.random.SeedSequence([self.config.seed, stage.position, epoch]))
+            size = self.config.group_size
+            used = self.n_images // size * size  # images left over take their turn in other epochs
+            order = rng.permuted(np.tile(np.arange(self.n_images), (self.n_prompts, 1)), axis=1)[:, :used]
+            prompts = np.broadcast_to(np.arange(self.n_prompts)[:, None], order.shape)
+            groups = np.stack([prompts, order], -1).reshape(-1, size, 2)
+            steps = rng.choice(np.array(stage.steps), len(groups))
+            mixed = rng.permutation(len(groups))
+            self._kept = ((stage, epoch), groups[mixed], steps[mixed])
+        return self._kept[1], self._kept[2]
+
+
+@dataclass
+class Load:
+    """One part of a batch, ready for the model."""
+
+    pixels: torch.Tensor
+    prompts: list[str]
+    targets: torch.Tensor
+    weight: float
+    """0 for the stand-in of a process that has nothing to do in this part, else 1."""
+    whole: int
+    """Pictures of the whole batch."""
+    scale: TargetScale
+    first: bool
+    last: bool
+    pictures: np.ndarray
+    """(n, 2), prompt and image of each."""
+
+
+class Loader:
+    """Reads and preprocesses the parts of this process, ahead of use.
+
+    Attributes
+    ----------
+    waited_s : float
+        Time that the training loop spent waiting for data.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        images: Images,
+        targets: np.ndarray,
+        reward: Reward,
+        *,
+        process: int = 0,
+        processes: int = 1,
+        ahead: int = 4,
+    ) -> None:
+        self.plan, self.images, self.targets, self.reward = plan, images, targets, reward
+        self.process, self.processes, self.ahead = process, processes, ahead
+        self.waited_s = 0.0
+
+    def parts(self, stage: Stage, start: int, stop: int) -> Iterator[Load]:
+        """Return the parts of updates `start` to `stop`, in order."""
+        accumulation = self.plan.config.accumulation
+        jobs = ((update, part) for update in range(start, stop) for part in range(accumulation))
+        pin = self.reward.device.type == "cuda"
+        with ThreadPoolExecutor(1, thread_name_prefix="ttsnap-batches") as pool:
+            queue: deque = deque()
+            try:
+                while True:
+                    while len(queue) <= self.ahead and (job := next(jobs, None)) is not None:
+                        queue.append(pool.submit(self._load, stage, *job, pin))
+                    if not queue:
+                        return
+                    begin = time.perf_counter()
+                    load = queue.popleft().result()
+                    self.waited_s += time.perf_counter() - begin
+                    yield load
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _load(self, stage: Stage, update: int, part: int, pin: bool) -> Load:
+        accumulation = self.plan.config.accumulation
+        groups, steps = self.plan.batch(stage, update)
+        whole = groups.reshape(-1, 2)
+        scale = TargetScale.of(torch.from_numpy(self.targets[whole[:, 0], whole[:, 1]]), self.plan.config.standardize)
+        shares = np.array_split(np.arange(len(groups)), accumulation * self.processes)
+        # Parts of one batch go round the processes, so that uneven shares meet different ones.
+        mine = shares[part * self.processes + self.process]
+        weight = 1.0 if len(mine) else 0.0
+        mine = mine if len(mine) else np.zeros(1, int)
+        rows, at = groups[mine].reshape(-1, 2), np.repeat(steps[mine], groups.shape[1])
+        pixels = model_pixels(self.reward, self._read(rows, at))
+        targets = torch.from_numpy(self.targets[rows[:, 0], rows[:, 1]])
+        if pin:
+            pixels, targets = pixels.pin_memory(), targets.pin_memory()
+        texts = [self.images.prompts[prompt] for prompt in rows[:, 0]]
+        first, last = part == 0, part == accumulation - 1
+        return Load(pixels, texts, targets, weight, len(whole), scale, first, last, rows)
+
+    def _read(self, rows: np.ndarray, at: np.ndarray) -> np.ndarray:
+        found = np.unique(at)
+        if len(found) == 1:
+            return self.images.read(rows[:, 0], rows[:, 1], int(found[0]))
+        out: np.ndarray | None = None
+        for step in found:
+            where = at == step
+            pictures = self.images.read(rows[where, 0], rows[where, 1], int(step))
+            out = np.empty((len(rows), *pictures.shape[1:]), np.uint8) if out is None else out
+            out[where] = pictures
+        return out

@@ -1,0 +1,294 @@
+"""`finetune`: checks everything, computes the targets, and runs the curriculum; it goes on where a killed run stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ttsnap_lib.errors import ConfigError, CurriculumError
+from ttsnap_lib.paths import lock, write_json
+from ttsnap_lib.rewards.base import Reward
+from ttsnap_lib.rewards.loading import load_reward
+from ttsnap_lib.rewards.steps import step_folders
+
+from .batches import Loader, Plan
+from .config import CurriculumConfig
+from .images import ImageBank, Images, open_images
+from .loop import Trainer
+from .report import metrics_table
+from .state import CURRICULUM, STATE, array_digest, identity, open_run, read_state_file, write_curriculum
+from .subset import PromptSubset
+from .targets import ground_truth_targets, own_targets, score_step
+from .validation import measures
+from .weights import Weights
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["CurriculumResult", "finetune"]
+
+
+@dataclass
+class CurriculumResult:
+    """What a call of :func:`finetune` did."""
+
+    folder: Path
+    table: pd.DataFrame
+    """One row per step, see :func:`ttsnap_lib.curriculum.metrics_table`."""
+    pictures: int
+    """Pictures trained on in this sitting."""
+    training_s: float
+    """Time of the updates alone."""
+    validation_s: float
+    elapsed_s: float
+    wait_share: float
+    """Share of the updates' time spent waiting for data."""
+    disk_bytes: int
+    """Of all steps' checkpoints."""
+    trained_parameters: int
+    base_parameters: int
+    peak_memory_bytes: int
+    """Of the accelerator, else of this process."""
+
+    @property
+    def pictures_per_s(self) -> float:
+        """Pictures per second of training."""
+        return self.pictures / self.training_s if self.training_s else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.table)} steps in {self.folder}: {self.pictures} pictures in {self.training_s:.0f} s "
+            f"({self.pictures_per_s:.0f}/s, {self.wait_share:.1%} of it waiting for data), validation "
+            f"{self.validation_s:.0f} s; {self.trained_parameters:,} of {self.base_parameters:,} parameters trained, "
+            f"{self.disk_bytes / 1e6:.2f} MB on disk, peak memory {self.peak_memory_bytes / 1e9:.2f} GB"
+        )
+
+
+def finetune(
+    images: str | Path | Images | None,
+    folder: str | Path,
+    config: CurriculumConfig | None = None,
+    *,
+    reward: Reward | None = None,
+    reward_options: Mapping[str, Any] | None = None,
+    validation: str | Path | Images | None = None,
+    targets: str | Path | np.ndarray | None = None,
+    validation_targets: str | Path | np.ndarray | None = None,
+    device: str | torch.device | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    listener: Callable[[dict[str, Any]], None] | None = None,
+) -> CurriculumResult:
+    """Finetune a reward to be noise-aware, one checkpoint per step, into a run folder.
+
+    The same call goes on where an earlier one was stopped or killed, and ends with the same weights. Under
+    ``accelerate launch`` the processes share every batch.
+
+    Parameters
+    ----------
+    images : str, Path or Images
+        Pictures to train on, see :func:`ttsnap_lib.curriculum.open_images`; ``config.trajectories`` when None.
+    folder : str or Path
+        The run folder: ``step_14/ ... curriculum.json metrics.csv losses.csv``.
+    config : CurriculumConfig
+        The settings; defaults when not given.
+    reward : Reward, optional
+        A base reward that is loaded already; `config.reward` is loaded when not given. LoRA layers stay in it.
+    reward_options : mapping, optional
+        For loading, such as ``{"weights": "ImageReward.pt"}``.
+    validation : str, Path or Images, optional
+        Pictures of held-out prompts; ``config.validation``, else the last ``config.validation_prompts`` prompts.
+    targets, validation_targets : path or ndarray (prompt, image), optional
+        Ground truth; the base reward of the clean images when not given.
+    device : str or torch.device, optional
+        Of the reward that is loaded here.
+    overwrite : bool
+        Delete an earlier run in `folder`.
+    progress : callable, optional
+        ``progress(done, total)`` in updates.
+    listener : callable, optional
+        Gets a mapping for each update, validation and finished step: for live plots.
+
+    Returns
+    -------
+    CurriculumResult
+
+    Raises
+    ------
+    ConfigError, CurriculumError, TrajectoryError, RewardError, CheckpointError
+        Bad input before anything is trained; a loss that is not finite, with step and batch.
+    """
+    begin = time.perf_counter()
+    config = config or CurriculumConfig()
+    folder = Path(folder)
+    source = images if images is not None else config.trajectories
+    if source is None:
+        raise CurriculumError("trajectories", value=None, bound="a folder", remedy="Say what to train on.")
+    if reward is None:
+        reward = load_reward(config.reward, device=device, **(reward_options or {}))
+    if reward.module is None:
+        raise CurriculumError(
+            f"reward {reward.name} has no weights to train", remedy="Finetune a model reward, not a function."
+        )
+    accelerator = _accelerator(config, reward, folder)
+    with accelerator.main_process_first():  # one process generates or scores, the others find its cache
+        train = open_images(source, steps=config.steps)
+        held = validation if validation is not None else config.validation
+        held = open_images(held, steps=config.steps) if held is not None else None
+        _check_steps(config, train)
+        goal = _targets(targets, train, reward, config)
+        held_goal = _targets(validation_targets, held, reward, config) if held is not None else None
+    if held is None and config.validation_prompts:
+        train, goal, held, held_goal = _split(train, goal, config)
+    if held is not None:
+        _check_steps(config, held)
+
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(lock(folder / ".lock"))
+            if overwrite:
+                _remove_run(folder)
+        accelerator.wait_for_everyone()
+        who = identity(
+            config,
+            reward=reward.fingerprint(),
+            pictures=train.digest(),
+            targets=array_digest(goal),
+            validation=None if held is None else held.digest(),
+            validation_targets=array_digest(held_goal),
+        )
+        open_run(folder, who)
+        base = _base_validation(accelerator, reward, held, held_goal, config)
+        parameters = sum(p.numel() for p in reward.module.parameters())
+        weights = Weights(reward, config)
+        plan = Plan(config, len(train.prompts), train.n_images)
+        loader = Loader(
+            plan, train, goal, reward, process=accelerator.process_index, processes=accelerator.num_processes
+        )
+        trained = sum(p.numel() for p in weights.parameters.values())
+        about = {"trained_parameters": trained, "base_parameters": parameters}
+        if accelerator.is_main_process and not (folder / CURRICULUM).exists():
+            write_curriculum(folder, reward.name, config, who, [], about)
+            write_json(folder / "config.json", config.to_dict())
+        trainer = Trainer(
+            accelerator, reward, weights, loader, config, folder, identity=who, about=about,
+            validation=None if held is None else (held, held_goal, base), progress=progress, listener=listener,
+        )  # fmt: skip
+        if config.tracker:
+            plain = {key: value for key, value in config.to_dict().items() if isinstance(value, int | float | str)}
+            accelerator.init_trackers("ttsnap-finetune", config=plain)
+        state = read_state_file(folder)
+        if state is not None and state["identity"] != who:
+            raise CurriculumError(
+                f"{folder / STATE} is of another run", remedy="Delete it, or pass overwrite=True (--overwrite)."
+            )
+        trainer.run(state)
+        if config.tracker:
+            accelerator.end_training()
+    return CurriculumResult(
+        folder=folder,
+        table=metrics_table(folder),
+        pictures=trainer.pictures,
+        training_s=trainer.training_s,
+        validation_s=trainer.validation_s,
+        elapsed_s=time.perf_counter() - begin,
+        wait_share=loader.waited_s / trainer.training_s if trainer.training_s else 0.0,
+        disk_bytes=sum(p.stat().st_size for path in step_folders(folder).values() for p in path.iterdir()),
+        trained_parameters=trained,
+        base_parameters=parameters,
+        peak_memory_bytes=_peak_memory(reward.device),
+    )
+
+
+def _accelerator(config: CurriculumConfig, reward: Reward, folder: Path) -> Any:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+    if config.tracker:
+        there = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}[config.tracker]()
+        if not there:
+            raise ConfigError(
+                "tracker", value=config.tracker, bound="an installed package", remedy=f"pip install {config.tracker}"
+            )
+    # accelerate keeps the precision of its first use in a process; the process group itself stays.
+    AcceleratorState._reset_state(reset_partial_state=False)
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        cpu=reward.device.type == "cpu",
+        log_with=config.tracker,
+        project_dir=str(folder / "tracker"),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.method == "full")],
+    )
+
+
+def _check_steps(config: CurriculumConfig, images: Images) -> None:
+    there = images.steps if isinstance(images, ImageBank) else range(images.n_steps)
+    missing = [step for step in config.steps if step not in there]
+    if missing:
+        raise CurriculumError(
+            f"step {missing[0]} has no images",
+            value=missing,
+            bound=f"steps of the trajectories: {list(there)[:3]} ... {list(there)[-1]}",
+            remedy="Leave these steps out of the curriculum, or generate trajectories that have them.",
+        )
+
+
+def _targets(given: Any, images: Images, reward: Reward, config: CurriculumConfig) -> np.ndarray:
+    if given is None:
+        return own_targets(reward, images)
+    if isinstance(given, str | Path):
+        return ground_truth_targets(given, images, reward, check=config.check_targets)
+    targets = np.asarray(given, np.float32)
+    if targets.shape != (len(images.prompts), images.n_images) or not np.isfinite(targets).all():
+        raise CurriculumError(
+            "targets",
+            value=targets.shape,
+            bound=f"finite numbers ({len(images.prompts)}, {images.n_images}), one per image",
+            remedy="Give the targets of these trajectories.",
+        )
+    return targets
+
+
+def _split(train: Images, goal: np.ndarray, config: CurriculumConfig) -> tuple[Images, np.ndarray, Images, np.ndarray]:
+    cut = len(train.prompts) - config.validation_prompts
+    if cut < 1:
+        raise CurriculumError(
+            "validation_prompts",
+            value=config.validation_prompts,
+            bound=f"fewer than the {len(train.prompts)} prompts",
+            remedy="Lower it, or name other pictures for validation.",
+        )
+    return PromptSubset(train, 0, cut), goal[:cut], PromptSubset(train, cut, len(train.prompts)), goal[cut:]
+
+
+def _base_validation(accelerator: Any, reward: Reward, held: Images | None, goal: Any, config: CurriculumConfig) -> Any:
+    if held is None:
+        return {}
+    found = {}
+    shard = (accelerator.process_index, accelerator.num_processes)
+    for step in config.steps:
+        scores = torch.from_numpy(score_step(reward, held, step, shard=shard)).to(accelerator.device)
+        found[step] = measures(accelerator.reduce(scores, "sum").cpu().numpy(), goal)
+    return found
+
+
+def _remove_run(folder: Path) -> None:
+    for path in [*folder.glob("step_*"), *(folder / name for name in (CURRICULUM, STATE, "config.json", "tracker"))]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
