@@ -79,9 +79,9 @@ def main_metric(spec: GridSpec, table: pd.DataFrame) -> str | None:
 def draw(spec: GridSpec, table: pd.DataFrame) -> Figure | None:
     """Return a figure of the main metric against what the sweep varies; None when there is nothing to draw.
 
-    A table of :func:`ttsnap_lib.sweep`'s columns and a varied-by-nothing-else sweep is drawn as reward against budget.
-    Otherwise the numeric axis with the most values runs along x, and the next two axes give colour and line style;
-    axes beyond that are averaged over, with the band showing their spread.
+    A table of :func:`ttsnap_lib.sweep`'s columns with one row for each method and budget is drawn as reward against
+    budget. Otherwise the numeric axis with the most values runs along x, and the next two axes give color and line
+    style; what else varies is averaged over, and a band or bar shows its whole spread.
     """
     import seaborn as sns
     from matplotlib.figure import Figure
@@ -100,8 +100,10 @@ def draw(spec: GridSpec, table: pd.DataFrame) -> Figure | None:
         return figure
     if any(spec.cases):
         axes.append("case")
-    if "method" in table.columns and "method" not in axes and table["method"].nunique() > 1:
-        axes.append("method")
+    axes += [
+        name for name in ("method", "reward", "budget")
+        if name in table.columns and name not in axes and table[name].nunique() > 1
+    ]  # fmt: skip
     numeric = [name for name in axes if table[name].dtype.kind in "if"]
     numeric.sort(key=lambda name: -table[name].nunique())
     along = numeric[0] if numeric else axes[0] if axes else "run"
