@@ -1,0 +1,152 @@
+"""Reward tensors in, matplotlib Axes out: distributions per step, rank correlations, best and worst images."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .plots import reward_label
+from .trajectories import Trajectories
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["correlation_heatmap", "extreme_images", "reward_histograms"]
+
+
+def reward_histograms(
+    dataset: xr.Dataset, *, reward: str | None = None, steps: Sequence[int] | None = None, bins: int = 40
+) -> Figure:
+    """Draw the distribution of a reward over all images, one row per step: base filled, noise-aware as a line.
+
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        A reward tensor.
+    reward : str, optional
+        Which one; the first when not given.
+    steps : sequence of int, optional
+        Which steps (their coordinates); up to six of them, evenly spread, when not given.
+    bins : int
+        Of equal width over all steps.
+    """
+    import seaborn as sns
+    from matplotlib import pyplot as plt
+
+    names = [str(name) for name in dataset["reward"].values]
+    name = names[0] if reward is None else reward
+    every = dataset["step"].values
+    steps = every[np.unique(np.linspace(0, len(every) - 1, 6).round().astype(int))] if steps is None else list(steps)
+    chosen = dataset.sel(reward=name, step=list(steps))
+    values = np.concatenate([chosen[variant].values.ravel() for variant in ("base", "noise_aware")])
+    values = values[np.isfinite(values)]
+    edges = np.linspace(values.min(), values.max() + 1e-9, bins + 1)
+    colors = sns.color_palette("colorblind")
+    figure, axes = plt.subplots(
+        len(steps), 1, figsize=(6.4, 0.75 * len(steps) + 0.9), sharex=True, squeeze=False, layout="constrained"
+    )
+    for ax, step in zip(axes[:, 0], steps, strict=True):
+        at = chosen.sel(step=step)
+        base, aware = at["base"].values.ravel(), at["noise_aware"].values.ravel()
+        ax.hist(base, bins=edges, color=colors[7], alpha=0.75, label="base")
+        source = str(at["noise_aware_source"].values) if "noise_aware_source" in at else "finetuned"
+        if source == "finetuned":
+            ax.hist(aware, bins=edges, histtype="step", color=colors[0], linewidth=1.5, label="noise-aware")
+        ax.axvline(np.nanmedian(base), color="0.25", linewidth=1, linestyle=":")
+        ax.set_ylabel(f"step {int(step)}", rotation=0, ha="right", va="center")
+        ax.set_yticks([])
+        ax.spines[["top", "right", "left"]].set_visible(False)
+    handles = {
+        label: handle for ax in axes[:, 0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    axes[0, 0].legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="upper left")
+    axes[-1, 0].set_xlabel(f"{reward_label(name)} (dotted: median of the base reward)")
+    return figure
+
+
+def correlation_heatmap(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw the rank correlation between rewards and steps.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+        As :func:`ttsnap_lib.score_report.rank_correlation` returns it.
+    ax : matplotlib Axes, optional
+    """
+    import seaborn as sns
+
+    steps = [str(step) for _, step in frame.index]
+    rewards = [reward for reward, _ in frame.index]
+    side = 1.6 + 0.27 * len(frame)
+    ax = _axes(ax, (side + 0.9, side))
+    sns.heatmap(
+        frame.to_numpy(), vmin=-1, vmax=1, cmap="vlag", square=True, ax=ax, xticklabels=steps, yticklabels=steps,
+        cbar_kws={"label": "Spearman within a prompt, mean over prompts", "shrink": 0.8},
+        annot=len(frame) <= 16, fmt=".2f", annot_kws={"fontsize": 6},
+    )  # fmt: skip
+    ax.tick_params(length=0, labelsize=8, rotation=0)
+    starts = [k for k in range(len(rewards)) if k == 0 or rewards[k] != rewards[k - 1]]
+    for k in starts[1:]:
+        ax.axhline(k, color="black", linewidth=1.2)
+        ax.axvline(k, color="black", linewidth=1.2)
+    for start, end in zip(starts, [*starts[1:], len(rewards)], strict=True):
+        label = textwrap.shorten(reward_label(rewards[start]), 24, placeholder="...")
+        ax.annotate(label, ((start + end) / 2, 0), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=9)
+        ax.annotate(
+            label, (0, (start + end) / 2), xytext=(-22, 0), textcoords="offset points", rotation=90, ha="right",
+            va="center", fontsize=9,
+        )  # fmt: skip
+    ax.set(xlabel="denoising step")
+    return ax
+
+
+def extreme_images(
+    folder: str | Path | Trajectories, extremes: pd.DataFrame, prompt: int, *, step: int = -1, title: str = ""
+) -> Figure:
+    """Draw the best images of a prompt above the worst ones, each with its reward.
+
+    Parameters
+    ----------
+    folder : str, Path or Trajectories
+        The trajectory folder that was scored.
+    extremes : pandas.DataFrame
+        As :func:`ttsnap_lib.score_report.best_and_worst` returns it.
+    prompt : int
+        Its index.
+    step : int
+        Which estimate to draw; the final image by default.
+    """
+    from matplotlib import pyplot as plt
+
+    found = folder if isinstance(folder, Trajectories) else Trajectories(folder)
+    columns = int(extremes["place"].max())
+    figure, axes = plt.subplots(2, columns, figsize=(1.25 * columns + 0.5, 3.4), squeeze=False, layout="constrained")
+    for ax in axes.ravel():
+        ax.set(xticks=[], yticks=[])
+        for side in ax.spines.values():
+            side.set_visible(False)
+    for entry in extremes.itertuples():
+        ax = axes[("best", "worst").index(entry.which), entry.place - 1]
+        ax.imshow(found.read(prompt, entry.image, step), interpolation="nearest")
+        ax.set_title(f"{entry.value:.3g}", fontsize=9)
+        ax.set_xlabel(f"image {entry.image}", fontsize=8)
+    for row, which in enumerate(("best", "worst")):
+        axes[row, 0].set_ylabel(which, fontsize=9)
+    heading = textwrap.shorten(f"{prompt}: {found.prompts[prompt]}", 80, placeholder=" ...")
+    figure.suptitle(f"{title}{', ' if title else ''}{heading}", fontsize=9)
+    return figure
+
+
+def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    if ax is not None:
+        return ax
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(figsize=size, layout="constrained")[1]
