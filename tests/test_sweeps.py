@@ -266,7 +266,10 @@ def completed(cache: Path) -> int:
 
 
 def _start(grid: Path, *words: str) -> subprocess.Popen:
-    code = "import sys; from ttsnap_lib.commands.run import add; import argparse; p = argparse.ArgumentParser();"
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"  # tests in the background ignore it
+    )
+    code += "import sys; from ttsnap_lib.commands.run import add; import argparse; p = argparse.ArgumentParser();"
     code += "add(p.add_subparsers()); a = p.parse_args(sys.argv[1:]); sys.exit(a.func(a))"
     return subprocess.Popen(
         [sys.executable, "-c", code, "sweep", str(grid), *words],
