@@ -3,10 +3,7 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# One thread per process in tests: two test workers or two kernels must not fight for the cores.
-export MPLBACKEND ?= Agg
-
-.PHONY: help setup demo test test-fast test-slow lint bench pocket docs lab clean
+.PHONY: help setup demo test test-slow lint bench pocket lab clean
 
 help:            ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -14,7 +11,7 @@ help:            ## Show what there is
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or call make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
@@ -28,13 +25,16 @@ lint: $(STAMP)   ## Ruff over code and notebooks
 	$(BIN)/ruff format --check .
 
 test: lint       ## All quick tests
-	$(BIN)/python -m pytest -q
+	MPLBACKEND=Agg $(BIN)/python -m pytest -q
 
 test-slow: $(STAMP) ## The long tests
-	$(BIN)/python -m pytest -q -m slow
+	MPLBACKEND=Agg $(BIN)/python -m pytest -q -m slow
 
 bench: $(STAMP)  ## The benchmarks, one table
 	$(BIN)/python -m tests.benchmarks
+
+pocket: $(STAMP) ## Train the pocket models again (about two hours on two cores)
+	$(BIN)/python -m ttsnap_lib.pocket.train --all
 
 lab: $(STAMP)    ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
