@@ -213,7 +213,7 @@ def test_time_limit_and_interrupt_keep_the_best_so_far():
     data = world()
     short = fast(data, n_trials=10**6, time_limit_s=3)
     # A million schedules would take hours; the slack is for compiling and for a busy machine.
-    assert not short.complete and len(short.trials) > 0 and short.elapsed_s < 30
+    assert not short.complete and len(short.trials) > 0 and short.elapsed_s < 120
 
     def stop(done, total):
         if done >= 96:
