@@ -23,7 +23,7 @@ from .train_clip import clip_scores
 
 __all__ = ["load_pocket", "measure", "rank_agreement", "sheet", "write_report"]
 
-_STAGES = ("text", "vae", "tiny", "flux", "sdxl", "clip", "preferences")
+_STAGES = ("text", "vae", "decoder", "tiny", "flux", "sdxl", "clip", "preferences")
 
 
 def load_pocket(name: str, models: Path | None = None) -> Any:
@@ -120,7 +120,7 @@ def write_report(plan: Any, scratch: Path, models: Path, docs: Path, log: Callab
     figures["training"] = {stage: {"seconds": rows[-1]["elapsed_s"], **rows[-1]} for stage, rows in logs.items()}
     write_json(docs / "losses.json", logs)
     write_json(docs / "figures.json", figures)
-    _text(docs / "prompts.txt", "\n".join(prompts[:12]) + "\n")
+    _text(docs / "index.md", _page(figures, prompts[:12]))
     return figures
 
 
@@ -132,3 +132,62 @@ def _picture(path: Path, picture: Image.Image) -> None:
 def _text(path: Path, content: str) -> None:
     with atomic_write(path, "w") as file:
         file.write(content)
+
+
+def _page(figures: dict[str, Any], prompts: Sequence[str]) -> str:
+    """Return the report as Markdown."""
+    names = ("pocket-flux", "pocket-sdxl")
+    rows = [
+        ("oracle, mean", "oracle_mean", ".3f"),
+        ("oracle, deviation within a prompt", "oracle_within_prompt_sd", ".3f"),
+        ("oracle, best of the images of a prompt", "oracle_best_of_images_mean", ".3f"),
+        ("Spearman of pocket-clip and oracle within a prompt", "spearman_clip_oracle", ".3f"),
+        ("pocket-clip, deviation within a prompt", "clip_within_prompt_sd", ".2f"),
+        ("pocket-clip, deviation between prompts", "clip_between_prompts_sd", ".2f"),
+        ("seconds per image, 20 steps, every estimate decoded", "seconds_per_image", ".3f"),
+    ]
+    lines = [
+        "# The pocket models",
+        "",
+        (
+            "Written by `python -m ttsnap_lib.pocket.train --stage report`. Held-out captions of the evaluation split: "
+            f"{figures['prompts']} captions, {figures['images_per_prompt']} images each, "
+            f"{figures[names[0]]['threads']} thread(s)."
+        ),
+        "",
+        f"| | {' | '.join(names)} |",
+        "| --- | --- | --- |",
+        *(f"| {title} | {' | '.join(format(figures[n][key], spec) for n in names)} |" for title, key, spec in rows),
+        "",
+        "Kendall tau between pocket-clip's score of the estimate at a step and of the picture, mean over prompts:",
+        "",
+        "| step | " + " | ".join(str(step) for step in _SHOWN_STEPS) + " |",
+        "| --- |" + " --- |" * len(_SHOWN_STEPS),
+        *(
+            f"| {n} | " + " | ".join(f"{figures[n]['kendall_tau_by_step'][step]:.2f}" for step in _SHOWN_STEPS) + " |"
+            for n in names
+        ),
+        "",
+        "| stage | steps | seconds | last loss |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {stage} | {row['step']} | {row['seconds']:.0f} | {row['loss']:.4g} |"
+            for stage, row in figures["training"].items()
+        ),
+        "",
+        "| folder | MB |",
+        "| --- | --- |",
+        *(f"| {name} | {size / 1e6:.2f} |" for name, size in figures["bytes"].items()),
+        "",
+        "Each row of the sheets is a caption, each column a seed; in the sheets of steps, each column a step of one seed.",
+        "",
+        *(f"![{n}]({n}.png)\n\n![{n}, estimates by step]({n}-steps.png)\n" for n in names),
+        "Captions of the rows:",
+        "",
+        *(f"{k}. {text}" for k, text in enumerate(prompts, 1)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_SHOWN_STEPS = (0, 2, 4, 6, 8, 11, 14, 17)

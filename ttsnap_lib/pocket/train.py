@@ -1,12 +1,13 @@
 """Train every pocket model: ``python -m ttsnap_lib.pocket.train --all`` (or ``make pocket``).
 
-Stages, each resumable from ``data_cache/pocket/training``: ``text``, ``vae``, ``tiny``, ``flux``, ``sdxl``, ``clip``,
-``preferences``; then ``save`` writes the shipped folders and ``report`` the figures and sheets of ``docs/pocket``.
+Stages, each resumable from ``data_cache/pocket/training``: ``text``, ``vae``, ``decoder``, ``tiny``, ``flux``,
+``sdxl``, ``clip``, ``preferences``; then ``save`` writes the shipped folders and ``report`` the figures and sheets of ``docs/pocket``.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from .loop import Fit
 
 __all__ = ["FULL", "SMOKE", "STAGES", "Plan", "Training", "main"]
 
-STAGES = ("text", "vae", "tiny", "flux", "sdxl", "clip", "preferences", "save", "report")
+STAGES = ("text", "vae", "decoder", "tiny", "flux", "sdxl", "clip", "preferences", "save", "report")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Plan:
 FULL = Plan(
     vae_pictures=12_000,
     diffusion_pictures=16_000,
-    clip_pictures=20_000,
-    preference_prompts=320,
+    clip_pictures=12_000,
+    preference_prompts=160,
     preference_images=8,
     report_prompts=64,
     report_images=16,
@@ -52,10 +53,11 @@ FULL = Plan(
         "text": Fit(700, 128, 3e-3, ema=0.99),
         "vae": Fit(1000, 32, 2e-3),
         "tiny": Fit(800, 32, 2e-3),
-        "flux": Fit(3000, 64, 1e-3),
-        "sdxl": Fit(2500, 64, 1e-3),
-        "clip": Fit(1200, 64, 1e-3, ema=0.998),
-        "preferences": Fit(400, 64, 4e-4, ema=0.99),
+        "decoder": Fit(400, 32, 1e-3, ema=0.998),
+        "flux": Fit(2500, 48, 1.5e-3, muon=True),
+        "sdxl": Fit(4300, 32, 1.2e-3),
+        "clip": Fit(1000, 64, 1.5e-3, ema=0.998, muon=True),
+        "preferences": Fit(800, 64, 5e-4, ema=0.99),
     },
 )
 """The plan of the shipped models."""
@@ -126,12 +128,28 @@ class Training:
         return torch.load(file, weights_only=True), [caption(scene) for scene in scenes]
 
     @functools.cached_property
+    def decoder(self) -> Any:
+        """The VAE after its decoder's own stage: the same latents, better pictures."""
+        from diffusers import AutoencoderKL
+
+        from .train_vae import train_decoder
+
+        folder = self.scratch / "vae_final"
+        if not folder.exists():
+            vae, latents = copy.deepcopy(self.vae), self.latents[0]
+            pictures = self._renders(2, self.plan.diffusion_pictures)[1]
+            train_decoder(vae, pictures, latents, **self._fit_arguments("decoder"))
+            with atomic_folder(folder) as part:
+                vae.save_pretrained(part)
+        return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
+
+    @functools.cached_property
     def tiny(self) -> Any:
         """The tiny autoencoder."""
-        from .train_vae import encode, train_tiny
+        from .train_vae import train_tiny
 
-        pictures = self._renders(0, self.plan.vae_pictures)[1]
-        return train_tiny(pictures, encode(self.vae, pictures), **self._fit_arguments("tiny"))[0]
+        pictures = self._renders(2, self.plan.diffusion_pictures)[1]
+        return train_tiny(pictures, self.latents[0], **self._fit_arguments("tiny"))[0]
 
     @functools.cached_property
     def flux(self) -> Any:
@@ -140,7 +158,7 @@ class Training:
 
         latents, texts = self.latents
         transformer, _ = train_flux(latents, texts, *self.text, **self._fit_arguments("flux"))
-        return flux_pipeline(self.vae, *self.text, transformer)
+        return flux_pipeline(self.decoder, *self.text, transformer)
 
     @functools.cached_property
     def sdxl(self) -> Any:
@@ -149,7 +167,7 @@ class Training:
 
         latents, texts = self.latents
         unet, _ = train_sdxl(latents, texts, self.text[1], **self._fit_arguments("sdxl"))
-        return sdxl_pipeline(self.vae, self.text[1], unet)
+        return sdxl_pipeline(self.decoder, self.text[1], unet)
 
     @functools.cached_property
     def clip(self) -> Any:
@@ -167,7 +185,7 @@ class Training:
 
         scenes, pictures = self._renders(3, min(4000, self.plan.clip_pictures))
         pictures = pictures.copy()
-        pictures[::2] = decode(self.vae, encode(self.vae, pictures[::2]))
+        pictures[::2] = decode(self.decoder, encode(self.vae, pictures[::2]))
         clip = self.clip
         train_preferences(clip, self._generated(), scenes, pictures, **self._fit_arguments("preferences"))
         return clip

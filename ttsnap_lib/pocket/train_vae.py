@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .loop import Fit, fit
 from .models import make_tiny_decoder, make_vae
 
-__all__ = ["decode", "encode", "normalize", "to_pixels", "train_tiny", "train_vae"]
+__all__ = ["decode", "encode", "normalize", "to_pixels", "train_decoder", "train_tiny", "train_vae"]
 
 _KL = 1e-6  # only keeps the latents' range near one; their scale is fixed afterwards
 
@@ -52,6 +52,37 @@ def train_vae(
     history = fit("vae", {"vae": vae}, loss, how, seed=seed, scratch=scratch, log=log)
     normalize(vae, to_pixels(pictures[:2048]))
     return vae.eval(), history
+
+
+def train_decoder(
+    vae: AutoencoderKL,
+    pictures: np.ndarray,
+    latents: torch.Tensor,
+    how: Fit,
+    scratch: Path,
+    seed: int = 1,
+    log: Callable = print,
+) -> list:
+    """Go on training the decoder alone, in place, on lightly noised latents; return the log.
+
+    The latents stay what they are, so this may run beside the diffusion models' training. The noise stands for the
+    small errors of sampled latents.
+    """
+    vae.requires_grad_(False)
+    for part in (vae.decoder, vae.post_quant_conv):
+        part.requires_grad_(True)
+
+    def loss(rng: np.random.Generator, batch: int) -> dict[str, torch.Tensor]:
+        rows = rng.integers(len(pictures), size=batch)
+        x, z = to_pixels(pictures[rows]), latents[torch.from_numpy(rows)]
+        level = torch.from_numpy(rng.uniform(0.0, 0.15, size=(batch, 1, 1, 1)).astype(np.float32))
+        noise = torch.from_numpy(rng.standard_normal(tuple(z.shape), dtype=np.float32))
+        made = vae.decode(z + level * noise).sample
+        return {"loss": _reconstruction(made, x), "mse": F.mse_loss(made.detach(), x)}
+
+    history = fit("decoder", {"vae": vae}, loss, how, seed=seed, scratch=scratch, log=log)
+    vae.eval().requires_grad_(False)
+    return history
 
 
 @torch.no_grad()
