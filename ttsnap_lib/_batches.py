@@ -22,6 +22,9 @@ OnBatch = Callable[[int, list[int], int, torch.Tensor], None]
 """``on_batch(prompt_index, image_indices, step, images)``: float32 (n, 3, height, width) in [0, 1] on the device."""
 
 
+_SMALL_MODEL = 50_000_000
+
+
 class Clock:
     """Adds up where the time goes; a part inside another counts for itself alone."""
 
@@ -160,11 +163,13 @@ def model_threads(denoiser: Denoiser, given: int | None, made_with: int | None) 
     given = None if given is None else integer("cpu_threads", given, 1, 1024)
     if denoiser.device.type != "cpu":
         return None
-    return (
-        given
-        or made_with
-        or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
-    )
+    if given or made_with:
+        return given or made_with
+    # A small model gains little from a second thread and loses much where the cores are busy: threads wait for each
+    # other at every operation. Several processes (shards) use the cores better.
+    if sum(weight.numel() for weight in denoiser._adapter.component(denoiser.pipeline).parameters()) < _SMALL_MODEL:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @contextlib.contextmanager

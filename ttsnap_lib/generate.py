@@ -120,7 +120,7 @@ def generate(
         Both lossless; what the folder was made with, else PNG.
     cpu_threads : int, optional
         Threads of the model on the CPU. Part of what decides the bytes, so it does not come from the environment:
-        what the folder was made with, else the number of cores at hand.
+        what the folder was made with, else the number of cores at hand (1 for a model below 50 million weights).
     workers : int
         Threads that encode and write pictures.
     only : collection or mapping of (int, int), optional

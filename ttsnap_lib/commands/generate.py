@@ -6,6 +6,8 @@ import argparse
 import os
 from typing import Any
 
+from .score import add_reward_arguments, given_rewards
+
 __all__ = ["add"]
 
 _SHOWN = 20
@@ -25,7 +27,12 @@ def add(commands: Any) -> None:
         "--prompts", default="pocket", help=".json, .txt, .csv or .parquet file, or pocket[:split[:count]]"
     )
     generate.add_argument("--limit", type=int, metavar="N", help="take the first N prompts only")
-    generate.add_argument("--out", required=True, metavar="FOLDER", help="the trajectory folder")
+    generate.add_argument("--out", metavar="FOLDER", help="the trajectory folder; may be left out with --score")
+    generate.add_argument(
+        "--score", metavar="TENSOR.zarr",
+        help="score the images into a reward tensor; without --out while they are made, and none is kept",
+    )  # fmt: skip
+    add_reward_arguments(generate)
     generate.add_argument("--images", type=int, default=8, metavar="N", help="images per prompt")
     generate.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps")
     generate.add_argument(
@@ -71,7 +78,10 @@ def _model_arguments(parser: argparse.ArgumentParser, model: str | None) -> None
     parser.add_argument("--offload", default="none", help="model or sequential: weights rest in main memory")
     parser.add_argument("--fp8", action="store_true", help="keep the denoising model's weights in 8 bits")
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads of the model (default: the folder's, else all)"
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads of the model (default: the folder's, else all cores, 1 for small models)",
     )
     parser.add_argument(
         "--workers", type=int, default=4, metavar="N", help="threads that read, encode and write pictures"
@@ -88,11 +98,14 @@ def _size(text: str) -> tuple[int, int]:
 
 def _generate(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.checks import integer
+    from ttsnap_lib.errors import ConfigError
     from ttsnap_lib.prompts import read_prompts
 
     # What costs nothing to check comes before a model of many gigabytes is loaded.
     prompts = read_prompts(arguments.prompts, limit=arguments.limit)
     integer("--images", arguments.images, 1)
+    if not arguments.out and not arguments.score:
+        raise ConfigError("neither --out nor --score", remedy="Say where the images go, or where their rewards go.")
 
     from ttsnap_lib.denoise import Settings
     from ttsnap_lib.generate import generate
@@ -112,23 +125,35 @@ def _generate(arguments: argparse.Namespace) -> int:
     negtome = None
     if arguments.negtome is not None:
         negtome = NegToMe(arguments.negtome) if arguments.negtome else NegToMe()
-    report = generate(
-        load_pipeline(arguments.model, **_loading(arguments)),
-        prompts,
-        arguments.out,
-        images_per_prompt=arguments.images,
-        settings=settings,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
-        shard=arguments.shard,
-        negtome=negtome,
-        image_format=arguments.format,
-        cpu_threads=arguments.threads,
-        workers=arguments.workers,
-        source=arguments.prompts,
-        progress=progress_bar(quiet=arguments.quiet),
-    )
-    print(report)
+    loading = _loading(arguments)
+    pipeline = load_pipeline(arguments.model, **loading)
+    rewards = []
+    if arguments.score:
+        device = None if loading["device"] == "auto" else loading["device"]
+        rewards = given_rewards(arguments, device=device)
+    common = {
+        "images_per_prompt": arguments.images,
+        "settings": settings,
+        "seed": arguments.seed,
+        "batch_size": arguments.batch_size,
+        "shard": arguments.shard,
+        "negtome": negtome,
+        "cpu_threads": arguments.threads,
+        "workers": arguments.workers,
+        "source": arguments.prompts,
+        "progress": progress_bar(quiet=arguments.quiet),
+    }
+    if not arguments.out:
+        from ttsnap_lib.inline_score import generate_scores
+
+        print(generate_scores(pipeline, prompts, arguments.score, rewards, **common))
+        return 0
+    print(generate(pipeline, prompts, arguments.out, image_format=arguments.format, **common))
+    if arguments.score:
+        from ttsnap_lib.score import score
+
+        bar = progress_bar("pictures", quiet=arguments.quiet)
+        print(score(arguments.out, rewards, arguments.score, shard=arguments.shard, progress=bar))
     return 0
 
 
