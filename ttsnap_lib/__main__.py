@@ -14,18 +14,23 @@ import sys
 from . import __version__, commands
 from .errors import TTSnapError
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    whole = argparse.ArgumentParser(prog="ttsnap", description=__doc__.splitlines()[0], allow_abbrev=False)
+    whole.add_argument("--version", action="version", version=f"ttsnap {__version__}")
+    whole.add_argument("--traceback", action="store_true", help="show the full traceback of an error")
+    subparsers = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in sorted(info.name for info in pkgutil.iter_modules(commands.__path__)):
+        importlib.import_module(f"{commands.__name__}.{module}").add(subparsers)
+    return whole
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    parser = argparse.ArgumentParser(prog="ttsnap", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"ttsnap {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="show the full traceback of an error")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in sorted(info.name for info in pkgutil.iter_modules(commands.__path__)):
-        importlib.import_module(f"{commands.__name__}.{module}").add(subparsers)
-    given = parser.parse_args(arguments)
+    given = parser().parse_args(arguments)
     try:
         return given.func(given) or 0
     except TTSnapError as error:

@@ -8,7 +8,7 @@ import json
 import math
 import operator
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,8 @@ class CostModel:
         operations per multiply-add, counted with torch's FLOP counter on the real architectures. FLUX.1-dev step
         with 512 text tokens: 21.5 at 512 px, 74.4 at 1024 px. SDXL step with guidance: 3.18 and 13.5. VAE decode:
         2.51 and 10.5 (``AutoencoderTiny`` 0.14 and 0.57: ``-tiny``, used at checks only). Image towers: CLIP-H of PickScore
-        and HPSv2 0.335, BLIP of ImageReward 0.138.
+        and HPSv2 0.335, BLIP of ImageReward 0.138. ``"pocket-flux[-tiny]+pocket-clip"`` and
+        ``"pocket-sdxl[-tiny]+pocket-clip"``: GFLOPs of the shipped pocket models, counted by ``ttsnap cost``.
         """
         choice("cost preset", name, PRESETS, error=CostError)
         known_keys("cost preset", changes, [field.name for field in fields(cls)], error=CostError)
@@ -238,6 +239,10 @@ def _presets() -> dict[str, CostModel]:
         for reward, verify in rewards.items():
             presets[f"{model}+{reward}"] = CostModel(step=step, verify=verify, decode=full)
             presets[f"{model}-tiny+{reward}"] = CostModel(step=step, verify=verify, decode=full, preview_decode=tiny)
+    for model, step, text_encoding in (("pocket-flux", 0.065237, 0.0059085), ("pocket-sdxl", 0.18998, 0.0056771)):
+        pocket = CostModel(step=step, verify=0.028133, decode=0.12626, per_prompt=text_encoding, unit="GFLOPs")
+        presets[f"{model}+pocket-clip"] = pocket
+        presets[f"{model}-tiny+pocket-clip"] = replace(pocket, preview_decode=0.02551)
     return presets
 
 

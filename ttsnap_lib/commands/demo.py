@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     start = time.monotonic()
     parameters: dict[str, Any] = {}
+    made = []
     if arguments.values:
         model, rewards = next(iter(find_published(arguments.values).items()), ("flux", None))
         tensor = data_cache() / "published" / f"{model}.zarr"
@@ -34,12 +36,29 @@ def _demo(arguments: argparse.Namespace) -> int:
             dataset = import_published(arguments.values, model, rewards, progress=progress_bar("files"))
             save_rewards(dataset, tensor)
         parameters["tensor"] = str(tensor)
-    result = runner.run("simulate", parameters, progress=lambda line: print(f"simulate: {line}", file=sys.stderr))
-    print(f"\nMade in {time.monotonic() - start:.0f} s, all in {result.folder}:")
-    for path in [*result.tables.values(), *result.figures.values(), result.folder / "executed.ipynb"]:
-        print(f"  {path.name}")
-    print("\nRelative gain over Best-of-N in percent, with its 95% interval:")
-    print(result.table("relative_gains").round(1).to_string(index=False))
-    print("\nNext:\n  make lab                       open the notebooks, start with simulate.ipynb")
-    print("  .venv/bin/ttsnap run simulate --list   the parameters to change")
+    else:
+        made.append(runner.run("generate", _GENERATE, progress=_say("generate")))
+    made.append(runner.run("simulate", parameters, progress=_say("simulate")))
+    print(f"\nDone in {time.monotonic() - start:.0f} s. What it made:")
+    for result in made:
+        print(f"  {result.folder}")
+        for path in [*result.tables.values(), *result.figures.values(), result.folder / "executed.ipynb"]:
+            print(f"    {path.name}")
+    print("\nRelative gain over Best-of-N in percent, with its 95% interval over prompts:")
+    print(made[-1].table("relative_gains").round(1).to_string(index=False))
+    print(_NEXT)
     return 0
+
+
+def _say(name: str) -> Callable[[str], None]:
+    return lambda line: print(f"{name}: {line}", file=sys.stderr, flush=True)
+
+
+_GENERATE = {"prompts": "pocket:evaluation:3", "images": 4, "compare_diversity": False}
+_NEXT = """
+Next:
+  make lab                                  open the notebooks: explore.ipynb moves a schedule by hand
+  .venv/bin/ttsnap run simulate --list      the parameters of a notebook
+  .venv/bin/ttsnap search "a large red ring left of a small blue square on a white background" \\
+      --candidates 8 --out data_cache/search   one prompt, for real
+"""
