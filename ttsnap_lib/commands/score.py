@@ -19,6 +19,9 @@ def add(commands: Any) -> None:
     )
     score.add_argument("folder", type=Path, help="trajectory folder of `ttsnap generate`")
     add_reward_arguments(score)
+    score.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the accelerator when there is one)")
+    score.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
+    score.add_argument("--compile", action="store_true", help="compile the reward with torch.compile")
     score.add_argument(
         "-o", "--out", type=Path, help="the tensor, a Zarr folder (default: beside FOLDER, as FOLDER.zarr)"
     )
@@ -63,13 +66,10 @@ def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
         "--noise-aware", action="append", default=[], metavar="[NAME=]FOLDER",
         help="run folder of `ttsnap finetune`: fills noise_aware at its steps",
     )  # fmt: skip
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the accelerator when there is one)")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="compile the reward with torch.compile")
 
 
-def given_rewards(arguments: argparse.Namespace) -> list[Any]:
-    """Return the rewards that the command line asks for, loaded, with their noise-aware series."""
+def given_rewards(arguments: argparse.Namespace, **loading: Any) -> list[Any]:
+    """Return the rewards that the command line asks for, loaded with `loading`, with their noise-aware series."""
     from ttsnap_lib.rewards import load_reward
     from ttsnap_lib.score import load_rewards
 
@@ -82,17 +82,7 @@ def given_rewards(arguments: argparse.Namespace) -> list[Any]:
         key, value = _pair("--reward-option", entry)
         name, dot, option = key.rpartition(".")
         options[_of(name if dot else "", sources, "--reward-option")][option] = _value(value)
-    models = {
-        name: load_reward(
-            source,
-            name=name,
-            device=arguments.device,
-            dtype=arguments.dtype,
-            compile=arguments.compile,
-            **options[name],
-        )
-        for name, source in sources.items()
-    }
+    models = {name: load_reward(source, name=name, **loading, **options[name]) for name, source in sources.items()}
     series = {}
     for entry in arguments.noise_aware:
         name, folder = _split(entry)
@@ -111,7 +101,7 @@ def _score(arguments: argparse.Namespace) -> int:
     out = arguments.out or arguments.folder.absolute().with_name(arguments.folder.absolute().name + ".zarr")
     report = score(
         arguments.folder,
-        given_rewards(arguments),
+        given_rewards(arguments, device=arguments.device, dtype=arguments.dtype, compile=arguments.compile),
         out,
         steps=arguments.steps,
         batch_size=arguments.batch_size,

@@ -27,7 +27,7 @@ __all__ = ["Reward", "default_device"]
 
 def default_device() -> torch.device:
     """Return the accelerator when there is one (this process's own under a launcher), else the CPU."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
