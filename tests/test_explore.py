@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from ttsnap_lib import CostModel, Schedule
-from ttsnap_lib._explore import State, available_mark, compute
+from ttsnap_lib._explore import available_mark, compute
 from ttsnap_lib._explore_pool import Pool
+from ttsnap_lib._explore_state import State
 from ttsnap_lib._explore_view import PANELS, Panels, draw
 from ttsnap_lib.errors import BudgetError, ConfigError, TTSnapError
 from ttsnap_lib.metrics import kendall_tau

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._explore import Change, Curve, Result
+from ._explore_state import Change, Curve, Result
 from .plots import METHOD_LABELS, method_style, reward_label
 
 if TYPE_CHECKING:
