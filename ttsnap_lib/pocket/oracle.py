@@ -137,7 +137,7 @@ def _nearness(color: np.ndarray, palette: dict[str, tuple[float, float, float]],
 
 
 def _blobs(picture: np.ndarray, ground: np.ndarray) -> tuple[list[dict], float]:
-    """Return the blobs, largest first, as color, cover (soft mask) and center, and the cover of the dirt left out."""
+    """Return the blobs, largest first, as color, center, area and shape fits, and the cover of the dirt left out."""
     distance = np.linalg.norm(picture - ground, axis=-1)
     labels, count = ndimage.label(distance > 0.22, structure=np.ones((3, 3)))
     blobs, dirt = [], 0.0
@@ -154,7 +154,8 @@ def _blobs(picture: np.ndarray, ground: np.ndarray) -> tuple[list[dict], float]:
         core = inside & (distance >= 0.85 * full)
         rows, columns = np.indices(cover.shape)
         center = np.array([(columns * cover).sum(), (rows * cover).sum()]) / area
-        blobs.append({"color": np.median(picture[core], axis=0), "cover": cover, "center": center, "area": area})
+        fits = _fits(cover, center, area)
+        blobs.append({"color": np.median(picture[core], axis=0), "center": center, "area": area, "fits": fits})
     return sorted(blobs, key=lambda blob: -blob["area"])[:4], dirt
 
 
@@ -185,13 +186,7 @@ def _match(thing: Thing, blob: dict | None) -> dict[str, float]:
 
 def _shape(wanted: str, blob: dict) -> tuple[float, float]:
     """Return how much the blob is the wanted shape rather than another, and its half extent in pixels."""
-    overlaps, halves = {}, {}
-    for shape in SHAPES:
-        best = (-1.0, 0.0)
-        for half, template, offset in _templates(shape):
-            overlap = _overlap(blob, template, offset)
-            best = max(best, (overlap, half))
-        overlaps[shape], halves[shape] = best
+    overlaps, halves = blob["fits"]
     rival = max(value for shape, value in overlaps.items() if shape != wanted)
     right = overlaps[wanted]
     # Close shapes (a circle and a square) differ by 0.1 to 0.15 in overlap when both are drawn well.
@@ -201,36 +196,44 @@ def _shape(wanted: str, blob: dict) -> tuple[float, float]:
     return float(clear * fit), halves[wanted] if right >= rival - 0.1 else halves[winner]
 
 
-def _overlap(blob: dict, template: np.ndarray, offset: np.ndarray) -> float:
-    """Return the soft intersection over union of the blob's cover and a template, centers of mass aligned."""
-    shift = blob["center"] - np.array([_TEMPLATE / 2 - 0.5] * 2) - offset
+def _fits(cover: np.ndarray, center: np.ndarray, area: float) -> tuple[dict[str, float], dict[str, float]]:
+    """Return, by shape, the best overlap of a cover with its templates, and the half extent of that template.
+
+    Overlap is the soft intersection over union with the centers of mass aligned, to fractions of a pixel.
+    """
+    names, halves, templates, offsets = _templates()
+    shift = center - (_TEMPLATE / 2 - 0.5) - offsets  # (template, 2), x then y
     base = np.floor(shift).astype(int)
-    window = _window(blob["cover"], base[1], base[0])
-    moved = ndimage.shift(template, (shift - base)[::-1], order=1, mode="constant")
-    union = np.maximum(window, moved).sum() + blob["area"] - window.sum()
-    return float(np.minimum(window, moved).sum() / max(union, 1e-9))
-
-
-def _window(cover: np.ndarray, top: int, left: int) -> np.ndarray:
-    """Return the (21, 21) part of `cover` from (top, left), zeros outside."""
-    side = _TEMPLATE + 1
-    out = np.zeros((side, side))
-    rows = slice(max(top, 0), min(top + side, PIXELS))
-    columns = slice(max(left, 0), min(left + side, PIXELS))
-    if rows.start < rows.stop and columns.start < columns.stop:
-        out[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left] = cover[rows, columns]
-    return out
+    part_x, part_y = ((shift - base)[:, k, None, None] for k in (0, 1))
+    moved = templates.copy()
+    moved[:, :, 1:] = (1 - part_x) * templates[:, :, 1:] + part_x * templates[:, :, :-1]
+    moved[:, :, 0] *= 1 - part_x[:, :, 0]
+    down = moved.copy()
+    down[:, 1:] = (1 - part_y) * moved[:, 1:] + part_y * moved[:, :-1]
+    down[:, 0] *= 1 - part_y[:, 0]
+    side = np.arange(_TEMPLATE + 1)
+    padded = np.pad(cover, _TEMPLATE + 1)
+    rows, columns = (base[:, k, None] + _TEMPLATE + 1 + side for k in (1, 0))
+    window = padded[rows[:, :, None], columns[:, None, :]]
+    both = np.minimum(window, down).sum(axis=(1, 2))
+    union = np.maximum(window, down).sum(axis=(1, 2)) + area - window.sum(axis=(1, 2))
+    overlap = both / np.maximum(union, 1e-9)
+    best = {shape: int(np.argmax(np.where(names == shape, overlap, -1.0))) for shape in SHAPES}
+    return {s: float(overlap[k]) for s, k in best.items()}, {s: float(halves[k]) for s, k in best.items()}
 
 
 @functools.cache
-def _templates(shape: str) -> tuple[tuple[float, np.ndarray, np.ndarray], ...]:
-    """Return (half extent, cover (21, 21), offset of its center of mass) over a range of sizes."""
+def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return shape names, half extents, covers (n, 21, 21) and offsets of their centers of mass (n, 2)."""
     fine = (np.arange(_TEMPLATE * 4) + 0.5) / 4 - _TEMPLATE / 2
-    out = []
-    for half in np.arange(3.0, 8.01, 0.5):
-        inside = shape_mask(shape, fine[None, :] / half, fine[:, None] / half).astype(float)
-        cover = inside.reshape(_TEMPLATE, 4, _TEMPLATE, 4).mean(axis=(1, 3))
-        rows, columns = np.indices(cover.shape) - (_TEMPLATE / 2 - 0.5)
-        offset = np.array([(columns * cover).sum(), (rows * cover).sum()]) / cover.sum()
-        out.append((float(half), np.pad(cover, ((0, 1), (0, 1))), offset))
-    return tuple(out)
+    names, halves, covers, offsets = [], [], [], []
+    for shape in SHAPES:
+        for half in np.arange(3.0, 8.01, 0.5):
+            inside = shape_mask(shape, fine[None, :] / half, fine[:, None] / half).astype(float)
+            cover = inside.reshape(_TEMPLATE, 4, _TEMPLATE, 4).mean(axis=(1, 3))
+            rows, columns = np.indices(cover.shape) - (_TEMPLATE / 2 - 0.5)
+            offsets.append(np.array([(columns * cover).sum(), (rows * cover).sum()]) / cover.sum())
+            names.append(shape)
+            halves.append(half)
+            covers.append(np.pad(cover, ((0, 1), (0, 1))))
+    return np.array(names), np.array(halves), np.stack(covers), np.stack(offsets)

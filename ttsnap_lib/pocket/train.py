@@ -36,6 +36,7 @@ class Plan:
     clip_pictures: int
     preference_prompts: int
     preference_images: int
+    flawed_prompts: int
     report_prompts: int
     report_images: int
     fits: dict[str, Fit] = field(hash=False)
@@ -46,9 +47,10 @@ FULL = Plan(
     diffusion_pictures=16_000,
     clip_pictures=12_000,
     preference_prompts=160,
-    preference_images=8,
-    report_prompts=64,
-    report_images=16,
+    preference_images=6,
+    flawed_prompts=2000,
+    report_prompts=32,
+    report_images=8,
     fits={
         "text": Fit(700, 128, 3e-3, ema=0.99),
         "vae": Fit(1000, 32, 2e-3),
@@ -57,7 +59,7 @@ FULL = Plan(
         "flux": Fit(2500, 48, 1.5e-3, muon=True),
         "sdxl": Fit(4300, 32, 1.2e-3),
         "clip": Fit(1000, 64, 1.5e-3, ema=0.998, muon=True),
-        "preferences": Fit(800, 64, 5e-4, ema=0.99),
+        "preferences": Fit(900, 72, 6e-4, ema=0.99, muon=True),
     },
 )
 """The plan of the shipped models."""
@@ -68,6 +70,7 @@ SMOKE = Plan(
     clip_pictures=64,
     preference_prompts=4,
     preference_images=2,
+    flawed_prompts=4,
     report_prompts=2,
     report_images=2,
     fits={name: Fit(2, 8, 1e-3) for name in FULL.fits},
@@ -187,12 +190,24 @@ class Training:
         pictures = pictures.copy()
         pictures[::2] = decode(self.decoder, encode(self.vae, pictures[::2]))
         clip = self.clip
-        train_preferences(clip, self._generated(), scenes, pictures, **self._fit_arguments("preferences"))
+        examples = self._generated(), self._flawed()
+        train_preferences(clip, *examples, scenes, pictures, **self._fit_arguments("preferences"))
         return clip
+
+    def _flawed(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
+        from .flaws import flawed_pictures
+
+        file, plan = self.scratch / "flawed.npz", self.plan
+        if not file.exists():
+            rng = np.random.default_rng(4)
+            captions, made = flawed_pictures(self.decoder, plan.flawed_prompts, plan.preference_images, rng)
+            with atomic_write(file) as handle:
+                np.savez(handle, captions=np.array(captions), pictures=made)
+        with np.load(file) as stored:
+            return _labeled(stored["captions"].tolist(), stored["pictures"])
 
     def _generated(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
         """Return (caption, pictures, oracle) of training captions, from both models, made once."""
-        from .oracle import oracle_score
         from .prompts import pocket_prompts
         from .sample import sample
 
@@ -202,9 +217,7 @@ class Training:
             if not file.exists():
                 made = sample(getattr(self, name), captions, self.plan.preference_images, base_seed=1_000_003)
                 np.save(file, made)
-            made = np.load(file)
-            flat = oracle_score(np.repeat(captions, made.shape[1]).tolist(), made.reshape(-1, *made.shape[2:]))
-            out += list(zip(captions, made, flat.reshape(made.shape[:2]), strict=True))
+            out += _labeled(captions, np.load(file))
         return out
 
     def save(self) -> None:
@@ -224,6 +237,14 @@ class Training:
         value = getattr(self, choice("stage", stage, STAGES))
         if stage in ("save", "report"):
             value()
+
+
+def _labeled(captions: list[str], pictures: np.ndarray) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Return (caption, pictures, oracle scores) of pictures (caption, image, 32, 32, 3)."""
+    from .oracle import oracle_score
+
+    scores = oracle_score(np.repeat(captions, pictures.shape[1]).tolist(), pictures.reshape(-1, *pictures.shape[2:]))
+    return list(zip(captions, pictures, scores.reshape(pictures.shape[:2]), strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -156,6 +156,7 @@ def train_contrastive(
 def train_preferences(
     clip: CLIPModel,
     generated: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    flawed: Sequence[tuple[str, np.ndarray, np.ndarray]],
     scenes: list[Scene],
     pictures: np.ndarray,
     how: Fit,
@@ -169,18 +170,25 @@ def train_preferences(
     ----------
     generated : sequence of (caption, pictures, oracle)
         For each caption its pictures, uint8 (k, 32, 32, 3), and their oracle scores (k,).
+    flawed : sequence of (caption, pictures, oracle)
+        The same of flawed renders (see ``flaws``): half of each batch. They keep a few thousand generated pictures
+        from being learned by heart.
     scenes, pictures
         Renders (VAE-decoded ones among them), for the contrastive loss that keeps what was learned.
     """
-    group = generated[0][1].shape[0]
+    group = min(len(item[2]) for item in (*generated, *flawed))
 
     def loss(rng: np.random.Generator, batch: int) -> dict[str, torch.Tensor]:
-        chosen = rng.choice(len(generated), size=max(1, batch // group), replace=False)
-        texts = [generated[k][0] for k in chosen]
-        shown = np.concatenate([generated[k][1] for k in chosen]).astype(np.float32) / 255.0
+        half = max(1, batch // group // 2)
+        chosen = [source[k] for source in (generated, flawed) for k in rng.choice(len(source), half, replace=False)]
+        picks = [rng.permutation(len(item[2]))[:group] for item in chosen]
+        texts = [item[0] for item in chosen]
+        shown = np.concatenate([item[1][pick] for item, pick in zip(chosen, picks, strict=True)])
+        shown = shown.astype(np.float32) / 255.0
         if rng.random() < 0.5:  # mirror images of the pairs, with captions that tell them so
             shown, texts = shown[:, :, ::-1], [_flipped(text) for text in texts]
-        truth = torch.from_numpy(np.stack([generated[k][2] for k in chosen])).float()
+        truth = np.stack([item[2][pick] for item, pick in zip(chosen, picks, strict=True)])
+        truth = torch.from_numpy(truth).float()
         seen, read = _embed(clip, shown, tokenize(clip_tokenizer(), texts, CLIP_TOKENS))
         score = clip.logit_scale.exp() * torch.einsum("pkd,pd->pk", seen.view(len(chosen), group, -1), read)
         difference = score[:, :, None] - score[:, None, :]
