@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -9,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .checks import choice, integer
 from .costs import CostModel
+from .errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Measurement", "count_tflops", "measure_costs"]
+__all__ = ["Measurement", "count_tflops", "measure_costs", "pipeline_facts"]
+
+_SPAN = 5  # denoising steps timed in one go
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,12 @@ def count_tflops(function: Callable[[], Any]) -> float:
 
     Torch's counter sees matrix products, convolutions and attention, not elementwise work.
     """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
-    with counter:
+    # The counter knows no fused attention of the CPU; as plain products it is the same work.
+    with sdpa_kernel(SDPBackend.MATH), counter:
         function()
     return counter.get_total_flops() / 1e12
 
@@ -79,19 +83,20 @@ def measure_costs(
     decoder: Any = None,
     batch_sizes: Sequence[int] = (1, 8),
     repeats: int = 3,
-    prompt: str = "a small red circle on a white background",
+    prompt: str = "a photo of a cat",
 ) -> Measurement:
-    """Measure what a candidate costs with this pipeline and reward.
+    """Measure a step, a decode, a check and the text, each alone, on the pipeline's device.
 
     Parameters
     ----------
     pipeline : diffusers pipeline
-    reward : Reward
+    reward : Reward, str, callable, or a list of them
+        What :func:`ttsnap_lib.rewards.load_reward` takes; of several the check is the sum.
     settings : Settings, optional
-    decoder : AutoencoderTiny, optional
+    decoder : AutoencoderTiny, folder, hub id or ``"pocket-tiny"``, optional
         Measured as ``preview_decode``.
     batch_sizes : sequence of int
-        Seconds are measured at each; the last one gives the cost model.
+        Seconds are measured at each; the largest one gives the cost model.
     repeats : int
         Runs per number, after one to warm up; medians are taken.
     prompt : str
@@ -102,67 +107,97 @@ def measure_costs(
 
     from .denoise import Denoiser, image_generator
     from .provenance import versions
+    from .rewards import load_reward
+    from .search_models import load_decoder
 
-    sizes = [integer("batch_sizes", size, 1) for size in batch_sizes]
+    sizes = sorted({integer("batch_sizes", size, 1) for size in batch_sizes})
+    if not sizes:
+        raise ConfigError("batch_sizes", value=sizes, bound="at least one", remedy="Name one batch size or more.")
     repeats = integer("repeats", repeats, 1)
+    rewards = [load_reward(one) for one in (reward if isinstance(reward, list | tuple) else [reward])]
     denoiser = Denoiser(pipeline, settings)
+    decoder = load_decoder(decoder, pipeline)
     n_steps = denoiser.settings.n_steps
     text = denoiser.encode([prompt])
-    middle = n_steps // 2
+    # A run of several steps: what starting the pipeline takes is spread over them, as in a search.
+    span = min(_SPAN, n_steps)
 
-    def parts(size: int) -> dict[str, Callable[[], Any]]:
-        row = text.take([0] * size)
+    def parts(size: int) -> dict[str, tuple[Callable[[], Any], int]]:
+        """Return by name what is timed, and how many units of it one call does."""
+        rows = text.take([0] * size)
         start = denoiser.noise([image_generator(0, 0, image) for image in range(size)])
-        moved = denoiser.run(start, row, middle - 1) if middle else start
-        images = denoiser.decode(moved.latents)
-        found: dict[str, Callable[[], Any]] = {
-            "step": lambda: denoiser.run(moved, row, middle),
-            "decode": lambda: denoiser.decode(moved.latents),
-            "verify": lambda: reward.score(prompt, images, check=False, batch_size=size),
+        images = denoiser.decode(start.latents)
+        found: dict[str, tuple[Callable[[], Any], int]] = {
+            "step": (lambda: denoiser.run(start, rows, span - 1), span * size),
+            "decode": (lambda: denoiser.decode(start.latents), size),
+            "verify": (lambda: [one.score(prompt, images, check=False, batch_size=size) for one in rewards], size),
         }
         if decoder is not None:
-            found["preview_decode"] = lambda: denoiser.decode(moved.latents, decoder)
+            found["preview_decode"] = (lambda: denoiser.decode(start.latents, decoder), size)
         return found
 
-    def seconds(function: Callable[[], Any], size: int) -> list[float]:
+    def seconds(function: Callable[[], Any], units: int) -> list[float]:
         times = []
         for _ in range(repeats + 1):
+            _synchronize(denoiser.device)
             begin = time.perf_counter()
             function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times.append((time.perf_counter() - begin) / size)
+            _synchronize(denoiser.device)
+            times.append((time.perf_counter() - begin) / units)
         return times[1:]
 
+    def read_text() -> None:
+        denoiser.encode([prompt])
+        for one in rewards:
+            with contextlib.suppress(NotImplementedError):  # a function has no text tower
+                one.encode_text([prompt])
+
     single = parts(1)
-    reward.score(
-        prompt, denoiser.decode(denoiser.noise([image_generator(0, 0, 0)]).latents), check=False
-    )  # text cached
-    tflops = {name: count_tflops(function) for name, function in single.items()}
-    per_prompt = count_tflops(lambda: denoiser.encode([prompt])) + count_tflops(lambda: reward.encode_text([prompt]))
+    single["verify"][0]()  # the prompt's embedding is kept from here on, as in a search
+    tflops = {name: count_tflops(function) / units for name, (function, units) in single.items()}
     rows = []
     latest: dict[str, float] = {}
     for size in sizes:
-        for name, function in parts(size).items():
-            times = seconds(function, size)
+        for name, (function, units) in parts(size).items():
+            times = seconds(function, units)
             latest[name] = statistics.median(times)
-            rows.append(
-                {"batch_size": size, "part": name, "seconds": latest[name], "low": min(times), "high": max(times)}
-            )
-    text_s = statistics.median(seconds(lambda: denoiser.encode([prompt]), 1))
+            rows.append({"batch_size": size, "part": name, "seconds": latest[name], "low": min(times),
+                         "high": max(times)})  # fmt: skip
+    with torch.no_grad():
+        per_prompt = count_tflops(read_text)
+        text_s = statistics.median(seconds(read_text, 1))
     facts = {
-        "pipeline": type(pipeline).__name__,
-        "model": str(getattr(pipeline.config, "_name_or_path", "")).rsplit("/", 1)[-1],
-        "reward": reward.name,
-        "device": str(denoiser.device),
-        "dtype": str(denoiser.dtype),
+        **pipeline_facts(denoiser),
+        "rewards": [one.name for one in rewards],
+        "decoder": None if decoder is None else type(decoder).__name__,
         "settings": denoiser.settings.to_dict(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
     return Measurement(
         CostModel(**tflops, per_prompt=per_prompt, n_steps=n_steps),
-        CostModel(**latest, per_prompt=float(np.round(text_s, 9)), n_steps=n_steps, unit="seconds"),
+        CostModel(**latest, per_prompt=text_s, n_steps=n_steps, unit="seconds"),
         pd.DataFrame(rows),
         facts,
     )
+
+
+def pipeline_facts(denoiser: Any) -> dict[str, Any]:
+    """Return what ran: model, pipeline, scheduler, device, precision."""
+    from .pipelines import pipeline_source
+
+    pipeline = denoiser.pipeline
+    return {
+        **pipeline_source(pipeline),
+        "pipeline": type(pipeline).__name__,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "device": str(denoiser.device),
+        "dtype": str(denoiser.dtype).removeprefix("torch."),
+    }
+
+
+def _synchronize(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

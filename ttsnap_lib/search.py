@@ -14,22 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ._callable import make_callable
 from ._inputs import selecting_rewards
-from ._search_run import Plan, TimeUp, run_stages
+from ._search_checks import candidates_for, check_negtome, check_schedule, method_for, variants_for
+from ._search_run import Plan, TimeUp, best_so_far, run_stages
 from .checks import choice, integer, real, text
 from .costs import CostModel
 from .denoise import Denoiser, Settings, image_generator, image_seed
-from .errors import BudgetError, ConfigError, CostError, ScheduleError
+from .errors import BudgetError, ConfigError
+from .measure import pipeline_facts
 from .negtome import NegToMe
 from .rewards import load_reward
 from .schedule import Schedule
+from .search_models import load_decoder
 from .search_record import SearchRecord, SearchResult
 from .simulate import METHODS
 
-__all__ = ["SearchResult", "run_cost", "search"]
+__all__ = ["SearchResult", "regenerate", "search"]
+
+_BATCH = {"cpu": 16}  # where an automatic batch begins; on accelerators memory is what limits it
+_BATCH_ON_ACCELERATOR = 64
 
 
 def search(
@@ -39,7 +46,7 @@ def search(
     schedule: Schedule | None = None,
     budget: float | None = None,
     candidates: int | None = None,
-    cost: CostModel | str | None = None,
+    cost: CostModel | str | Path | None = None,
     seed: int = 0,
     method: str | None = None,
     *,
@@ -48,12 +55,13 @@ def search(
     weights: Mapping[str, float] | Sequence[float] | None = None,
     report: Sequence[str] | None = None,
     decoder: Any = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     deadline_s: float | None = None,
     prompt_index: int = 0,
     negtome: NegToMe | None = None,
     preview_px: int = 128,
     on_check: Callable[[SearchRecord], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> SearchResult:
     """Find the best image of many seeds within a budget.
 
@@ -76,17 +84,19 @@ def search(
         Base seed; candidate i has the seed of image i in a trajectory folder of the same base seed.
     method : {"best_of_n", "ttsp", "ttsnap"}, optional
         None: ``best_of_n`` without a schedule, ``ttsnap`` with a reward that has noise-aware weights, else ``ttsp``.
+        ``best_of_n`` does not read the schedule.
     settings : Settings, optional
         Steps, size, guidance; the pipeline's defaults when not given.
     combine, weights, report
         As in :func:`ttsnap_lib.simulate`.
-    decoder : AutoencoderTiny, optional
+    decoder : AutoencoderTiny, folder, hub id or ``"pocket-tiny"``, optional
         Decodes the estimates at checks; the final image always comes from the full VAE.
-    batch_size : int
-        Candidates at once; halved when memory runs out, without losing what is done.
+    batch_size : int, optional
+        Candidates at once: 16 on a CPU and 64 elsewhere when not given. Halved when memory runs out, without losing
+        what is done; decoding and scoring have a size of their own, halved apart.
     deadline_s : float, optional
-        Stop after these seconds with the best so far; over by one denoising step of one batch, its decoding and
-        scoring at most.
+        Stop after these seconds with the best so far, over by one denoising step of one batch, or its decoding and
+        scoring, at most.
     prompt_index : int
         Index of the prompt in a prompt file, for the seeds.
     negtome : NegToMe, optional
@@ -95,6 +105,8 @@ def search(
         Longest side of the pictures kept for the gallery.
     on_check : callable, optional
         Called with the record after each stage, for a live display.
+    progress : callable, optional
+        Called after each step with (steps of candidates done, steps of candidates in all).
 
     Returns
     -------
@@ -104,155 +116,117 @@ def search(
     Raises
     ------
     BudgetError, ScheduleError, CostError, ConfigError
-        Before any model runs.
+        Before any model runs; also when a deadline leaves no time for a first step.
     SearchError
         No candidate could be scored.
+    KeyboardInterrupt
+        Ctrl-C before the first step.
     """
     begin = time.perf_counter()
-    schedule = Schedule() if schedule is None else schedule
-    if not isinstance(schedule, Schedule):
-        raise ScheduleError(
-            "schedule", value=schedule, bound="a Schedule or None", remedy="Pass Schedule(steps, ratios)."
-        )
-    text("prompt", prompt)
-    seed, batch_size = integer("seed", seed, 0), integer("batch_size", batch_size, 1)
     deadline = None if deadline_s is None else time.monotonic() + real("deadline_s", deadline_s, 0, open_low=True)
+    text("prompt", prompt)
+    seed, prompt_index = integer("seed", seed, 0), integer("prompt_index", prompt_index, 0)
+    n_steps = (settings or Settings()).n_steps
+    schedule = check_schedule(schedule, n_steps)
+    schedule = Schedule() if method is not None and choice("method", method, METHODS) == "best_of_n" else schedule
     costs = CostModel.load(cost) if isinstance(cost, str | Path) else cost
+    group = 1 if negtome is None else negtome.group_size
+    n = candidates_for(budget, candidates, costs, schedule, n_steps, group)
+    if batch_size is not None and integer("batch_size", batch_size, 1) % group:
+        raise ConfigError(
+            "batch_size with NegToMe", value=batch_size, bound=f"a multiple of its group_size, {group}",
+            remedy="Set one, or leave batch_size out.",
+        )  # fmt: skip
     rewards = [load_reward(one) for one in (reward if isinstance(reward, list | tuple) else [reward])]
     names = [one.name for one in rewards]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(
+            "reward", value=names, bound="rewards of distinct names", remedy="Rename one with load_reward(name=...)."
+        )
+    report = [report] if isinstance(report, str) else list(report or ())
     selecting, weight_row = selecting_rewards(names, report, combine, weights)
-    method = _method(method, schedule, [rewards[k] for k in selecting])
-    schedule = Schedule() if method == "best_of_n" else schedule
+    method = method_for(method, schedule, [rewards[k] for k in selecting])
     if isinstance(pipeline, str | Path):
         from .pipelines import load_pipeline
 
         pipeline = load_pipeline(pipeline)
     denoiser = Denoiser(pipeline, settings)
-    schedule.check(denoiser.settings.n_steps)
-    _check_negtome(negtome, schedule, denoiser)
-    n = _candidates(budget, candidates, costs, schedule, denoiser.settings.n_steps)
+    check_negtome(negtome, schedule, denoiser)
+    decoder = load_decoder(decoder, pipeline)
+    if batch_size is None:
+        batch_size = max(group, _BATCH.get(denoiser.device.type, _BATCH_ON_ACCELERATOR) // group * group)
 
-    checks = [*schedule.steps, denoiser.settings.n_steps - 1]
-    aware = method == "ttsnap"
-    variants = [
-        "noise_aware" if aware and any(step in one.adapter_steps for one in rewards) else "base"
-        for step in schedule.steps
-    ]
+    checks = [*schedule.steps, n_steps - 1]
     record = SearchRecord(
         prompt=prompt, method=method, seed=seed, prompt_index=prompt_index,
-        seeds=[image_seed(seed, prompt_index, image) for image in range(n)],
-        rewards=names, schedule=schedule.to_dict(), settings=denoiser.settings.to_dict(), checks=checks,
+        seeds=[image_seed(seed, prompt_index, image) for image in range(n)], rewards=names,
+        schedule=schedule.to_dict(), settings=denoiser.settings.to_dict(), checks=checks,
         scores=np.full((n, len(checks), len(names)), np.nan, np.float32), pruned_at=[-1] * n, combine=combine,
-        weights=None if weight_row is None else weight_row.tolist(), report=list(report or []),
+        weights=None if weight_row is None else weight_row.tolist(), report=report,
+        cost_model=None if costs is None else costs.to_dict(), facts=_facts(denoiser, decoder),
     )  # fmt: skip
+    stage_steps = np.diff([-1, *checks])
     plan = Plan(
         denoiser=denoiser, rewards=rewards, selecting=selecting, weights=weight_row, keep_ratios=schedule.keep_ratios,
-        variants=[*variants, "base"], decoder=decoder, batch_size=batch_size, deadline=deadline, preview_px=preview_px,
-        on_check=on_check,
+        variants=variants_for(method, schedule, rewards), decoder=decoder, batch_size=batch_size, group=group,
+        deadline=deadline, preview_px=integer("preview_px", preview_px, 1), on_check=on_check, progress=progress,
+        forwards=int(np.dot(schedule.survivors(n), stage_steps)),
     )  # fmt: skip
     before = [one.step for one in rewards]
-    complete = True
     try:
         with contextlib.nullcontext() if negtome is None else negtome.install(pipeline):
             encoded = denoiser.encode([prompt])
             record.text_s = time.perf_counter() - begin
             noise = denoiser.noise([image_generator(seed, prompt_index, image) for image in range(n)])
             run_stages(plan, record, encoded, noise)
-    except (TimeUp, KeyboardInterrupt):
-        complete = False
-        if not plan.pictures:  # nothing to show: not a search yet
-            raise KeyboardInterrupt if deadline is None else _too_late(deadline_s) from None
+        picture = plan.pictures[record.winner, len(checks) - 1]
+    except (TimeUp, KeyboardInterrupt) as stop:
+        record.stopped = "deadline" if isinstance(stop, TimeUp) else "interrupt"
+        found = best_so_far(plan, record)
+        if found is None:
+            raise (_too_late(deadline_s) if isinstance(stop, TimeUp) else stop) from None
+        picture = found
     finally:
         for one, step in zip(rewards, before, strict=True):
             one.use_step(step)
     record.elapsed_s = time.perf_counter() - begin
-    if not complete:
-        record.winner = _best_so_far(record, selecting, weight_row)
-    spent = float("nan") if costs is None else run_cost(record, costs)
-    return SearchResult(Image.fromarray(plan.pictures[record.winner]), record.winner, record, spent, complete)
+    spent = float("nan")
+    if costs is not None:
+        spent = record.spent(costs)
+        for stage in record.stages:
+            stage.cost = stage.price(costs)
+    return SearchResult(Image.fromarray(picture), record.winner, record, spent, not record.stopped)
 
 
-def run_cost(record: SearchRecord, cost: CostModel) -> float:
-    """Return what a run cost by the cost model, from the forwards, decodes and scores that were done."""
-    total = cost.per_prompt
-    for stage in record.stages:
-        decode = cost.preview_decode if stage.preview and cost.preview_decode is not None else cost.decode
-        total += stage.forwards * cost.step + stage.decodes * decode + stage.scores * cost.verify
-    return total
+def regenerate(pipeline: Any, record: SearchRecord, candidate: int) -> Image.Image:
+    """Return the finished image of one candidate of an earlier run, denoised alone from its recorded seed.
+
+    Alone it may differ from the batch it ran in by rounding; with NegToMe it differs more.
+    """
+    denoiser = Denoiser(pipeline, Settings.from_dict(record.settings))
+    generator = torch.Generator().manual_seed(record.seeds[integer("candidate", candidate, 0, len(record.seeds) - 1)])
+    moved = denoiser.run(denoiser.noise([generator]), denoiser.encode([record.prompt]), denoiser.settings.n_steps - 1)
+    pixels = denoiser.final(moved)[0]
+    levels = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
-def _method(method: str | None, schedule: Schedule, selecting: Sequence[Any]) -> str:
-    aware = any(one.adapter_steps for one in selecting)
-    if method is None:
-        return "best_of_n" if not len(schedule) else "ttsnap" if aware else "ttsp"
-    choice("method", method, METHODS)
-    if method == "ttsnap" and len(schedule) and not aware:
-        raise ConfigError(
-            "method ttsnap with a base reward", value=[one.name for one in selecting],
-            bound="a reward with noise-aware weights",
-            remedy="Load it with load_reward(..., adapters=<folder of ttsnap finetune>), or use method='ttsp'.",
-        )  # fmt: skip
-    return method
+def _facts(denoiser: Denoiser, decoder: Any) -> dict[str, Any]:
+    from .provenance import versions
 
-
-def _candidates(
-    budget: float | None, candidates: int | None, cost: CostModel | None, schedule: Schedule, n_steps: int
-) -> int:
-    if (budget is None) == (candidates is None):
-        raise BudgetError(
-            "search", value={"budget": budget, "candidates": candidates}, bound="either budget or candidates",
-            remedy="Give exactly one of them.",
-        )  # fmt: skip
-    if cost is not None and cost.n_steps != n_steps:
-        raise CostError(
-            "cost.n_steps", value=cost.n_steps, bound=f"{n_steps}, the steps of this run",
-            remedy=f"Use a cost model with n_steps={n_steps}, or Settings(n_steps={cost.n_steps}).",
-        )  # fmt: skip
-    if candidates is not None:
-        return integer("candidates", candidates, 1, error=BudgetError)
-    if cost is None:
-        raise CostError(
-            "budget without a cost model", value=cost, bound="a CostModel",
-            remedy="Measure one with `ttsnap cost`, name a preset, or give candidates instead.",
-        )  # fmt: skip
-    n = cost.candidates(budget, schedule)
-    if n < 1:
-        raise BudgetError(
-            "budget", value=budget, bound=f"at least {cost.total(1, schedule):.6g} {cost.unit}, the cost of one candidate",
-            remedy="Raise the budget or use fewer steps.",
-        )  # fmt: skip
-    return n
-
-
-def _check_negtome(negtome: NegToMe | None, schedule: Schedule, denoiser: Denoiser) -> None:
-    """Refuse to prune where NegToMe still couples the candidates of a batch."""
-    if negtome is None or not len(schedule):
-        return
-    window = negtome.active_steps(denoiser.pipeline, denoiser.timesteps)
-    if window and schedule.steps[0] < window[-1]:
-        raise ScheduleError(
-            "pruning inside the window of NegToMe",
-            value=schedule.steps[0],
-            bound=f"steps of at least {window[-1]}",
-            remedy="Prune later, narrow the window, or search without NegToMe.",
-        )
+    names = ("ttsnap", "torch", "diffusers", "transformers")
+    return {
+        **pipeline_facts(denoiser),
+        "decoder": None if decoder is None else type(decoder).__name__,
+        "versions": {name: versions().get(name) for name in names},
+    }
 
 
 def _too_late(deadline_s: float | None) -> BudgetError:
     return BudgetError(
-        "deadline_s", value=deadline_s, bound="time for the first check of one batch",
-        remedy="Give more time, a smaller batch_size, or an earlier first pruning step.",
+        "deadline_s", value=deadline_s, bound="time for the first step of one batch",
+        remedy="Give more time or a smaller batch_size.",
     )  # fmt: skip
-
-
-def _best_so_far(record: SearchRecord, selecting: list[int], weights: np.ndarray | None) -> int:
-    """Return the best candidate of the furthest check that anyone reached."""
-    from .selection import choose
-
-    scored = ~np.isnan(record.scores[:, :, selecting]).any(-1)
-    furthest = int(np.flatnonzero(scored.any(0))[-1])
-    rows = np.flatnonzero(scored[:, furthest])
-    return int(rows[choose(record.scores[rows, furthest][:, selecting], 1, record.combine, weights)[0]])
 
 
 make_callable(__name__, search)

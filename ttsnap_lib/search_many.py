@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checks import integer
+from ._plan import parse_shard
 from .errors import ConfigError, SearchError
 from .paths import lock, write_json
+from .rewards import load_reward
 from .search import search
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["collect", "search_many"]
+__all__ = ["collect", "compare", "search_many"]
+
+_NOT_IDENTITY = ("on_check", "progress", "batch_size", "preview_px")  # these do not decide the results
 
 
 def search_many(
     pipeline: Any,
     prompts: Sequence[str],
     reward: Any,
-    folder: str | Path,
+    folder: str | Path | None,
     *,
-    identity: dict[str, Any],
-    shard: tuple[int, int] = (0, 1),
+    identity: Mapping[str, Any] | None = None,
+    shard: tuple[int, int] | str | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
@@ -34,45 +38,89 @@ def search_many(
 
     Parameters
     ----------
-    pipeline, reward, options
-        As in :func:`ttsnap_lib.search`; load the models before, they are used for all prompts.
+    pipeline : diffusers pipeline
     prompts : list of str
-    folder : path
-        Gets ``p0000/image.png``, ``record.json`` and ``candidates.parquet`` per prompt.
-    identity : dict
-        What decides the results (model, reward, schedule, budget, seed, ...), as plain JSON content. A folder made
-        with another one is refused.
-    shard : (int, int)
-        Which of how many processes this is; prompts are dealt out in turn.
+        A prompt's place in the list is its index for the seeds.
+    reward : Reward, str, callable, or a list of them
+        Loaded once, for all prompts.
+    folder : path or None
+        Gets ``p0000/image.png``, ``record.json``, ``candidates.parquet`` and ``summary.json`` per prompt,
+        ``results.csv`` and ``results.parquet``. None keeps nothing but the returned table of this shard.
+    identity : dict, optional
+        More of what decides the results, as plain JSON content, beside models and options. A folder made with
+        another one is refused.
+    shard : (int, int) or "0/2", optional
+        Which of how many processes this is; prompts are dealt out in turn. By default the place in an
+        ``accelerate launch``, else all prompts.
     progress : callable, optional
         Called with (prompts done, prompts of this shard).
+    options
+        As in :func:`ttsnap_lib.search`. A deadline holds for each prompt.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per prompt of all shards that is done, see :func:`collect`.
 
     Raises
     ------
     SearchError
-        The folder holds results of other settings.
+        The folder holds results of other settings; or some prompts failed, after all others are done.
+    KeyboardInterrupt
+        Ctrl-C; the best so far of the prompt at work is saved, and searched again next time.
     """
-    index, of = integer("shard", shard[0], 0, shard[1] - 1), integer("shards", shard[1], 1)
-    folder = Path(folder)
-    _check_identity(folder, identity)
+    index, of = parse_shard(shard)
+    rewards = [load_reward(one) for one in (reward if isinstance(reward, list | tuple) else [reward])]
     mine = range(index, len(prompts), of)
-    with lock(folder / f".shard-{index}-of-{of}.lock"):
+    failed: dict[int, SearchError] = {}
+    rows: list[dict[str, Any]] = []
+
+    def work(place: Path | None) -> None:
         for done, number in enumerate(mine):
-            target = folder / f"p{number:04d}"
+            target = None if place is None else place / f"p{number:04d}"
             digest = hashlib.sha256(prompts[number].encode()).hexdigest()
-            if not _finished(target, digest):
-                result = search(pipeline, prompts[number], reward, prompt_index=number, **options)
-                result.save(target)
-                write_json(target / "summary.json", {**result.summary(), "prompt_sha256": digest})
-                if not result.complete:
-                    raise KeyboardInterrupt
+            if target is None or not _finished(target, digest):
+                try:
+                    result = search(pipeline, prompts[number], rewards, prompt_index=number, **options)
+                except SearchError as error:  # one prompt must not cost the others
+                    failed[number] = error
+                    warnings.warn(f"prompt {number}: {error}", stacklevel=3)
+                else:
+                    rows.append(result.summary())
+                    if target is not None:
+                        result.save(target)
+                        write_json(target / "summary.json", {**result.summary(), "prompt_sha256": digest})
+                    if result.record.stopped == "interrupt":
+                        raise KeyboardInterrupt
             if progress is not None:
                 progress(done + 1, len(mine))
-    return collect(folder)
+
+    if folder is None:
+        import pandas as pd
+
+        work(None)
+        frame = pd.DataFrame(rows)
+    else:
+        folder = Path(folder)
+        _check_identity(folder, {**_identity(pipeline, rewards, options), **(identity or {})})
+        with lock(folder / f".shard-{index}-of-{of}.lock"):
+            try:
+                work(folder)
+            finally:
+                frame = collect(folder)
+    if failed:
+        raise SearchError(
+            f"{len(failed)} of {len(mine)} prompts failed", value=list(failed),
+            remedy=f"The others are done; run again for these. The first said: {next(iter(failed.values()))}",
+        )  # fmt: skip
+    return frame
 
 
 def collect(folder: str | Path) -> pd.DataFrame:
-    """Return the results found in `folder`, one row per prompt, and write them as ``results.csv`` and Parquet."""
+    """Return the results found in `folder`, one row per prompt, and write them as ``results.csv`` and Parquet.
+
+    Prompts that were interrupted are left out; those that a deadline ended are told by ``stopped``.
+    """
     import io
 
     import pandas as pd
@@ -80,6 +128,7 @@ def collect(folder: str | Path) -> pd.DataFrame:
     from .paths import atomic_write
 
     rows = [json.loads(path.read_text("utf-8")) for path in sorted(Path(folder).glob("p*/summary.json"))]
+    rows = [row for row in rows if row.get("stopped") != "interrupt"]
     frame = pd.DataFrame(rows).drop(columns="prompt_sha256", errors="ignore")
     if len(frame):
         frame = frame.sort_values("prompt_index", ignore_index=True)
@@ -94,23 +143,97 @@ def collect(folder: str | Path) -> pd.DataFrame:
     return frame
 
 
+def compare(
+    frames: Mapping[str, pd.DataFrame], reward: str, baseline: str = "best_of_n", seed: int = 0
+) -> pd.DataFrame:
+    """Return one row per method: mean reward, cost and seconds, and the paired difference to the baseline.
+
+    Parameters
+    ----------
+    frames : dict
+        Method to the table of :func:`search_many`, over the same prompts.
+    reward : str
+        Column that is compared.
+    baseline : str
+        Key of `frames` that the others are compared with.
+    seed : int
+        Of the bootstrap over prompts that gives ``low`` and ``high``, the 95% interval of the difference.
+    """
+    import numpy as np
+    import pandas as pd
+
+    from .checks import choice
+    from .metrics import bootstrap_means
+
+    choice("baseline", baseline, frames)
+    ours = {name: frame.set_index("prompt_index") for name, frame in frames.items()}
+    rows = []
+    for name, frame in ours.items():
+        shared = frame.index.intersection(ours[baseline].index)
+        difference = (frame.loc[shared, reward] - ours[baseline].loc[shared, reward]).to_numpy(float)
+        boot = bootstrap_means(difference, np.random.default_rng(seed), 2000)
+        low, high = np.quantile(boot, (0.025, 0.975))
+        rows.append(
+            {
+                "method": name, "prompts": len(shared), "candidates": frame["candidates"].mean(),
+                "cost": frame["cost"].astype(float).mean(), "elapsed_s": frame["elapsed_s"].mean(),
+                reward: frame[reward].mean(), "difference": difference.mean(), "low": low, "high": high,
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def check_one_source(prompt: str | None, prompts: str | None) -> None:
+    """Refuse a command that names both a prompt and a prompt file, or neither."""
+    if (prompt is None) == (prompts is None):
+        raise ConfigError(
+            "prompt", value={"prompt": prompt, "prompts": prompts}, bound="one prompt, or --prompts FILE",
+            remedy="Give exactly one of them.",
+        )  # fmt: skip
+
+
 def _finished(target: Path, digest: str) -> bool:
     try:
         summary = json.loads((target / "summary.json").read_text("utf-8"))
     except (OSError, ValueError):
         return False
-    return bool(summary.get("complete")) and summary.get("prompt_sha256") == digest
+    return summary.get("stopped") != "interrupt" and summary.get("prompt_sha256") == digest
+
+
+def _identity(pipeline: Any, rewards: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides the results, as plain values: models by their weights, options by their content."""
+    from ._identity import decoder_digest, weights_digest
+    from .costs import CostModel
+    from .denoise import Settings
+    from .search_models import load_decoder
+
+    plain = {key: value for key, value in options.items() if key not in _NOT_IDENTITY}
+    if isinstance(plain.get("cost"), str | Path):
+        plain["cost"] = CostModel.load(plain["cost"])
+    for key in ("schedule", "cost", "settings", "negtome"):
+        if hasattr(plain.get(key), "to_dict"):
+            plain[key] = plain[key].to_dict()
+    plain.setdefault("settings", Settings().to_dict())
+    return {
+        **plain,
+        "pipeline": [type(pipeline).__name__, type(pipeline.scheduler).__name__, weights_digest(pipeline)],
+        "decoder": decoder_digest(load_decoder(options.get("decoder"), pipeline)),
+        "rewards": {one.name: one.fingerprint() for one in rewards},
+        "noise_aware": {
+            one.name: {str(step): one.step_fingerprint(step) for step in one.adapter_steps} for one in rewards
+        },
+    }
 
 
 def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
     path = folder / "search.json"
-    plain = json.loads(json.dumps(identity))
+    plain = json.loads(json.dumps(identity, default=str))
     if not path.exists():
         write_json(path, plain)
         return
     try:
-        before = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+        before = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise SearchError(
             "search.json cannot be read", value=str(path), bound="JSON", remedy="Choose another output folder."
         ) from error
@@ -122,12 +245,3 @@ def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
             bound=str({key: before.get(key) for key in keys}),
             remedy="Choose another output folder, or the same settings.",
         )
-
-
-def check_one_source(prompt: str | None, prompts: str | None) -> None:
-    """Refuse a command that names both a prompt and a prompt file, or neither."""
-    if (prompt is None) == (prompts is None):
-        raise ConfigError(
-            "prompt", value={"prompt": prompt, "prompts": prompts}, bound="one prompt, or --prompts FILE",
-            remedy="Give exactly one of them.",
-        )  # fmt: skip

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .checks import known_keys
+from .costs import CostModel
+from .errors import SearchError
 from .paths import atomic_write, write_json
 
 if TYPE_CHECKING:
@@ -21,7 +25,10 @@ __all__ = ["SearchRecord", "SearchResult", "StageRecord"]
 
 @dataclass
 class StageRecord:
-    """One stage as it ran: the forwards, decodes and scores that were done, and the seconds they took."""
+    """One stage as it ran: the forwards, decodes and scores that were done, and the seconds they took.
+
+    What was done twice because memory ran out is counted twice. `cost` is None without a cost model.
+    """
 
     first_step: int
     last_step: int
@@ -35,6 +42,13 @@ class StageRecord:
     decode_s: float = 0.0
     score_s: float = 0.0
     elapsed_s: float = 0.0
+    cost: float | None = None
+
+    def price(self, cost: CostModel) -> float:
+        """Return what was done here in the unit of `cost`."""
+        small = self.preview and cost.preview_decode is not None
+        decode = cost.preview_decode if small else cost.decode
+        return self.forwards * cost.step + self.decodes * decode + self.scores * cost.verify
 
 
 @dataclass
@@ -48,7 +62,17 @@ class SearchRecord:
     scores : float32 (candidate, check, reward)
         NaN where a candidate was not scored.
     pruned_at : list of int
-        Per candidate the step at which it was pruned, -1 for finalists, -2 for those whose scoring failed.
+        Per candidate the step at which it was pruned, -1 for those never pruned, -2 for those whose scoring failed.
+    winner : int
+        Best so far while the run goes on; -1 before the first check.
+    stopped : str
+        Empty for a whole run, else ``"deadline"`` or ``"interrupt"``.
+    cost_model : dict or None
+        The cost model that priced the stages.
+    facts : dict
+        Model, scheduler, device, precision, decoder, versions.
+    previews : dict
+        (candidate, step) to a small uint8 picture (H, W, 3); not saved.
     """
 
     prompt: str
@@ -69,7 +93,14 @@ class SearchRecord:
     text_s: float = 0.0
     elapsed_s: float = 0.0
     winner: int = -1
+    stopped: str = ""
+    cost_model: dict[str, Any] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
     previews: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
+
+    def spent(self, cost: CostModel) -> float:
+        """Return what the run cost in the unit of `cost`, from the forwards, decodes and scores that were done."""
+        return cost.per_prompt + sum(stage.price(cost) for stage in self.stages)
 
     def frame(self) -> pd.DataFrame:
         """Return one row per candidate: index, seed, fate, and a column per reward and check."""
@@ -87,18 +118,45 @@ class SearchRecord:
         return pd.DataFrame(rows)
 
     def stage_frame(self) -> pd.DataFrame:
-        """Return one row per stage: what was done and how long it took."""
+        """Return one row per stage: what was done, what it cost and how long it took."""
         import pandas as pd
 
         return pd.DataFrame([asdict(stage) for stage in self.stages])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as plain JSON content; NaN becomes null."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("scores", "previews")}
+        """Return the record as plain JSON content; NaN becomes null, pictures are left out."""
+        plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("scores", "previews")}
         plain["stages"] = [asdict(stage) for stage in self.stages]
         values = self.scores.astype(float)
         plain["scores"] = np.where(np.isnan(values), None, values.astype(object)).tolist()
         return plain
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> SearchRecord:
+        """Build from :meth:`to_dict`'s form; unknown keys are an error."""
+        known_keys("search record", content, [one.name for one in fields(cls)], error=SearchError)
+        scores = np.array(content["scores"], dtype=np.float32)  # None becomes NaN
+        stages = [StageRecord(**stage) for stage in content["stages"]]
+        return cls(**{**content, "scores": scores, "stages": stages})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SearchRecord:
+        """Read the record of a folder that :meth:`SearchResult.save` wrote.
+
+        Raises
+        ------
+        SearchError
+            No record, or one that cannot be read.
+        """
+        path = Path(folder) / "record.json"
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            return cls.from_dict({key: value for key, value in content.items() if key not in ("cost", "complete")})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise SearchError(
+                f"search record cannot be read ({error.__class__.__name__})", value=str(path),
+                bound="record.json as SearchResult.save() writes it", remedy="Check the folder, or search again.",
+            ) from error  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,14 +166,14 @@ class SearchResult:
     Attributes
     ----------
     image : PIL.Image.Image
-        The chosen image; on an interrupted run without a finished candidate, the best estimate so far.
+        The chosen image; on a run that was cut short without a finished candidate, the best estimate so far.
     winner : int
         Its candidate index.
     record : SearchRecord
     cost : float
         What the run cost by the cost model, counted from the work that was done; NaN without a model.
     complete : bool
-        False when the run was cut short by a deadline or by Ctrl-C.
+        False when the run was cut short by a deadline or by Ctrl-C (``record.stopped`` says which).
     """
 
     image: Image
@@ -126,15 +184,15 @@ class SearchResult:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Rewards of the winner at the last check it reached."""
-        seen = ~np.isnan(self.record.scores[self.winner]).any(-1)
-        last = int(np.flatnonzero(seen)[-1])
-        return {name: float(self.record.scores[self.winner, last, r]) for r, name in enumerate(self.record.rewards)}
+        """Rewards of the winner at the last check it reached; NaN when it reached none."""
+        seen = np.flatnonzero(~np.isnan(self.record.scores[self.winner]).all(-1))
+        row = self.record.scores[self.winner, seen[-1] if len(seen) else 0]
+        return {name: float(row[r]) for r, name in enumerate(self.record.rewards)}
 
     def summary(self) -> dict[str, Any]:
-        """Return the run in one flat row: prompt, method, winner, seed, scores, candidates, cost, seconds."""
+        """Return the run in one flat row of JSON values; None where there is no number."""
         record = self.record
-        return {
+        row = {
             "prompt_index": record.prompt_index,
             "prompt": record.prompt,
             "method": record.method,
@@ -145,7 +203,10 @@ class SearchResult:
             "cost": self.cost,
             "elapsed_s": record.elapsed_s,
             "complete": self.complete,
+            "stopped": record.stopped,
         }
+        missing = [key for key, value in row.items() if isinstance(value, float) and np.isnan(value)]
+        return {**row, **dict.fromkeys(missing)}  # NaN is not JSON
 
     def save(self, folder: str | Path) -> Path:
         """Write ``image.png`` (seed, schedule and rewards in its metadata), ``candidates.parquet`` and ``record.json``.
@@ -154,17 +215,20 @@ class SearchResult:
         """
         from PIL.PngImagePlugin import PngInfo
 
-        folder = Path(folder)
+        folder, record = Path(folder), self.record
         notes = PngInfo()
-        facts = {**self.summary(), "schedule": self.record.schedule, "settings": self.record.settings}
+        facts = {
+            **self.summary(), "rewards": record.rewards, "schedule": record.schedule, "settings": record.settings,
+            "base_seed": record.seed, **record.facts,
+        }  # fmt: skip
         for key, value in facts.items():
             notes.add_itxt(f"ttsnap:{key}", value if isinstance(value, str) else json.dumps(value))
         with atomic_write(folder / "image.png") as file:
             self.image.save(file, format="PNG", pnginfo=notes)
         buffer = io.BytesIO()
-        self.record.frame().to_parquet(buffer)
+        record.frame().to_parquet(buffer)
         with atomic_write(folder / "candidates.parquet") as file:
             file.write(buffer.getvalue())
         cost = None if np.isnan(self.cost) else self.cost
-        write_json(folder / "record.json", {**self.record.to_dict(), "cost": cost, "complete": self.complete})
+        write_json(folder / "record.json", {**record.to_dict(), "cost": cost, "complete": self.complete})
         return folder

@@ -27,12 +27,20 @@ def choose(scores: np.ndarray, keep: int, combine: str = "rank_sum", weights: np
     """
     scores = np.asarray(scores, np.float64)
     if combine == "weighted_sum":
-        total = scores @ np.asarray(weights, np.float64)
+        cost = -(scores @ np.asarray(weights, np.float64))
     elif combine == "z_score" and scores.shape[1] > 1:
-        spread = scores.std(0)
-        safe = np.where(spread > 0, spread, 1)  # a reward that says nothing about this set has no vote
-        total = np.where(spread > 0, (scores - scores.mean(0)) / safe, 0).sum(1)
+        cost = -_z_scores(scores).cumsum(1)[:, -1]
     else:
         order = np.argsort(-scores, axis=0, kind="stable")
-        total = -np.argsort(order, axis=0, kind="stable").sum(1)
-    return np.sort(np.argsort(-total, kind="stable")[:keep])
+        cost = np.argsort(order, axis=0, kind="stable").sum(1)
+    return np.sort(np.argsort(cost, kind="stable")[:keep])
+
+
+def _z_scores(scores: np.ndarray) -> np.ndarray:
+    """Return z-scores within the set; a reward that says nothing about it has no vote."""
+    # Summed one by one as the compiled loop of `prune` does: another order of additions breaks ties differently.
+    n = len(scores)
+    centered = scores - scores.cumsum(0)[-1] / n
+    variance = (centered * centered).cumsum(0)[-1] / n
+    scale = 1.0 / np.sqrt(np.where(variance > 0, variance, 1.0))
+    return np.where(variance > 0, centered * scale, 0.0)

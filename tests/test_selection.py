@@ -1,0 +1,50 @@
+"""Choosing among candidates: the same rule as `prune`, stage by stage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from ttsnap_lib import Schedule, prune
+from ttsnap_lib.schedule import kept
+from ttsnap_lib.selection import choose
+
+# Few values: ties at every stage.
+VALUES = st.sampled_from([-1.5, -1.0, 0.0, 0.25, 0.5, 2.0])
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_stage_by_stage_equals_prune(data):
+    n, rewards = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 3))
+    scores = data.draw(arrays(np.float32, (n, 3, rewards), elements=VALUES))
+    ratios = data.draw(st.tuples(*[st.sampled_from([0.1, 0.3, 0.5, 0.75, 1.0])] * 2))
+    combine = data.draw(st.sampled_from(["rank_sum", "z_score", "weighted_sum"]))
+    # Weights that are powers of two: every product and sum is exact.
+    weights = np.array([1.0, 0.5, -2.0][:rewards]) if combine == "weighted_sum" else None
+    alive = np.arange(n)
+    for k, ratio in enumerate(ratios):
+        alive = alive[choose(scores[alive, k], kept(len(alive), ratio), combine, weights)]
+    winner = alive[choose(scores[alive, 2], 1, combine, weights)[0]]
+    expected = prune(scores[None], np.arange(n)[None], Schedule((0, 1), ratios), combine=combine, weights=weights)
+    assert winner == expected[0, 0]
+
+
+def test_ties_go_to_the_first_and_the_order_stays():
+    assert choose(np.array([[1.0], [2.0], [2.0], [2.0]]), 2).tolist() == [1, 2]
+    assert choose(np.array([[3.0], [1.0], [2.0]]), 2).tolist() == [0, 2]
+
+
+def test_a_constant_reward_has_no_vote_in_z_scores():
+    scores = np.array([[0.0, 7.0], [2.0, 7.0], [1.0, 7.0]])
+    assert choose(scores, 1, "z_score").tolist() == [1]
+
+
+@pytest.mark.parametrize("combine", ["rank_sum", "z_score"])
+def test_two_rewards_that_disagree(combine):
+    # The middle candidate is second for both; the extremes are first and last.
+    scores = np.array([[10.0, 0.0], [9.0, 9.0], [0.0, 10.0]])
+    assert choose(scores, 1, combine).tolist() == [1 if combine == "z_score" else 0]
