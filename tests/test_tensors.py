@@ -11,6 +11,7 @@ from ttsnap_lib.tensors import (
     drop_missing,
     drop_repeats,
     make_rewards,
+    noise_aware_steps,
     repeated_images,
     stack_rewards,
 )
@@ -106,6 +107,8 @@ def test_make_rewards_shapes():
         make_rewards(np.zeros((2, 3, 4, 5)), rewards=["a", "a"])
     copied = make_rewards(np.zeros((1, 3, 4, 5)), rewards=["a"])
     assert set(copied["noise_aware_source"].values.ravel()) == {"copied_from_base"}
+    assert noise_aware_steps(copied) == {"a": []}
+    assert noise_aware_steps(copied.drop_vars("noise_aware_source")) == {"a": [0, 1, 2, 3, 4]}
 
 
 def test_stack(tensor):

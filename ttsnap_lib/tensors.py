@@ -29,6 +29,7 @@ __all__ = [
     "drop_missing",
     "drop_repeats",
     "make_rewards",
+    "noise_aware_steps",
     "open_rewards",
     "read_steps",
     "repeated_images",
@@ -229,6 +230,21 @@ def open_rewards(path: str | Path) -> xr.Dataset:
             remedy=remedy,
         ) from error
     return check_rewards(dataset)
+
+
+def noise_aware_steps(dataset: xr.Dataset) -> dict[str, list[int]]:
+    """Return the steps at which the noise-aware variable is finetuned, by reward.
+
+    Elsewhere it is a copy of ``base``, and TTSnap is TTSp. A tensor that does not say counts as finetuned throughout.
+    """
+    steps = dataset["step"].values.tolist()
+    if "noise_aware_source" not in dataset:
+        return {str(name): steps for name in dataset["reward"].values}
+    source = dataset["noise_aware_source"].transpose("reward", "step").values
+    return {
+        str(name): [step for step, kind in zip(steps, row, strict=True) if kind == FINETUNED]
+        for name, row in zip(dataset["reward"].values, source, strict=True)
+    }
 
 
 def read_steps(variable: xr.DataArray, positions: Sequence[int]) -> np.ndarray:
