@@ -300,4 +300,15 @@ def load_config(source: str | Path, **changes: Any) -> CurriculumConfig:
     known_keys("finetuning settings", changes, [field.name for field in fields(CurriculumConfig)])
     if not isinstance(values, Mapping | None):
         raise ConfigError(str(path), value=values, bound="a mapping of settings", remedy="Write lines `name: value`.")
-    return CurriculumConfig.from_dict({**(values or {}), **changes}, str(path))
+    merged = {**(values or {}), **changes}
+    for name in merged.keys() & {*_REALS}:
+        merged[name] = _number(merged[name])
+    return CurriculumConfig.from_dict(merged, str(path))
+
+
+def _number(value: Any) -> Any:
+    """Return the number that a text such as 1e-5 stands for: YAML 1.1 reads it as text without a decimal point."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

@@ -20,7 +20,9 @@ from ttsnap_lib.trajectories import MANIFEST, Trajectories
 __all__ = ["FolderImages", "ImageBank", "Images", "open_images"]
 
 _BANK, _PIXELS = "bank.json", "pixels.npy"
-_GENERATED = re.compile(r"(?P<model>[\w./-]+):(?P<split>\w+):(?P<prompts>\d+)x(?P<images>\d+)(?:@(?P<seed>\d+))?")
+_GENERATED = re.compile(
+    r"(?P<model>[\w./-]+):(?P<split>\w+):(?P<prompts>\d+)x(?P<images>\d+)(?:@(?P<seed>\d+))?(?P<mirror>\+mirror)?"
+)
 
 
 class Images(Protocol):
@@ -127,7 +129,8 @@ class ImageBank:
         *,
         steps: Sequence[int] | None = None,
         seed: int = 0,
-        batch_size: int = 32,
+        batch_size: int = 64,
+        cpu_threads: int | None = 1,
         settings: Any = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> ImageBank:
@@ -155,6 +158,7 @@ class ImageBank:
             steps=kept,
             seed=seed,
             batch_size=batch_size,
+            cpu_threads=cpu_threads,
             settings=settings,
             progress=progress,
         )
@@ -203,7 +207,8 @@ def open_images(
     source : str, Path or Images
         A trajectory folder; a saved :class:`ImageBank`; ``"pocket-flux:train:1000x8"`` for 8 pictures of each of the
         first 1000 captions of a pocket split, made by a pocket pipeline and kept in ``data_cache/pocket/training``
-        (``@7`` at the end gives another seed); or pictures that are open already.
+        (``@7`` behind it gives another seed, ``+mirror`` at the end adds the mirror images); or pictures that are
+        open already.
     steps : sequence of int, optional
         Steps that are needed; only these and the clean image are generated.
     progress : callable, optional
@@ -224,7 +229,12 @@ def open_images(
             bound="a trajectory folder, a saved bank, or pocket-flux:train:1000x8",
             remedy="Run `ttsnap generate` first, or check the path.",
         )
-    return _pocket_bank(match, steps, progress)
+    bank = _pocket_bank(match, steps, progress)
+    if match["mirror"]:
+        from .mirror import with_mirror_images
+
+        return with_mirror_images(bank)
+    return bank
 
 
 def _pocket_bank(match: re.Match[str], steps: Sequence[int] | None, progress: Any) -> ImageBank:

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 __all__ = ["compare_at_steps", "gain_where_useful", "metrics_table", "write_tables"]
 
+_MEASURES = ("tau", "mse", "top_accuracy", "top_gap")
+_COLUMNS = [
+    *("step", "updates", "kept_update", "early_stop", "elapsed_s", "first_loss", "last_loss"),
+    *(f"{when}_{name}" for when in ("base", "before", "after") for name in _MEASURES),
+]
+
 
 def metrics_table(folder: str | Path) -> pd.DataFrame:
     """Return one row per finished step of a run folder, in the order of training.
@@ -31,7 +37,8 @@ def metrics_table(folder: str | Path) -> pd.DataFrame:
 
     from ttsnap_lib.rewards.steps import read_curriculum
 
-    return pd.DataFrame(read_curriculum(folder).get("metrics", []))
+    frame = pd.DataFrame(read_curriculum(folder).get("metrics", []))  # JSON keeps its keys sorted
+    return frame[[name for name in _COLUMNS if name in frame]]
 
 
 def write_tables(folder: Path, rows: list[dict[str, Any]], losses: list[dict[str, Any]]) -> None:
@@ -40,6 +47,7 @@ def write_tables(folder: Path, rows: list[dict[str, Any]], losses: list[dict[str
 
     for name, content in (("metrics", rows), ("losses", losses)):
         frame = pd.DataFrame(content)
+        frame = frame[[column for column in _COLUMNS if column in frame]] if name == "metrics" else frame
         with atomic_write(folder / f"{name}.csv", "w") as file:
             frame.to_csv(file, index=False, lineterminator="\n")
         with atomic_write(folder / f"{name}.parquet") as file:
