@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import _kernels
 from ._pruning import Level, rank_level
 from .errors import TensorError
 from .simulate import best_of_n_weights
@@ -135,6 +134,8 @@ class Scorer:
 
         The control is taken off, where there is one. `counts` is (budget, stage + 1), ascending, all above 0.
         """
+        from . import _kernels  # numba: paid for where it is used
+
         values = self._values if every_reward else self._merit
         values = values[prompts]
         sums = np.zeros((len(counts), values.shape[0], values.shape[2]))
