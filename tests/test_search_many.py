@@ -16,10 +16,11 @@ from tests.rewards.conftest import save_clip
 from tests.search_world import SCHEDULE, make_clip, settings
 from ttsnap_lib import CostModel, Schedule
 from ttsnap_lib.__main__ import main
-from ttsnap_lib.errors import ConfigError, DiskError, SearchError
+from ttsnap_lib.errors import CheckpointError, ConfigError, DiskError, SearchError
 from ttsnap_lib.paths import lock
 from ttsnap_lib.rewards import load_reward
 from ttsnap_lib.search_many import collect, compare, search_many
+from ttsnap_lib.search_models import find_adapters
 from ttsnap_lib.search_record import SearchRecord
 
 PROMPTS = ["a red circle", "the cat", "a blue square above a green circle", "circle"]
@@ -243,3 +244,31 @@ def test_mistakes_on_the_command_line(arguments, says, tmp_path, capsys):
     assert main(["search", *arguments, "--quiet", "-o", str(tmp_path / "out")]) == 1
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# -- what the notebook uses -----------------------------------------------------------------------------------------
+
+
+def test_without_a_folder_only_the_table_stays(whole, search_all):
+    _same(search_all(None), whole[1])
+
+
+def test_pictures_of_a_comparison(whole):
+    import matplotlib.pyplot as plt
+
+    from ttsnap_lib.plots_search import per_prompt
+
+    frame = whole[1]
+    ax = per_prompt({"best_of_n": frame, "ttsnap": frame.iloc[1:].assign(clip=frame["clip"] + 1)}, "clip")
+    drawn = {line.get_label(): line.get_ydata() for line in ax.get_lines()}
+    np.testing.assert_allclose(drawn["Best-of-N"], frame["clip"])
+    np.testing.assert_allclose(drawn["TTSnap"][1:], frame["clip"][1:] + 1)
+    assert np.isnan(drawn["TTSnap"][0])
+    plt.close(ax.figure)
+
+
+def test_noise_aware_weights_by_name(tmp_path):
+    assert find_adapters("", "pocket-flux") is None and find_adapters("pocket", "some/model") is None
+    assert find_adapters(str(tmp_path)) == tmp_path
+    with pytest.raises(CheckpointError, match="nowhere"):
+        find_adapters("nowhere", "pocket-flux")

@@ -35,13 +35,13 @@ def load_decoder(source: Any, pipeline: Any) -> Any:
 
         place = pocket_folder(str(source)) if str(source) in POCKET_MODELS else source
         try:
-            decoder = AutoencoderTiny.from_pretrained(place)
+            decoder = AutoencoderTiny.from_pretrained(place, torch_dtype=pipeline.vae.dtype)
         except Exception as error:  # the hub raises many kinds
             raise PipelineError(
                 "tiny decoder cannot be loaded", value=str(source), bound="a folder or hub id of an AutoencoderTiny",
                 remedy="pocket-tiny for the pocket models, madebyollin/taef1 for FLUX, madebyollin/taesdxl for SDXL.",
             ) from error  # fmt: skip
-        decoder = decoder.to(pipeline._execution_device, pipeline.vae.dtype).eval()
+        decoder = decoder.to(pipeline._execution_device).eval()
     channels = [getattr(getattr(one, "config", None), "latent_channels", None) for one in (decoder, pipeline.vae)]
     if channels[0] != channels[1]:
         raise PipelineError(
