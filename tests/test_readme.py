@@ -57,7 +57,7 @@ def write_published(folder):
 
 
 # Models of many gigabytes: the command line is parsed, nothing is loaded.
-FAR = ("black-forest-labs", "SG161222", "image_reward pickscore", "finetune")
+FAR = ("black-forest-labs", "SG161222", "--reward pickscore", "finetune")
 
 
 def test_commands_run_in_order(tmp_path, monkeypatch):
