@@ -1,0 +1,154 @@
+"""The published reward classes take adapters and an optimization step; random weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.curriculum_world import make_bank, make_clip
+from tests.rewards.conftest import WORDS, bert_folder, med_config  # noqa: F401 (fixtures)
+from tests.rewards.test_image_reward import small as image_reward_module  # noqa: F401 (fixture)
+from ttsnap_lib.curriculum import CurriculumConfig, finetune
+from ttsnap_lib.curriculum.targets import score_step
+from ttsnap_lib.curriculum.weights import Weights, checkpoint_blocks
+from ttsnap_lib.rewards import ClipReward, ImageRewardModel, OpenClipReward, Preprocessing, load_reward
+
+ONE_UPDATE = {"steps": (1,), "batch_size": 2, "group_size": 2, "max_updates_per_step": 1, "learning_rate": 1e-2,
+              "lora_rank": 2, "validation_prompts": 0, "keep": "last"}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _small_world(monkeypatch, tmp_path):
+    monkeypatch.setenv("TTSNAP_DATA_CACHE", str(tmp_path / "cache"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def check_one_update(make, folder, **changes):
+    """One optimization step moves the scores, and the written adapter gives the same scores on a fresh base."""
+    bank = make_bank(2, 2, 2)
+    fresh = make()
+    before = score_step(fresh, bank, 1, batch_size=2)
+    trained = make()
+    # The base is its own target at the clean step: shift it, or there is nothing to learn.
+    result = finetune(
+        bank,
+        folder,
+        CurriculumConfig(reward=trained.name, **{**ONE_UPDATE, **changes}),
+        reward=trained,
+        targets=before + 1,
+    )
+    assert result.trained_parameters < 0.6 * result.base_parameters
+    after = score_step(trained, bank, 1, batch_size=2)
+    assert np.abs(after - before).max() > 1e-6 and np.isfinite(after).all()
+    fresh.attach_steps(folder)
+    np.testing.assert_allclose(score_step(fresh.use_step(1), bank, 1, batch_size=2), after, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(score_step(fresh.use_step(None), bank, 1, batch_size=2), before, rtol=1e-4, atol=1e-5)
+
+
+def test_image_reward(image_reward_module, tmp_path):  # noqa: F811
+    import copy
+
+    check_one_update(
+        lambda: ImageRewardModel("image_reward", copy.deepcopy(image_reward_module), device="cpu"), tmp_path / "run"
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_open_clip(tmp_path, checkpointing):
+    import open_clip
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    tokenizer = open_clip.get_tokenizer("ViT-H-14")
+
+    def make():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            module = CLIP(
+                16,
+                CLIPVisionCfg(image_size=224, layers=2, width=32, head_width=16, patch_size=32),
+                CLIPTextCfg(width=32, heads=2, layers=1),
+            )
+        return OpenClipReward("hpsv2", module, tokenizer, device="cpu")
+
+    check_one_update(make, tmp_path / "run", gradient_checkpointing=checkpointing)
+
+
+def test_recomputed_blocks_give_the_same_gradients_and_keep_less(tmp_path):
+    clip = make_clip(tmp_path)
+    pictures = [Image.fromarray(p) for p in make_bank(1, 4).pixels[0, :, -1]]
+    gradients, kept = [], []
+    for recompute in (False, True):
+        reward = load_reward(clip, device="cpu")
+        weights = Weights(reward, CurriculumConfig(lora_rank=2))
+        for index, (name, parameter) in enumerate(weights.parameters.items()):
+            if "lora_B" in name:
+                generator = torch.Generator().manual_seed(index)
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+        if recompute:
+            assert checkpoint_blocks(reward.module) == 4  # two of each tower
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            out = reward.forward(reward.preprocess(pictures), reward.encode_text(["a cat"]))
+        out.sum().backward()
+        gradients.append({name: p.grad for name, p in weights.parameters.items()})
+        kept.append(sum(saved))
+    assert kept[1] < 0.5 * kept[0]
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_clip_h(tmp_path):
+    """The model class and size of PickScore."""
+    from transformers import CLIPConfig, CLIPModel
+
+    folder = make_clip(tmp_path)
+    tokenizer = load_reward(folder, device="cpu").tokenizer
+    vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+              "patch_size": 14, "image_size": 224, "projection_dim": 1024}  # fmt: skip
+    text = {"vocab_size": len(tokenizer) + len(WORDS), "hidden_size": 64, "num_hidden_layers": 1, "eos_token_id": 1,
+            "num_attention_heads": 2, "intermediate_size": 64, "projection_dim": 1024}  # fmt: skip
+    config = CLIPConfig(vision_config=vision, text_config=text, projection_dim=1024)
+
+    def make():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            module = CLIPModel(config)
+        return ClipReward("pickscore", module, tokenizer, Preprocessing(224, centre="floor"), device="cpu")
+
+    check_one_update(make, tmp_path / "run", gradient_checkpointing=True)
+
+
+@pytest.mark.slow
+def test_open_clip_h(tmp_path):
+    import open_clip
+
+    tokenizer = open_clip.get_tokenizer("ViT-H-14")
+
+    def make():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            module = open_clip.create_model("ViT-H-14", pretrained=None, precision="fp32", device="cpu")
+        return OpenClipReward("hpsv2", module, tokenizer, device="cpu")
+
+    check_one_update(make, tmp_path / "run", gradient_checkpointing=True)
+
+
+@pytest.mark.slow
+def test_image_reward_at_real_size(bert_folder, med_config, tmp_path):  # noqa: F811
+    from tests.rewards.test_image_reward import _randomize
+    from ttsnap_lib.rewards.image_reward import build_module
+
+    def make():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            module = build_module(med_config, bert_folder)
+        _randomize(module)
+        return ImageRewardModel("image_reward", module, device="cpu")
+
+    check_one_update(make, tmp_path / "run")
