@@ -19,11 +19,12 @@ _COMMAND = "ttsnap run explore"
 STYLE = """<style>
 .ttsnap-numbers table {border-collapse: collapse; font-size: 13px; line-height: 1.45}
 .ttsnap-numbers th, .ttsnap-numbers td {padding: 1px 14px 1px 0; text-align: right; white-space: nowrap}
-.ttsnap-numbers th:first-child, .ttsnap-numbers td:first-child {text-align: left}
+.ttsnap-numbers th:first-child, .ttsnap-numbers td:first-child {text-align: left; white-space: normal}
 .ttsnap-numbers thead th {border-bottom: 1px solid #999; font-weight: 600}
-.ttsnap-numbers p {margin: 4px 0; font-size: 13px; line-height: 1.45}
+.ttsnap-numbers p {margin: 4px 0; font-size: 13px; line-height: 1.45; white-space: normal}
 .ttsnap-note {color: #595959}
-.ttsnap-message {border-left: 4px solid #d55e00; padding: 4px 10px; font-size: 13px; line-height: 1.4}
+.ttsnap-message {border-left: 4px solid #d55e00; padding: 4px 10px; font-size: 13px; line-height: 1.4;
+  white-space: normal}
 .ttsnap-stale {opacity: 0.35}
 .ttsnap-head {font-weight: 600; font-size: 13px; border-bottom: 1px solid #ccc; line-height: 1.6}
 </style>"""

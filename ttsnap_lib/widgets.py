@@ -136,8 +136,8 @@ class Explorer(ipw.VBox):
             controls.multiple.max = max(*self._multiples, multiple)
             controls.multiple.value = multiple
 
+        # No tooltip: on an Image it makes the view fail in the browser (ipywidgets 8.1 looks for a description).
         self.image = ipw.Image(format="png", layout=ipw.Layout(width="100%", max_width="920px"))
-        self.image.tooltip = "Charts of the numbers in the table above"
         self.numbers, self.message, self.progress = ipw.HTML(), ipw.HTML(), ipw.HTML()
         self.script = ipw.Output(layout=ipw.Layout(height="0", overflow="hidden"))
         right = ipw.VBox(
