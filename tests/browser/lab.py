@@ -1,0 +1,230 @@
+"""A real JupyterLab, Notebook 7 or Voila on loopback, and a headless Chromium that looks at it.
+
+``with serve("lab", folder) as site, browser() as page:`` then ``page.goto(site.url("x.ipynb"))`` and
+``run_all(page)``, which presses Run All and returns the notebook with its outputs. :func:`check_outputs` fails on an
+error in a cell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+__all__ = ["ARTIFACTS", "ROOT", "Site", "browser", "check_outputs", "chromium", "copy_notebook", "run_all", "serve"]
+
+ROOT = Path(__file__).resolve().parents[2]
+ARTIFACTS = ROOT / "test-artifacts"
+"""Screenshots are kept here; git ignores it."""
+
+_ARGUMENTS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+# Not ours: the server has no icon at that place, and Lab asks for what the test's settings switch off.
+_HARMLESS = ("favicon", "/lab/api/news", "net::ERR_INTERNET_DISCONNECTED")
+_START_S = 240
+
+
+@dataclass(frozen=True)
+class Site:
+    """A running server."""
+
+    kind: str
+    base: str
+    token: str
+
+    def url(self, notebook: str) -> str:
+        """Return the address of a notebook in the served folder."""
+        path = {"lab": "lab/tree/", "notebook": "notebooks/", "voila": "voila/render/"}[self.kind]
+        return f"{self.base}/{path}{notebook}?token={self.token}"
+
+
+def chromium() -> str:
+    """Return the path of Chromium, or skip the test with the line that installs it."""
+    pytest.importorskip("playwright", reason="pip install playwright")
+    found = os.environ.get("TTSNAP_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    if not found:
+        pytest.skip("Chromium not found: apt-get update && apt-get install -y chromium")
+    return found
+
+
+def copy_notebook(name: str, folder: Path, **parameters: Any) -> Path:
+    """Copy a shipped notebook (so that saving it does not touch the repository), with parameters changed."""
+    import nbformat
+
+    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    if parameters:
+        lines = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
+        at = next(k for k, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+        cell = nbformat.v4.new_code_cell(lines, metadata={"tags": ["injected-parameters"]})
+        notebook.cells.insert(at + 1, cell)
+    path = folder / name
+    nbformat.write(notebook, path)
+    return path
+
+
+@contextlib.contextmanager
+def serve(kind: str, folder: Path) -> Iterator[Site]:
+    """Serve `folder` by JupyterLab (``"lab"``), Notebook 7 (``"notebook"``) or Voila (``"voila"``)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    site = Site(kind, f"http://127.0.0.1:{port}", token)
+    with tempfile.TemporaryDirectory(prefix="ttsnap-lab-", ignore_cleanup_errors=True) as home:
+        python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {
+            **os.environ,
+            "PYTHONPATH": python_path,
+            "JUPYTER_CONFIG_DIR": f"{home}/config",
+            "JUPYTER_DATA_DIR": f"{home}/data",
+            "JUPYTER_RUNTIME_DIR": f"{home}/runtime",
+            "IPYTHONDIR": f"{home}/ipython",
+            "TTSNAP_DATA_CACHE": f"{home}/cache",
+        }
+        # Lab asks once whether it may fetch news: no.
+        settings = Path(home) / "config/lab/user-settings/@jupyterlab/apputils-extension"
+        settings.mkdir(parents=True)
+        (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+        log = Path(home) / "server.log"
+        with log.open("wb") as output:
+            server = subprocess.Popen(
+                _command(kind, port, token, folder),
+                cwd=folder,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            _wait_until_up(site, server, log)
+            yield site
+        finally:
+            # The session holds the server and its kernels, nothing else.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait(20)
+            ARTIFACTS.mkdir(exist_ok=True)
+            shutil.copyfile(log, ARTIFACTS / f"server-{kind}.log")
+
+
+def _command(kind: str, port: int, token: str, folder: Path) -> list[str]:
+    module = {"lab": "jupyterlab", "notebook": "notebook", "voila": "voila"}[kind]
+    command = [sys.executable, "-m", module, "--no-browser"]
+    if kind == "voila":
+        return [*command, f"--port={port}", "--Voila.ip=127.0.0.1", str(folder), "--show_tracebacks=True"]
+    app = {"lab": "LabApp", "notebook": "JupyterNotebookApp"}[kind]
+    return [
+        *command,
+        "--allow-root",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",
+        f"--IdentityProvider.token={token}",
+        f"--ServerApp.root_dir={folder}",
+        f"--{app}.expose_app_in_browser=True",
+    ]
+
+
+def _wait_until_up(site: Site, server: subprocess.Popen, log: Path) -> None:
+    address = f"{site.base}/" if site.kind == "voila" else f"{site.base}/api/status?token={site.token}"
+    limit = time.monotonic() + _START_S
+    while time.monotonic() < limit:
+        if server.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise RuntimeError(f"{site.kind} did not start:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+@contextlib.contextmanager
+def browser(width: int = 1500, height: int = 1000) -> Iterator[Any]:
+    """Open a page in a fresh Chromium; ``page.problems`` collects errors of the console and uncaught exceptions."""
+    executable = chromium()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        context = playwright.chromium.launch_persistent_context(
+            profile,
+            executable_path=executable,
+            headless=True,
+            args=_ARGUMENTS,
+            viewport={"width": width, "height": height},
+            permissions=["clipboard-read", "clipboard-write"],
+        )
+        try:
+            page = context.pages[0] if context.pages else context.new_page()
+            page.set_default_timeout(120_000)
+            page.problems = []
+            page.on("console", lambda message: _collect(page, message))
+            page.on("pageerror", lambda error: page.problems.append(f"uncaught: {error}"))
+            yield page
+        finally:
+            context.close()
+
+
+def _collect(page: Any, message: Any) -> None:
+    place = (message.location or {}).get("url", "")
+    text = f"{message.text} ({place})"
+    if message.type == "error" and not any(word in text for word in _HARMLESS):
+        page.problems.append(text)
+
+
+def run_all(page: Any, timeout_s: float = 600) -> dict:
+    """Run all cells of the notebook that is open in JupyterLab or Notebook 7; return it with its outputs."""
+    page.wait_for_function("() => window.jupyterapp && window.jupyterapp.shell.currentWidget", timeout=240_000)
+    page.wait_for_selector(".jp-Notebook", timeout=240_000)
+    page.evaluate(
+        """async (limit) => {
+            const app = window.jupyterapp;
+            const panel = app.shell.currentWidget;
+            await panel.context.ready;
+            await panel.sessionContext.ready;
+            await panel.sessionContext.session.kernel.info;
+            const late = new Promise((_, reject) => setTimeout(() => reject(new Error("cells took too long")), limit));
+            await Promise.race([app.commands.execute("notebook:run-all-cells"), late]);
+        }""",
+        timeout_s * 1000,
+    )
+    return page.evaluate("() => window.jupyterapp.shell.currentWidget.content.model.toJSON()")
+
+
+def check_outputs(notebook: dict) -> None:
+    """Fail when a cell of an executed notebook ended in an error, or none ran."""
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert any(cell["execution_count"] for cell in cells), "no cell ran"
+    for cell in cells:
+        for output in cell["outputs"]:
+            assert output["output_type"] != "error", f"{output['ename']}: {output['evalue']}"
