@@ -126,7 +126,7 @@ def write_report(plan: Any, scratch: Path, models: Path, docs: Path, log: Callab
 
 def _picture(path: Path, picture: Image.Image) -> None:
     with atomic_write(path) as file:
-        picture.quantize(128).save(file, format="PNG", optimize=True)
+        picture.save(file, format="PNG", optimize=True)
 
 
 def _text(path: Path, content: str) -> None:
