@@ -112,7 +112,7 @@ def _check_budget(state: State, pool: Pool) -> None:
                 f"budget for {who}",
                 value=round(state.budget, 6),
                 bound=f"at least {one:.6g} {unit}, one candidate",
-                remedy="Raise the budget, or prune in fewer stages.",
+                remedy="Raise the budget." if method == "best_of_n" else "Raise the budget, or prune in fewer stages.",
             )
         if n > pool.n_images:
             most = state.cost.total(pool.n_images, _costed(method, plan))

@@ -50,10 +50,10 @@ class Controls:
         self.keeps = [
             ipw.FloatSlider(
                 description=f"keep ratio (alpha) {k + 1}",
-                min=0.02,
+                min=0.01,
                 max=1.0,
                 value=0.5,
-                step=0.02,
+                step=0.01,
                 readout_format=".2f",
                 **_layout(),
             )
@@ -91,7 +91,7 @@ class Controls:
 
     @property
     def schedule(self) -> Schedule:
-        """The schedule that the sliders stand for."""
+        """The schedule that the sliders stand for; setting one rounds its keep ratios to 0.01, the sliders' step."""
         active = range(self.stages.value)
         return Schedule(
             tuple(self.steps[k].value for k in active), tuple(round(self.keeps[k].value, 6) for k in active)
@@ -104,8 +104,7 @@ class Controls:
             self.stages.value = len(schedule)
             for k, (step, keep) in enumerate(zip(schedule.steps, schedule.keep_ratios, strict=True)):
                 self.steps[k].index = options.index(step)
-                self.keeps[k].min = min(0.02, keep)
-                self.keeps[k].value = keep
+                self.keeps[k].value = max(0.01, round(keep, 2))  # the browser would snap it to the slider's step anyway
             self._show_stages()
         self._tell()
 

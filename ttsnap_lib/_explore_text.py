@@ -36,7 +36,7 @@ def numbers_html(result: Result, candidate_cost: float) -> str:
     unit = html.escape(state.cost.unit)
     rows = [("this schedule", result.at["current"]), ("Best-of-N", result.at["best_of_n"])]
     if result.pinned is not None:
-        rows.insert(1, (f"pinned: {_plan(state.pinned_method, state.pinned_plan)}", result.at["pinned"]))
+        rows.insert(1, ("pinned schedule", result.at["pinned"]))
     body = "".join(_row(name, curve) for name, curve in rows)
     head = f"<tr><th>at {_number(state.budget)} {unit} ({state.budget / candidate_cost:.3g} &times; one image)</th>"
     head += f"<th>candidates</th><th>spent ({unit})</th><th>mean {html.escape(reward_label(state.shown))}</th>"
@@ -52,6 +52,7 @@ def numbers_html(result: Result, candidate_cost: float) -> str:
         lines.append(words + ".")
     else:
         lines.append("<b>Relative gain</b>: not defined over these budgets.")
+    lines.append(f"<b>Pinned</b>: {_plan(state.pinned_method, state.pinned_plan)}.")
     done = f"{result.iterations} of {result.iterations_wanted} random subsets per prompt"
     lines.append(
         f"<span class='ttsnap-note'>{done}{'' if result.complete else ': a preview, the rest follows'}. "

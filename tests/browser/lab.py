@@ -173,9 +173,7 @@ def _wait_until_up(site: Site, server: subprocess.Popen, log: Path) -> None:
 def browser(width: int = 1500, height: int = 1000) -> Iterator[Any]:
     """Open a page in a fresh Chromium; ``page.problems`` collects errors of the console and uncaught exceptions."""
     executable = chromium()
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+    with _playwright() as playwright, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         context = playwright.chromium.launch_persistent_context(
             profile,
             executable_path=executable,
@@ -193,6 +191,25 @@ def browser(width: int = 1500, height: int = 1000) -> Iterator[Any]:
             yield page
         finally:
             context.close()
+
+
+_shared: list[Any] = []  # Playwright and how many use it: a thread can hold only one
+
+
+@contextlib.contextmanager
+def _playwright() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    if not _shared:
+        _shared.extend([sync_playwright().start(), 0])
+    _shared[1] += 1
+    try:
+        yield _shared[0]
+    finally:
+        _shared[1] -= 1
+        if not _shared[1]:
+            _shared[0].stop()
+            _shared.clear()
 
 
 def _collect(page: Any, message: Any) -> None:

@@ -127,7 +127,7 @@ def test_a_bad_state_is_told_in_place(lab):
 def test_every_control_is_reached_by_the_tab_key(lab):
     slider(lab, "step 1").focus()
     reached = set()
-    for _ in range(40):
+    for _ in range(70):
         name = lab.evaluate(
             """() => {
                 const at = document.activeElement;
