@@ -204,4 +204,5 @@ def test_elsewhere(kind, folder):
         page.wait_for_function("(text) => document.querySelector('.ttsnap-numbers').innerText !== text", arg=before)
         settle(page)
         page.screenshot(path=ARTIFACTS / f"{kind}.png")
-        assert page.problems == []
+        # Voila 0.5 beside JupyterLab 4.6 trips over an extension of its own, on any page.
+        assert [text for text in page.problems if kind != "voila" or "getter for the shared module" not in text] == []
