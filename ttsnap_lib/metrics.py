@@ -188,8 +188,7 @@ def kendall_tau(
 
     scores, final = _scores(scores, final)
     out = np.empty((scores.shape[0], scores.shape[2]))
-    half = slice(None)
-    parts = [slice(start, start + 16) for start in range(0, len(scores), 16)] or [half]
+    parts = [slice(start, start + 16) for start in range(0, len(scores), 16)]
     run_threads(
         lambda part: _kernels.tau_b(
             np.ascontiguousarray(scores[part], np.float64), np.ascontiguousarray(final[part], np.float64), out[part]

@@ -110,7 +110,6 @@ def import_published(
     tensor: np.ndarray | None = None
     source = np.full((len(names), n_steps), COPIED, dtype=object)
     results = Parallel(n_jobs=-1, return_as="generator")(delayed(read_values)(path) for *_, path in files)
-    blocks = []
     for done, ((variable, r, step, path), values) in enumerate(zip(files, results, strict=True), start=1):
         if tensor is None:
             tensor = np.full((2, len(names), *values.shape, n_steps), np.nan, np.float32)
@@ -121,14 +120,12 @@ def import_published(
                 bound=f"{tensor.shape[2:4]} (prompt, image), as in {files[0][3]}",
                 remedy="Fetch that file again, or import its folder alone.",
             )
-        blocks.append((variable, r, step))
         tensor[variable, r, :, :, step] = values
         if variable:
             source[r, step] = FINETUNED
         if progress is not None:
             progress(done, len(files))
-    copied = np.argwhere(source == COPIED)
-    for r, step in copied:
+    for r, step in np.argwhere(source == COPIED):
         tensor[1, r, :, :, step] = tensor[0, r, :, :, step]
     dataset = make_rewards(
         tensor[0],

@@ -35,7 +35,9 @@ def _demo(arguments: argparse.Namespace) -> int:
         if not tensor.exists():
             dataset = import_published(arguments.values, model, rewards, progress=progress_bar("files"))
             save_rewards(dataset, tensor)
-        parameters["tensor"] = str(tensor)
+        # Published rewards are of the real models, so they are priced as those, and one reward selects.
+        reward = (rewards or ["image_reward"])[0]
+        parameters = {"tensor": str(tensor), "rewards": [reward], "cost": f"{model}-512+{reward}"}
     else:
         made.append(runner.run("generate", _GENERATE, progress=_say("generate")))
     made.append(runner.run("simulate", parameters, progress=_say("simulate")))

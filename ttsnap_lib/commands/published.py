@@ -48,5 +48,7 @@ def _import(arguments: argparse.Namespace) -> int:
     )
     save_rewards(dataset, out, overwrite=arguments.overwrite)
     sizes = " x ".join(f"{size} {dim}s" for dim, size in dataset["base"].sizes.items())
-    print(f"{out}: {sizes}\nnext: ttsnap run simulate -p tensor {out}")
+    print(
+        f"{out}: {sizes}\nnext: ttsnap run simulate -p tensor {out} -p cost flux-512+image_reward  (name your model and reward)"
+    )
     return 0
