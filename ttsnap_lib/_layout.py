@@ -73,6 +73,9 @@ def scan_prompt(folder: Path, n_steps: int, image_format: str) -> PromptState:
     """List one prompt's folder; hidden names other than our own leftovers are left to the operating system."""
     state = PromptState()
     expected = {step_name(step, image_format): step for step in range(n_steps)}
+    if folder.is_symlink():  # what stands behind a link is not ours to fill or to read
+        state.foreign.append(folder)
+        return state
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except FileNotFoundError:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import provenance
-from ._current_run import FOLDER_VARIABLE, TOKEN_VARIABLE, Run, current_run, read_json
+from ._current_run import FOLDER_VARIABLE, TOKEN_VARIABLE, Run, current_run, read_if_whole
+from ._reading import as_path
 from .errors import ConfigError, DiskError, RunError
 from .parameters import declared_parameters, injected_source, parameter_hash, read_notebook, resolve, tagged_cell
 from .paths import data_cache, git_state, lock, notebooks_folder, repository_root, write_json
@@ -80,7 +81,7 @@ class Plan:
 
 def find_notebook(notebook: str | Path) -> Path:
     """Return the path of `notebook`: a path, or the name of a shipped notebook (``simulate``)."""
-    path = Path(notebook).expanduser()
+    path = as_path("notebook", notebook).expanduser()
     if path.suffix == ".ipynb" and path.exists():
         return path.resolve()
     shipped = notebooks_folder() / f"{path.stem}.ipynb"
@@ -175,10 +176,10 @@ def finished(planned: Plan) -> RunResult | None:
 
     A change of the notebook's code or of an input file since then makes it another run.
     """
-    manifest = read_json(planned.folder / "manifest.json")
-    if not manifest or manifest.get("status") != "complete":
+    manifest = read_if_whole(planned.folder / "manifest.json")
+    if not manifest or manifest.get("status") != "complete" or not isinstance(manifest.get("inputs"), dict):
         return None
-    if manifest["notebook_sha256"] != provenance.code_hash(read_notebook(planned.notebook)):
+    if manifest.get("notebook_sha256") != provenance.code_hash(read_notebook(planned.notebook)):
         return None
     now = provenance.inputs(planned.parameters)
     if any(now.get(name) != then for name, then in manifest["inputs"].items()):
@@ -219,7 +220,7 @@ def _run_locked(
     write_json(planned.folder / "manifest.json", manifest)
     begin = time.monotonic()
     error = _execute(planned, content, manifest["token"], say, echo, timeout_s, environment, warm)
-    recorded = read_json(planned.folder / "recorded.json") or {}
+    recorded = read_if_whole(planned.folder / "recorded.json") or {}
     (planned.folder / "recorded.json").unlink(missing_ok=True)
     manifest |= {
         "status": "failed" if error else "complete",

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._reading import as_path
+from ._store_checks import check_store
 from .errors import TensorError
 from .paths import SHIPPED_TENSORS, atomic_folder, shipped_tensor
 
@@ -130,9 +132,13 @@ def check_rewards(dataset: Any) -> xr.Dataset:
     if not hasattr(dataset, "data_vars"):
         raise TensorError("reward tensor", value=type(dataset).__name__, bound="an xarray.Dataset", remedy=remedy)
     for name in ("base", "noise_aware"):
-        if name not in dataset.data_vars or set(dataset[name].dims) != set(DIMS):
+        if name not in dataset.data_vars or set(dataset[name].dims) != set(DIMS) or 0 in dataset[name].shape:
             found = dict(dataset[name].sizes) if name in dataset.data_vars else sorted(map(str, dataset.data_vars))
-            raise TensorError(f"variable {name!r}", value=found, bound=f"one with dims {DIMS}", remedy=remedy)
+            raise TensorError(
+                f"variable {name!r}", value=found, bound=f"one with dims {DIMS}, nothing empty", remedy=remedy
+            )
+        if dataset[name].dtype.kind != "f":
+            raise TensorError(f"variable {name!r}", value=str(dataset[name].dtype), bound="float32", remedy=remedy)
     for dim in DIMS:
         if dim not in dataset.coords:
             raise TensorError(
@@ -141,6 +147,17 @@ def check_rewards(dataset: Any) -> xr.Dataset:
     names = [str(name) for name in dataset["reward"].values]
     if len(set(names)) != len(names):
         raise TensorError("reward names", value=names, bound="each once", remedy="Rename one with assign_coords.")
+    for dim in ("prompt", "image"):
+        values = dataset[dim].values
+        if values.dtype.kind not in "iu" or len(np.unique(values)) != len(values) or values.min() < 0:
+            raise TensorError(dim, value=values, bound="distinct integers of at least 0", remedy=remedy)
+    for name, dims in {
+        "noise_aware_source": ("reward", "step"),
+        "status": ("prompt",),
+        "prompt_text": ("prompt",),
+    }.items():
+        if name in dataset.variables and set(dataset[name].dims) != set(dims):
+            raise TensorError(f"variable {name!r}", value=dataset[name].dims, bound=f"dims {dims}", remedy=remedy)
     steps = dataset["step"].values
     if steps.dtype.kind not in "iu" or (np.diff(steps) <= 0).any() or (len(steps) and steps[0] < 0):
         raise TensorError(
@@ -167,7 +184,7 @@ def save_rewards(dataset: xr.Dataset, path: str | Path, *, overwrite: bool = Fal
     DiskError
         A full disk or a folder that cannot be written.
     """
-    path = Path(path)
+    path = as_path("reward tensor", path, error=TensorError)
     check_rewards(dataset)
     if path.exists() and not overwrite:
         raise TensorError(
@@ -210,18 +227,23 @@ def open_rewards(path: str | Path) -> xr.Dataset:
     """
     import xarray as xr
 
-    if path == "synthetic":
+    if isinstance(path, str) and path == "synthetic":
         from .synthetic import synthetic_rewards
 
         return synthetic_rewards()
-    path = shipped_tensor(path) if path in SHIPPED_TENSORS else Path(path)
+    named = isinstance(path, str) and path in SHIPPED_TENSORS
+    path = shipped_tensor(path) if named else as_path("reward tensor", path, error=TensorError)
     remedy = "Check the path; `ttsnap import-published` and `ttsnap score` write tensors."
     if not path.is_dir():
         raise TensorError("reward tensor", value=str(path), bound="a Zarr folder", remedy=remedy)
+    check_store(path)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Zarr.*|.*zarr.*|.*data type.*")
-            dataset = xr.open_zarr(path, chunks=None, consolidated=False)
+            # Format 3 alone: chunks of format 2 can be pickles. Nothing is a date here, whatever attributes say.
+            dataset = xr.open_zarr(
+                path, chunks=None, consolidated=False, zarr_format=3, decode_times=False, decode_timedelta=False
+            )
     except Exception as error:  # zarr and xarray raise many kinds on a folder that is none
         raise TensorError(
             f"reward tensor cannot be opened ({error.__class__.__name__}: {error})",
