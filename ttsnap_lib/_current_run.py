@@ -68,7 +68,12 @@ class Run:
         plain_name("name of a result", name)
         # A notebook whose runner was killed may live on for a moment, while the run has begun again.
         if self.headless and (read_if_whole(self.folder / "manifest.json") or {}).get("token") != self._token:
-            raise RunError(f"{self.folder} belongs to a newer run", remedy="Nothing to do: this process is a remnant.")
+            raise RunError(
+                f"{self.folder} belongs to a newer run",
+                value=self._token,
+                bound="the token of the run that is going on",
+                remedy="Nothing to do: this process is a remnant.",
+            )
         return self.folder / f"{name}{suffix}"
 
     @staticmethod
@@ -97,7 +102,10 @@ def current_run(name: str | None = None) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(
-            f"cannot make {folder}", value=error.strerror, remedy="Set TTSNAP_DATA_CACHE to a folder you may write to."
+            f"cannot make {folder}",
+            value=error.strerror,
+            bound="a folder that can be made",
+            remedy="Set TTSNAP_DATA_CACHE to a folder you may write to.",
         ) from error
     return Run(folder)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ._reading import as_path
 from .errors import TrajectoryError
 
 __all__ = ["IMAGE_FORMATS", "MAX_PIXELS", "RAW_SHARE", "encode_image", "read_image"]
@@ -54,6 +55,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None, content: b
         A file that is missing, truncated, no image, too large, of another size or not RGB.
     """
     remedy = "Run `ttsnap verify --repair` on the trajectory folder."
+    path = as_path("image", path, error=TrajectoryError)
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):  # a link may lead anywhere, and a pipe never ends
             raise TrajectoryError(

@@ -140,7 +140,7 @@ def read_journals(folder: Path, prompts: Iterable[int] | None = None) -> dict[tu
                 entry = json.loads(line)
                 prompt, image = entry["prompt"], entry["image"]
                 sums = {int(step): int(value) for step, value in entry["crc32"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
             if wanted is None or prompt in wanted:
                 for step, value in sums.items():

@@ -175,6 +175,8 @@ def extend(
         if different:
             raise TrajectoryError(
                 f"{folder} was made with other settings ({'; '.join(different)})",
+                value=str(folder),
+                bound="the settings of what is there already",
                 remedy="Choose another output folder, or give the settings that it was made with.",
             )
         both = min(len(old.prompts), len(prompts))
@@ -202,6 +204,7 @@ def extend(
         raise TrajectoryError(
             f"{folder} holds images but no {MANIFEST}",
             bound="a folder of `ttsnap generate`, or an empty one",
+            value=str(folder),
             remedy="Choose another output folder; these images cannot be told apart from others.",
         )
     manifest = Manifest(identity, tuple(prompts), images_per_prompt, (entry,) if entry else ())

@@ -126,6 +126,7 @@ def resolve(settings: Settings, pipeline: Any) -> Settings:
         raise ConfigError(
             "negative_prompt has no effect without classifier-free guidance",
             value=settings.negative_prompt,
+            bound="None, or guidance above 1",
             remedy=f"Set {'true_guidance' if adapter.embedded_guidance(pipeline) else 'guidance'} above 1, or leave it out.",
         )
     return resolved

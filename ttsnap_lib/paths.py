@@ -83,6 +83,8 @@ def _typed_os_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskError(
                 f"disk full while writing {path}",
+                value=str(path),
+                bound="a disk with free space",
                 remedy="Free some space or choose another folder, then run again: what was written stays.",
             ) from error
         if error.errno in _UNWRITABLE:

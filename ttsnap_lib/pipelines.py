@@ -105,6 +105,7 @@ def load_pipeline(
         raise PipelineError(
             f"{model} is a {kind}, which is not supported",
             bound=f"one of {list(ADAPTERS)}",
+            value=kind,
             remedy="Use a text-to-image model of one of these families.",
         )
     try:
@@ -151,7 +152,10 @@ def _device(name: Any) -> torch.device:
     }
     if not there.get(place.type, lambda: False)():
         raise DeviceError(
-            f"device {place} is not there", bound="a device of this machine", remedy="Use device='auto' or 'cpu'."
+            f"device {place} is not there",
+            bound="a device of this machine",
+            value=str(place),
+            remedy="Use device='auto' or 'cpu'.",
         )
     return place
 
@@ -181,6 +185,7 @@ def _source(model: Any) -> tuple[str, bool]:
             raise PipelineError(
                 f"{model} is not in {folder}",
                 bound="the folder that the repository and the wheel bring",
+                value=str(folder),
                 remedy="Install the package again, or train the pocket models with `make pocket`.",
             )
         return str(folder), True

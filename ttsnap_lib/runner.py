@@ -283,6 +283,7 @@ def _execute(
     error = RunError(
         f"{planned.notebook.name}: {cell} failed",
         value=last_line,
+        bound="cells that run without an error",
         remedy=f"See {planned.folder / 'executed.ipynb'}; correct the cause and run again.",
     )
     error.cell, error.last_line, error.folder = cell, last_line, planned.folder

@@ -113,7 +113,7 @@ def search_many(
     if failed:
         raise SearchError(
             f"{len(failed)} of {len(mine)} prompts failed", value=list(failed),
-            remedy=f"The others are done; run again for these. The first said: {next(iter(failed.values()))}",
+            bound="every prompt", remedy=f"The others are done; run again for these. The first said: {next(iter(failed.values()))}",
         )  # fmt: skip
     return frame
 

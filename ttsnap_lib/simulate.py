@@ -20,6 +20,8 @@ from ._inputs import (
     check_subsets,
     checks_array,
     final_array,
+    numbers_array,
+    random_generator,
     selecting_rewards,
     step_positions,
 )
@@ -64,17 +66,17 @@ def best_of_n(final: np.ndarray, n: int) -> np.ndarray:
     TensorError
         A NaN among the rewards.
     """
-    values = np.asarray(final, dtype=np.float64)
+    values = numbers_array("final rewards", final, TensorError).astype(np.float64)
     if values.ndim != 2 or values.size == 0:
         raise TensorError("final rewards", value=values.shape, bound="shape (prompt, image)", remedy="Pass one reward.")
     pool = values.shape[1]
     n = integer("n", n, 1, pool, error=BudgetError)
-    if np.isnan(values).any():
-        prompt, image = np.argwhere(np.isnan(values))[0]
+    if not np.isfinite(values).all():
+        prompt, image = np.argwhere(~np.isfinite(values))[0]
         raise TensorError(
             f"final reward of prompt {prompt}, image {image}",
-            value=float("nan"),
-            bound="a number",
+            value=float(values[prompt, image]),
+            bound="a finite number",
             remedy="Score the image, or drop it with tensors.drop_missing().",
         )
     return np.sort(values, axis=1) @ best_of_n_weights(pool, n)
@@ -254,7 +256,7 @@ def curves(
     Best-of-N always runs along as the baseline.
     """
     methods = [methods] if isinstance(methods, str) else list(methods)
-    with_baseline = methods if "best_of_n" in methods else ["best_of_n", *methods]
+    with_baseline = methods if not methods or "best_of_n" in methods else ["best_of_n", *methods]
     return _run(
         dataset, with_baseline, budgets, None, cost, schedule, iterations=iterations, rng=rng, combine=combine,
         weights=weights, report=report, level=level, resamples=resamples, keep_winners=keep_winners,
@@ -295,6 +297,10 @@ def _run(
                 bound="a Schedule",
                 remedy="Pass schedule=PUBLISHED_SCHEDULE, one of optimize_schedule(), or Schedule() for no pruning.",
             )
+    if not methods:
+        raise ConfigError("methods", value=methods, bound=f"one or more of {METHODS}", remedy="Name one.")
+    if cost is not None and not isinstance(cost, CostModel):
+        raise CostError("cost", value=cost, bound="a CostModel", remedy="Pass CostModel.preset(name) or load(file).")
     if cost is None and budgets is not None:
         raise CostError(
             "budget without a cost model",
@@ -310,7 +316,7 @@ def _run(
     pool = dataset.sizes["image"]
     numbers_table, spent = candidates_table(methods, budgets, numbers, cost, schedule, pool)
 
-    rng = np.random.default_rng(0 if rng is None else rng)
+    rng = random_generator(rng)
     subsets = rng.permuted(np.tile(np.arange(pool), (iterations, 1)), axis=1)
     # Subsets of their own for every prompt: with one table for all, what a subset happens to hold (repeated images,
     # say) would move all prompts together and the mean would not settle with their number.

@@ -82,9 +82,9 @@ def make_rewards(
     """
     import xarray as xr
 
-    base = np.asarray(base, np.float32)
+    base = _float32("base", base)
     source = COPIED if noise_aware is None else FINETUNED
-    noise_aware = base.copy() if noise_aware is None else np.asarray(noise_aware, np.float32)
+    noise_aware = base.copy() if noise_aware is None else _float32("noise_aware", noise_aware)
     if base.ndim != 4 or 0 in base.shape or noise_aware.shape != base.shape:
         raise TensorError(
             "shapes of base and noise_aware",
@@ -95,6 +95,14 @@ def make_rewards(
     n_rewards, n_prompts, n_images, n_steps = base.shape
     if noise_aware_source is None:
         noise_aware_source = np.full((n_rewards, n_steps), source)
+    noise_aware_source = np.asarray(noise_aware_source).astype(str)
+    if noise_aware_source.shape != (n_rewards, n_steps) or not set(noise_aware_source.flat) <= {FINETUNED, COPIED}:
+        raise TensorError(
+            "noise_aware_source",
+            value=noise_aware_source.tolist(),
+            bound=f"{FINETUNED} or {COPIED}, of shape {(n_rewards, n_steps)} (reward, step)",
+            remedy="Say so for every reward and step.",
+        )
     names = {"rewards": (rewards, n_rewards), "steps": (steps, n_steps), "prompt_text": (prompt_text, n_prompts)}
     for name, (given, size) in names.items():
         if given is not None and len(given) != size:
@@ -118,6 +126,23 @@ def make_rewards(
         attrs={"schema_version": SCHEMA_VERSION, **(attributes or {})},
     )
     return check_rewards(dataset)
+
+
+def _float32(name: str, values: Any) -> np.ndarray:
+    """Return numbers as float32; what it cannot hold is refused, NaN (not scored yet) is not."""
+    remedy = "Give rewards as numbers; NaN stands for what is missing."
+    try:
+        given = np.asarray(values)
+    except (ValueError, TypeError) as error:
+        raise TensorError(name, value=values, bound="numbers in rows of equal length", remedy=remedy) from error
+    if given.dtype.kind not in "fiu":
+        raise TensorError(name, value=f"{given.dtype} of shape {given.shape}", bound="real numbers", remedy=remedy)
+    with np.errstate(over="ignore"):
+        narrow = given.astype(np.float32, copy=False)
+    if np.isinf(narrow).any():
+        worst = given[np.isinf(narrow)].flat[0]
+        raise TensorError(name, value=float(worst), bound="finite numbers that float32 can hold", remedy=remedy)
+    return narrow
 
 
 def check_rewards(dataset: Any) -> xr.Dataset:
@@ -273,7 +298,7 @@ def read_steps(variable: xr.DataArray, positions: Sequence[int]) -> np.ndarray:
     """Return some steps of ``base`` or ``noise_aware`` as (prompt, image, step, reward), read once."""
     block = variable.isel(step=list(positions)).transpose("prompt", "image", "step", "reward")
     try:
-        return block.values
+        values = block.values
     except Exception as error:  # a broken chunk
         raise TensorError(
             f"{variable.name} cannot be read ({error.__class__.__name__}: {error})",
@@ -281,6 +306,16 @@ def read_steps(variable: xr.DataArray, positions: Sequence[int]) -> np.ndarray:
             bound="a whole Zarr store",
             remedy="Score or import it again; one of its chunks is damaged.",
         ) from error
+    if np.isinf(values).any():
+        prompt, image, step, _ = np.argwhere(np.isinf(values))[0].tolist()
+        raise TensorError(
+            f"{variable.name} of prompt {int(block['prompt'][prompt])}, image {int(block['image'][image])}, step "
+            f"{int(block['step'][step])}",
+            value=float("inf"),
+            bound="finite numbers",
+            remedy="Score the image again, or drop it with tensors.drop_missing().",
+        )
+    return values
 
 
 def stack_rewards(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
@@ -330,14 +365,14 @@ def drop_repeats(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def drop_missing(dataset: xr.Dataset) -> xr.Dataset:
-    """Return the tensor without the images that miss a value anywhere, and without prompts not scored at all.
+    """Return the tensor without the images that miss a finite value anywhere, and without prompts not scored at all.
 
     Raises
     ------
     TensorError
         When nothing would be left.
     """
-    missing = np.isnan(dataset["base"]) | np.isnan(dataset["noise_aware"])
+    missing = ~(np.isfinite(dataset["base"]) & np.isfinite(dataset["noise_aware"]))
     scored = ~missing.all(["reward", "image", "step"])
     dataset, missing = dataset.isel(prompt=scored.values), missing.isel(prompt=scored.values)
     whole = ~missing.any(["reward", "prompt", "step"])

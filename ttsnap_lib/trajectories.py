@@ -166,6 +166,7 @@ class Trajectories:
                     raise TrajectoryError(
                         f"{self.folder / prompt_name(prompt) / image_name(missing[0])} is missing or incomplete",
                         value=f"{len(missing)} of {len(images)} images of prompt {prompt}",
+                        bound="every image that is asked for, with all its steps in files and folders of its own",
                         remedy="Run the same `ttsnap generate` again: it goes on where it stopped.",
                     )
                 wanted = [(image, step) for image in images if image in whole for step in steps]

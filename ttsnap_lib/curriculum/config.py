@@ -306,6 +306,6 @@ def load_config(source: str | Path, **changes: Any) -> CurriculumConfig:
         )
     values = read_yaml(path, "finetuning configuration", remedy="Write lines of `name: value`.")
     known_keys("finetuning settings", changes, [field.name for field in fields(CurriculumConfig)])
-    if not isinstance(values, Mapping | None):
+    if not isinstance(values, Mapping):
         raise ConfigError(str(path), value=values, bound="a mapping of settings", remedy="Write lines `name: value`.")
-    return CurriculumConfig.from_dict({**(values or {}), **changes}, str(path))
+    return CurriculumConfig.from_dict({**values, **changes}, str(path))

@@ -107,7 +107,10 @@ class ImageBank:
             return cls(pixels, about["prompts"], about["steps"])
         except (OSError, ValueError, KeyError) as error:
             raise TrajectoryError(
-                f"bank {folder} cannot be read ({type(error).__name__}: {error})", remedy="Make it again."
+                f"bank {folder} cannot be read ({type(error).__name__}: {error})",
+                value=str(folder),
+                bound="a bank as ImageBank.save() writes it",
+                remedy="Make it again.",
             ) from error
 
     @classmethod
@@ -180,6 +183,7 @@ class FolderImages:
                 raise TrajectoryError(
                     f"{self._found.path(prompt, missing[0], 0).parent} is missing or incomplete",
                     value=f"{len(missing)} of {self.n_images} images of prompt {prompt}",
+                    bound="every image, with all its steps",
                     remedy="Run the same `ttsnap generate` again: it goes on where it stopped.",
                 )
 

@@ -214,7 +214,7 @@ def _check_adapter(folder: Path) -> None:
     integer(f"{path}: r", about.get("r"), 1, _MOST_RANK, error=CheckpointError)
     starts = about.get("init_lora_weights", True)
     choice(f"{path}: init_lora_weights", starts, (True, False, "gaussian"), error=CheckpointError)
-    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "auto_mapping", "loftq_config"):
+    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "loftq_config"):
         if about.get(key):
             raise CheckpointError(f"{path}: {key}", value=about[key], bound="none", remedy=remedy)
 
