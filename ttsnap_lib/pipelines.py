@@ -26,6 +26,7 @@ from diffusers import (
 
 from ._adapters import ADAPTERS, adapter_of
 from ._load_errors import KNOWN_IDS, POCKET_MODELS, explain
+from ._reading import as_path
 from ._segments import schedulable
 from .checks import choice
 from .errors import ConfigError, DeviceError, PipelineError
@@ -189,7 +190,7 @@ def _source(model: Any) -> tuple[str, bool]:
                 remedy="Install the package again, or train the pocket models with `make pocket`.",
             )
         return str(folder), True
-    path = Path(model).expanduser()
+    path = as_path("model", model).expanduser()
     if path.is_dir():
         return str(path), True
     named = str(model)
@@ -208,7 +209,8 @@ def _source(model: Any) -> tuple[str, bool]:
 def _class_name(source: str, is_folder: bool, options: dict[str, Any]) -> str:
     """Return the pipeline's class from model_index.json, before any weights are fetched."""
     try:
-        return DiffusionPipeline.load_config(source, **options).get("_class_name", "pipeline without a class name")
+        # A list names a class in a file of the folder: code that is not run.
+        return str(DiffusionPipeline.load_config(source, **options).get("_class_name", "pipeline without a class name"))
     except Exception as error:
         raise explain(source, is_folder, error) from error
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from . import provenance
 from ._current_run import FOLDER_VARIABLE, TOKEN_VARIABLE, Run, current_run, read_if_whole
 from ._reading import as_path
+from .checks import real
 from .errors import ConfigError, DiskError, RunError
 from .parameters import declared_parameters, injected_source, parameter_hash, read_notebook, resolve, tagged_cell
 from .paths import data_cache, git_state, lock, notebooks_folder, repository_root, write_json
@@ -158,6 +159,7 @@ def run(
         A cell failed. Its executed notebook is kept, and the message names it, the cell and the error's last line.
     """
     planned = plan(notebook, parameters, folder=folder)
+    timeout_s = None if timeout_s is None else real("timeout_s", timeout_s, 0, open_low=True)
     say = progress or (lambda line: None)
     gate = planned.folder.parent / ".locks" / planned.run_hash
     try:

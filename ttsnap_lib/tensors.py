@@ -6,6 +6,7 @@ reward and step whether a value is ``finetuned`` or ``copied_from_base``; ``stat
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -252,12 +253,12 @@ def open_rewards(path: str | Path) -> xr.Dataset:
     """
     import xarray as xr
 
-    if isinstance(path, str) and path == "synthetic":
+    name = str(path) if isinstance(path, str | os.PathLike) else ""
+    if name == "synthetic":
         from .synthetic import synthetic_rewards
 
         return synthetic_rewards()
-    named = isinstance(path, str) and path in SHIPPED_TENSORS
-    path = shipped_tensor(path) if named else as_path("reward tensor", path, error=TensorError)
+    path = shipped_tensor(name) if name in SHIPPED_TENSORS else as_path("reward tensor", path, error=TensorError)
     remedy = "Check the path; `ttsnap import-published` and `ttsnap score` write tensors."
     if not path.is_dir():
         raise TensorError("reward tensor", value=str(path), bound="a Zarr folder", remedy=remedy)

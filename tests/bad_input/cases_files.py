@@ -347,6 +347,7 @@ CASES.files(
 
 def trajectories(folder: Path) -> Path:
     """Fill a small trajectory folder by hand."""
+    folder.mkdir(exist_ok=True)
     manifest(folder)
     for image in range(2):
         (folder / "p0000" / f"id{image:03d}").mkdir(parents=True)
