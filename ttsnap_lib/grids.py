@@ -59,7 +59,7 @@ def load_grid(path: str | Path) -> GridSpec:
     if not isinstance(content, dict):
         raise ConfigError(str(path), value=content, bound="a mapping", remedy="Write notebook: and grid: lines.")
     notebook = content.get("notebook")
-    if isinstance(notebook, str) and (path.parent / notebook).is_file():
+    if isinstance(notebook, str) and (path.parent / as_path("sweep: notebook", notebook or " ")).is_file():
         content = {**content, "notebook": str(path.parent / notebook)}
     return parse_grid(content, default_name=path.stem)
 
