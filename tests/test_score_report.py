@@ -74,4 +74,6 @@ def test_figures_show_what_they_say(dataset, tmp_path):
     shown = [ax for ax in figure.axes if ax.images]
     assert len(shown) == 6
     best = best_and_worst(dataset, 1, n=3).iloc[0]
-    assert shown[0].get_title().startswith(f"image {best['image']}: ") and len(shown[0].get_title()) > len("image 0: 0.")
+    assert shown[0].get_title().startswith(f"image {best['image']}: ") and len(shown[0].get_title()) > len(
+        "image 0: 0."
+    )

@@ -238,8 +238,7 @@ def _range_values(label: str, axis: dict[str, Any]) -> list[Any]:
         raise ConfigError(
             f"{label}.step", value=step, bound="a step from start towards stop", remedy="Change its sign."
         )
-    span = real(f"{label}: (stop - start) / step", (stop - start) / step, high=_MOST_RUNS)
-    count = integer(f"{label}: number of values", math.floor(span + 1e-9) + 1, 1, _MOST_RUNS)
+    count = math.floor(real(f"{label}: number of values", (stop - start) / step + 1, 1, _MOST_RUNS) + 1e-9)
     if all(isinstance(axis[key], int) for key in axis):
         return [axis["start"] + k * axis["step"] for k in range(count)]
     return [float(f"{start + k * step:.12g}") for k in range(count)]
