@@ -456,7 +456,7 @@ def test_the_picture_carries_its_origin(whole, tmp_path):
 
 
 def test_a_record_that_cannot_be_read(tmp_path):
-    with pytest.raises(SearchError, match="FileNotFoundError"):
+    with pytest.raises(SearchError, match="No such file"):
         SearchRecord.load(tmp_path)
     (tmp_path / "record.json").write_text('{"prompt": 1}')
     with pytest.raises(SearchError, match="cannot be read"):
