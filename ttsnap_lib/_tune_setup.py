@@ -17,6 +17,7 @@ from .checks import choice, integer, real
 from .costs import CostModel
 from .errors import BudgetError, ConfigError, CostError, ScheduleError, TensorError
 from .schedule import PUBLISHED_SCHEDULE, Schedule
+from .simulate import MOST_DRAWS
 
 __all__ = ["Setup", "allowed_steps", "make_setup", "split_prompts"]
 
@@ -73,7 +74,7 @@ def make_setup(
     n_trials = integer("n_trials", _TRIALS[objective] if n_trials is None else n_trials, 1)
     if time_limit_s is not None:
         real("time_limit_s", time_limit_s, 0, open_low=True)
-    iterations = integer("iterations", iterations, 1)
+    iterations = integer("iterations", iterations, 1, MOST_DRAWS)
     max_stages = integer("max_stages", max_stages, 0)
     amounts = np.array([real("budget", b, 0, error=BudgetError) for b in np.atleast_1d(np.asarray(budgets, object))])
     check_budgets(objective, amounts)

@@ -23,6 +23,7 @@ from .checks import integer, real
 from .costs import CostModel
 from .errors import BudgetError
 from .schedule import Schedule
+from .simulate import MOST_DRAWS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -170,7 +171,7 @@ def optimize_schedule(
         report=report, copied_steps=copied_steps,
     )  # fmt: skip
     level = real("level", level, 0, 1, open_low=True)
-    resamples = integer("resamples", resamples, 1)
+    resamples = integer("resamples", resamples, 1, MOST_DRAWS)
     goals, space = setup.goals, setup.space
     streams = [np.random.default_rng(child) for child in np.random.SeedSequence(integer("seed", seed, 0)).spawn(5)]
     # In random order: the first round of the race takes the first half of the tune prompts.

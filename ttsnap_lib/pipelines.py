@@ -9,7 +9,6 @@ dtype="bf16", fp8=True, offload="model")`` (about 12 GB for the transformer). Wi
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from diffusers import (
 )
 
 from ._adapters import ADAPTERS, adapter_of
+from ._devices import as_device
 from ._load_errors import KNOWN_IDS, POCKET_MODELS, explain
 from ._reading import as_path
 from ._segments import schedulable
@@ -90,7 +90,7 @@ def load_pipeline(
     ConfigError
         A bad option.
     """
-    place = _device(device)
+    place = as_device(device)
     number = _dtype(dtype, place)
     choice("offload", offload, ("none", "model", "sequential"))
     if offload != "none" and place.type == "cpu":
@@ -134,31 +134,6 @@ def pipeline_source(pipeline: Any) -> dict[str, str | None]:
     """Return ``{"model": ..., "revision": ...}`` of a pipeline, for a manifest."""
     found = getattr(pipeline, "ttsnap_source", None)
     return dict(found) if found else {"model": getattr(pipeline, "name_or_path", "") or "unnamed", "revision": None}
-
-
-def _device(name: Any) -> torch.device:
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        place = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise DeviceError(
-            "device", value=name, bound="'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'", remedy="Use one of those."
-        ) from error
-    there: dict[str, Callable[[], bool]] = {
-        "cpu": lambda: True,
-        "cuda": lambda: torch.cuda.is_available() and (place.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available,
-    }
-    if not there.get(place.type, lambda: False)():
-        raise DeviceError(
-            f"device {place} is not there",
-            bound="a device of this machine",
-            value=str(place),
-            remedy="Use device='auto' or 'cpu'.",
-        )
-    return place
 
 
 def _dtype(name: Any, place: torch.device) -> torch.dtype:

@@ -169,7 +169,7 @@ def _planned(
     scores: dict[str, Any] = {}
     if old is not None:
         _check_same(old, path, rewards, prompts, attributes)
-        scores = {name: dict(entry) for name, entry in old.attrs.get(_ATTRIBUTE, {}).items()}
+        scores = {name: dict(entry) for name, entry in _scores(old, path).items()}
         names = [str(name) for name in old["reward"].values]
         names += [plan.name for plan in rewards if plan.name not in names]
         texts = [str(value) for value in old["prompt_text"].values] if "prompt_text" in old.coords else []
@@ -245,17 +245,17 @@ def _check_same(
             bound=f"those of {old.attrs.get('model')} ({was})",
             remedy=other,
         )
-    scores = old.attrs.get(_ATTRIBUTE, {})
+    scores = _scores(old, path)
     for plan in rewards:
         if plan.name not in [str(name) for name in old["reward"].values]:
             continue
         remedy = f"Choose another --out, or another name for {plan.name} (name=)."
         entry = scores.get(plan.name)
-        if entry is None or entry["weights"] != plan.weights:
+        if entry is None or entry.get("weights") != plan.weights:
             raise TensorError(
                 f"{path} holds scores of {plan.name} by other weights",
                 value=plan.weights,
-                bound=str(entry["weights"]) if entry else "scores that this program made",
+                bound=str(entry.get("weights")) if entry else "scores that this program made",
                 remedy=remedy,
             )
         for step, digest in plan.noise_aware.items():
@@ -267,6 +267,21 @@ def _check_same(
                     bound=known,
                     remedy=remedy,
                 )
+
+
+def _scores(old: xr.Dataset, path: Path) -> dict[str, dict[str, Any]]:
+    """Return what the tensor says about the weights behind its scores."""
+    found = old.attrs.get(_ATTRIBUTE, {})
+    entries = list(found.values()) if isinstance(found, Mapping) else [None]
+    whole = all(isinstance(entry, Mapping) and isinstance(entry.get("noise_aware"), Mapping) for entry in entries)
+    if not whole or not {"noise_aware_source", "status"} <= set(old.variables):
+        raise TensorError(
+            f"{path} does not say how it was scored",
+            value=found,
+            bound="noise_aware_source, status, and the weights of each reward, as `ttsnap score` writes them",
+            remedy="Choose another --out, or remove the tensor.",
+        )
+    return dict(found)
 
 
 def _write(dataset: xr.Dataset, path: Path) -> None:

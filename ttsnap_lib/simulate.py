@@ -36,9 +36,11 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-__all__ = ["METHODS", "best_of_n", "best_of_n_weights", "curves", "prune", "simulate", "sweep"]
+__all__ = ["METHODS", "MOST_DRAWS", "best_of_n", "best_of_n_weights", "curves", "prune", "simulate", "sweep"]
 
 METHODS = ("best_of_n", "ttsp", "ttsnap")
+MOST_DRAWS = 10_000_000
+"""Most subsets, and most bootstrap samples: beyond, their tables fill the memory and no figure changes."""
 _VARIABLE = {"ttsp": "base", "ttsnap": "noise_aware"}
 
 
@@ -285,8 +287,8 @@ def _run(
 ) -> Curves:
     from . import tensors
 
-    iterations = integer("iterations", iterations, 1)
-    resamples = integer("resamples", resamples, 1)
+    iterations = integer("iterations", iterations, 1, MOST_DRAWS)
+    resamples = integer("resamples", resamples, 1, MOST_DRAWS)
     level = real("level", level, 0, 1, open_low=True)
     for method in methods:
         choice("method", method, METHODS)

@@ -8,11 +8,13 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from tests.bad_input.cases_files import ALIAS_BOMB, trajectories
 from tests.bad_input.drill import Cases
 from ttsnap_lib.__main__ import main
 from ttsnap_lib.synthetic import synthetic_rewards
-from ttsnap_lib.tensors import save_rewards
+from ttsnap_lib.tensors import make_rewards, save_rewards
 
 CASES = Cases()
 ERROR = "exit status 1 and one line on standard error, with value, bound and remedy"
@@ -44,6 +46,8 @@ def prepared(folder: Path) -> Path:
     """Fill a folder with what commands name."""
     trajectories(folder / "t")
     save_rewards(synthetic_rewards(2, 4, 20, ("a", "b")), folder / "r.zarr")
+    odd = make_rewards(np.ones((1, 1, 2, 2)), rewards=["cos"], prompt_text=["a cat"], attributes={"scores": [1]})
+    save_rewards(odd, folder / "odd.zarr")
     (folder / "bomb.yaml").write_text(ALIAS_BOMB)
     (folder / "list.yaml").write_text("[1, 2]\n")
     (folder / "cost.json").write_text(json.dumps({"step": 1.0, "verify": 0.1}))
@@ -77,6 +81,10 @@ add(
         ("score {folder}/t --reward math:cos --workers 0", "workers"),
         ("score {folder}/t --reward math:cos --reward cmath:cos", "each name once"),
         ("score {folder}/t --reward math:cos --out {folder}/cost.json", "Zarr"),
+        ("score {folder}/t --reward math:cos --out {folder}/r.zarr", "prompts"),
+        ("score {folder}/t --reward math:cos --out {folder}/odd.zarr", "scored"),
+        ("score {folder}/t --device gpu", "device"),
+        ("score {folder}/t --device cuda:99", "device"),
         ("score {folder}/t --reward math:cos --out {folder}/cost.json/r.zarr", "cannot write"),
         ("score {folder}/t --reward math:cos --out {folder}/bad.zarr", "s00.png"),
         ("generate --prompts {folder}/none.txt --out {folder}/g", "does not exist"),
@@ -99,6 +107,8 @@ add(
         ("search --candidates 4 --out {folder}/s", "prompt"),
         ("search cat --prompts {folder}/x.txt --candidates 4 --out {folder}/s", "prompt"),
         ("search cat --out {folder}/s", "budget"),
+        ("search cat --candidates 1000000000000 --out {folder}/s", "1000000"),
+        ("search cat --budget 1e18 --cost {folder}/cost.json --out {folder}/s", "unit"),
         ("search cat --candidates 0 --out {folder}/s", "candidates"),
         ("search cat --budget nan --cost {folder}/cost.json --out {folder}/s", "budget"),
         ("search cat --candidates 4 --schedule {folder}/none.yaml --out {folder}/s", "schedule"),

@@ -148,6 +148,8 @@ CASES.each(
     [
         ("an option that it does not take", {"scal": 2.0}, "Did you mean 'scale'"),
         ("a type that is none", {"dtype": "float33"}, "dtype"),
+        ("a device that is none", {"device": "gpu"}, "device"),
+        ("a device that is not there", {"device": "cuda:99"}, "cuda:99"),
         ("weights that are not there", {"weights": "none.pt"}, "weights"),
         ("adapters that are not there", {"adapters": "none"}, "curriculum"),
     ],
@@ -404,6 +406,10 @@ for what, files, names in [
 CASES.add(
     "checkpoint", "a folder to import that is not there", lambda f: import_series(f / "no", f / "r", reward()), "no"
 )
+CASES.add(
+    "checkpoint", "a saved state of something else",
+    lambda folder: (torch.save({"a": 1}, folder / "state.pt"), read_state_file(folder)), "saved state",
+)  # fmt: skip
 CASES.add(
     "checkpoint", "a saved state that runs a command",
     lambda folder: ((folder / "state.pt").write_bytes(pickle.dumps(Payload(folder))), read_state_file(folder)), "saved state",

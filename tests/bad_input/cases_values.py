@@ -169,6 +169,8 @@ CASES.each(
         ("schedule a tuple", {"schedule": (2, 6)}, "schedule"),
         ("schedule past the end", {"schedule": Schedule((19,), (0.5,))}, "at most 18"),
         ("no iterations", {"iterations": 0}, "iterations"),
+        ("10^12 iterations", {"iterations": 10**12}, "10000000"),
+        ("10^12 resamples", {"resamples": 10**12}, "10000000"),
         ("iterations a fraction", {"iterations": 2.5}, "iterations"),
         ("rng a text", {"rng": "seed"}, "rng"),
         ("rng negative", {"rng": -1}, "rng"),

@@ -100,7 +100,9 @@ def read_state_file(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["identity"]
+        return state
     except Exception as error:  # torch raises many kinds for a damaged file
         raise CheckpointError(
             f"saved state cannot be read ({type(error).__name__})",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ttsnap_lib._devices import as_device
 from ttsnap_lib.checks import integer
 from ttsnap_lib.errors import CheckpointError, DeviceError, RewardError
 
@@ -71,7 +72,7 @@ class Reward:
     ) -> None:
         self.name, self.module, self.preprocessing = name, module, preprocessing
         self.default_lora_targets = default_lora_targets
-        self.device = torch.device(device) if device is not None else default_device()
+        self.device = as_device(device) if device is not None else default_device()
         self.dtype = dtype
         self.batch_size = integer("batch_size", batch_size, 1)
         self.step: int | None = None
