@@ -20,6 +20,7 @@ __all__ = [
     "check_subsets",
     "checks_array",
     "final_array",
+    "missing_scores",
     "numbers_array",
     "random_generator",
     "selecting_rewards",
@@ -117,6 +118,16 @@ def numbers_array(name: str, value: Any, error: type[TTSnapError]) -> np.ndarray
             remedy="Convert it with .astype(float) or .astype(int) where that is meant.",
         )
     return array
+
+
+def missing_scores(dataset: Any) -> list[str]:
+    """Return the scores that a reward tensor lacks, as text."""
+    base, aware = (dataset[name].transpose("reward", "prompt", "image", "step") for name in ("base", "noise_aware"))
+    rewards, prompts, images, steps = (base[dim].values for dim in base.dims)
+    return [
+        f"{rewards[r]}: prompt {prompts[p]}, image {images[i]}, step {steps[s]}"
+        for r, p, i, s in np.argwhere(np.isnan(base.values) | np.isnan(aware.values)).tolist()
+    ]
 
 
 def random_generator(rng: Any) -> np.random.Generator:

@@ -21,13 +21,14 @@ _CHUNK = 64  # prompts ranked at a time: bounds the memory beside the tensor
 class NaNRead(TensorError):
     """A NaN that a pruning run would have read; ``.prompt`` and ``.stage`` say where."""
 
-    def __init__(self, prompt: int, stage: int) -> None:
+    def __init__(self, prompt: int, stage: int, missing: Sequence[str] = ()) -> None:
         self.prompt, self.stage = prompt, stage
+        listed = f"; {len(missing)} scores are missing in all" if missing else ""
         super().__init__(
-            f"reward of prompt {prompt} at stage {stage} of the schedule",
-            value=float("nan"),
+            f"reward of prompt {prompt} at stage {stage} of the schedule{listed}",
+            value=list(missing) or float("nan"),
             bound="a number for every candidate that is scored there",
-            remedy="Score the missing images, or drop them with tensors.drop_missing().",
+            remedy="Score the missing images, or drop them: tensors.drop_missing(), or `-p missing drop` of simulate.ipynb.",
         )
 
 

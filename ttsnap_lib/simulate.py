@@ -20,6 +20,7 @@ from ._inputs import (
     check_subsets,
     checks_array,
     final_array,
+    missing_scores,
     numbers_array,
     random_generator,
     selecting_rewards,
@@ -331,7 +332,7 @@ def _run(
     shape = (len(methods), numbers_table.shape[1])
     per_prompt = np.empty((*shape, len(names), dataset.sizes["prompt"]))
     winners = np.empty((*shape, iterations, dataset.sizes["prompt"]), np.int64) if keep_winners else None
-    from ._pruning import prune_columns
+    from ._pruning import NaNRead, prune_columns
 
     for m, method in enumerate(methods):
         stages = schedule if method != "best_of_n" and schedule is not None else Schedule()
@@ -341,16 +342,19 @@ def _run(
             checks = [block[:, :, k, :][:, :, selecting] for k in range(len(positions))]
         ascending = np.argsort(numbers_table[m], kind="stable")
         counts = np.array([stages.survivors(int(n)) for n in numbers_table[m][ascending]], np.int64)
-        sums, won = prune_columns(
-            [*checks, last],
-            values,
-            subsets,
-            counts,
-            combine=combine,
-            weights=weights,
-            keep_winners=keep_winners,
-            labels=labels,
-        )
+        try:
+            sums, won = prune_columns(
+                [*checks, last],
+                values,
+                subsets,
+                counts,
+                combine=combine,
+                weights=weights,
+                keep_winners=keep_winners,
+                labels=labels,
+            )
+        except NaNRead as error:
+            raise NaNRead(error.prompt, error.stage, missing_scores(dataset)) from None
         per_prompt[m, ascending] = np.moveaxis(sums, 1, 2) / iterations
         if winners is not None:
             winners[m, ascending] = won

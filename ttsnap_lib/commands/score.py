@@ -125,7 +125,7 @@ def _score(arguments: argparse.Namespace) -> int:
         )
     if len(report.skipped) > 20:
         print(f"... {len(report.skipped) - 20} more in {report.path}.skipped.json", file=sys.stderr)
-    print(f"next: ttsnap run simulate -p tensor {out}")
+    print(f"next: ttsnap run simulate -p tensor {out}{' -p missing drop' if report.skipped else ''}")
     return 0
 
 
