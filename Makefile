@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-.PHONY: help setup demo test test-slow lint bench pocket lab clean
+.PHONY: help setup demo test test-slow lint types coverage bench pocket lab clean
 
 help:            ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -19,9 +19,12 @@ setup: $(STAMP)  ## Make the virtual environment
 demo: $(STAMP)   ## The main job on the embedded default, headless
 	$(BIN)/python -m ttsnap_lib demo $(if $(VALUES),--values "$(VALUES)")
 
-lint: $(STAMP)   ## Ruff over code and notebooks
+lint: types      ## Ruff over code and notebooks, mypy over the library
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy over the library
+	$(BIN)/mypy
 
 test: lint       ## All quick tests
 	MPLBACKEND=Agg $(BIN)/python -m pytest -q

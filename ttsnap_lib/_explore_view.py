@@ -87,7 +87,7 @@ class Panels:
 
     def png(self) -> bytes:
         """Return the picture; only moving artists are drawn when nothing else has changed."""
-        canvas = self.figure.canvas
+        canvas: Any = self.figure.canvas  # Agg
         if self._background is None:
             canvas.draw()  # leaves the animated artists out
             self._background = canvas.copy_from_bbox(self.figure.bbox)
@@ -144,7 +144,7 @@ class Panels:
         tau.set(ylim=(lowest, 1.03), xlim=(result.steps[0] - 0.5, result.steps[-1] + 0.5))
         tau.set_xlabel("denoising step (lines: pruning; dotted: pinned)", fontsize=9)
         tau.set_ylabel("Kendall tau", fontsize=9)
-        tau.xaxis.get_major_locator().set_params(integer=True)
+        tau.locator_params(axis="x", integer=True)
         tau.legend(frameon=False, fontsize=8.5, loc="lower right")
         _title(tau, "Agreement with the final reward")
         color = method_style(state.method)["color"]
@@ -255,14 +255,15 @@ class Panels:
                 text.set_x(gain.value)
         known = [gain for gain in found if gain is not None]
         if known:
-            self._fit("gain", min(0.0, *(g.low for g in known)), max(0.0, *(g.high for g in known)), "x", 0.25)
+            low, high = min([0.0, *(float(g.low) for g in known)]), max([0.0, *(float(g.high) for g in known)])
+            self._fit("gain", low, high, "x", 0.25)
 
     def _change(self, result: Result) -> None:
         change = result.change
-        known = change is not None and len(result.change_budgets) > 0
-        same = known and not np.any(change.value) and not np.any(change.high)
+        known = same = False
         curve = None
-        if known:
+        if change is not None and len(result.change_budgets) > 0:
+            known, same = True, not np.any(change.value) and not np.any(change.high)
             curve = _Plain(result.change_budgets, change)
             reach = max(np.abs(change.low).max(), np.abs(change.high).max(), 1e-3)
             self._fit("change", -reach, reach)
@@ -291,10 +292,9 @@ class _Plain:
 
 def _follow(artists: tuple[Any, Any], curve: Curve | _Plain | None) -> None:
     band, line = artists
-    there = curve is not None and len(curve.budgets) > 0
-    band.set_visible(there)
-    line.set_visible(there)
-    if there:
+    for artist in artists:
+        artist.set_visible(curve is not None and len(curve.budgets) > 0)
+    if curve is not None and len(curve.budgets) > 0:
         line.set_data(curve.budgets, curve.mean)
         band.set_data(curve.budgets, curve.low, curve.high)
 

@@ -169,7 +169,7 @@ def prune_columns(
                 sums[:, part] = _prune_multi(chunk, part_values, subsets, counts, combine, won, part_labels)
         except NaNRead as error:
             raise NaNRead(error.prompt + part.start, error.stage) from None
-        if winners is not None:
+        if winners is not None and won is not None:
             winners[:, :, part] = won
 
     parts = [slice(start, min(start + _CHUNK, n_prompts)) for start in range(0, n_prompts, _CHUNK)]
@@ -181,7 +181,7 @@ def run_threads(work, items: Sequence) -> list:
     """Return ``[work(item) for item in items]``, in threads when there is more than one core."""
     from numba import config  # honours CPU affinity and NUMBA_NUM_THREADS
 
-    threads = min(config.NUMBA_NUM_THREADS, len(items))
+    threads = min(config.NUMBA_NUM_THREADS, len(items))  # type: ignore[attr-defined]  # set when numba is imported
     if threads <= 1:
         return [work(item) for item in items]
     with ThreadPoolExecutor(threads) as pool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from .checks import choice, integer
 from .costs import CostModel
@@ -76,7 +76,7 @@ def candidates_for(
             "budget without a cost model", value=cost, bound="a CostModel",
             remedy="Measure one with `ttsnap cost`, name a preset, or give candidates instead.",
         )  # fmt: skip
-    n = cost.candidates(budget, schedule) // group * group
+    n = cost.candidates(cast("float", budget), schedule) // group * group
     if n < 1:
         what = "one candidate" if group == 1 else f"one group of {group} candidates"
         raise BudgetError(

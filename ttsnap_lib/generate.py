@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,7 +30,7 @@ from .trajectories import MANIFEST, Manifest, VerifyReport, extend, verify
 
 __all__ = ["GenerateReport", "OnBatch", "generate", "pipeline_of", "repair"]
 
-_DEFAULTS = {"image_format": "png", "batch": {"size": 8}}
+_DEFAULTS: dict[str, Any] = {"image_format": "png", "batch": {"size": 8}}
 
 
 @dataclass
@@ -184,7 +185,7 @@ def generate(
             stack.enter_context(held)
             if not isinstance(only, Mapping):
                 wanted = missing_rows(folder, wanted, n_steps, image_format)
-            require_disk(folder, wanted, image_format, denoiser.settings.height * denoiser.settings.width * 3)
+            require_disk(folder, wanted, image_format, math.prod(denoiser.settings.size) * 3)
             writer = stack.enter_context(ImageWriter(folder, image_format, f"shard-{index}-of-{count}", workers))
         report.found = total - len(wanted)
         stack.enter_context(threads_of_torch(threads))

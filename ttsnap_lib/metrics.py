@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,9 +42,9 @@ class Estimate:
     per_prompt : ndarray (prompt, ...)
     """
 
-    mean: np.ndarray | float
-    low: np.ndarray | float
-    high: np.ndarray | float
+    mean: np.ndarray | Any
+    low: np.ndarray | Any
+    high: np.ndarray | Any
     per_prompt: np.ndarray
 
     @classmethod
@@ -225,8 +226,8 @@ def top_select(
     from .schedule import kept
 
     scores, final = _scores(scores, final)
-    ratios = (ratios,) if np.isscalar(ratios) else tuple(ratios)
-    keeps = [kept(final.shape[1], real("ratio", ratio, 0, 1, open_low=True)) for ratio in ratios]
+    shares = np.atleast_1d(np.asarray(ratios, object))
+    keeps = [kept(final.shape[1], real("ratio", share, 0, 1, open_low=True)) for share in shares]
     order = np.argsort(-scores, axis=1, kind="stable")
     running = np.maximum.accumulate(np.take_along_axis(final[:, :, None], order, axis=1), axis=1)
     best = final.max(1)[:, None]

@@ -144,7 +144,7 @@ def tau_per_step(
         ax.fill_between(x, estimate.low, estimate.high, color=style["color"], alpha=0.18, linewidth=0)
         ax.plot(x, estimate.mean, label=label, markersize=4, linewidth=1.6, **style)
     ax.set(xlabel="denoising step", ylabel="Kendall tau with the final reward", ylim=(min(0, ax.get_ylim()[0]), 1.03))
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     ax.legend(frameon=False, loc="lower right")
     return _finish(ax)
 

@@ -94,7 +94,8 @@ class LiveGallery:
     """
 
     def __init__(self, **options: Any) -> None:
-        self.options, self.figure = options, None
+        self.options = options
+        self.figure: Figure | None = None
         self._handle: Any = None
 
     def __call__(self, record: SearchRecord) -> None:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from .tensors import COPIED, DIMS, FINETUNED, PROMPT_CHUNK, check_rewards, make_
 
 if TYPE_CHECKING:
     import xarray as xr
+    import zarr
 
 __all__ = ["RewardPlan", "RewardStore", "open_store"]
 
@@ -107,7 +108,7 @@ class RewardStore:
 
     def read(self, variable: str, reward: str, prompt: int) -> np.ndarray:
         """Return ``base`` or ``noise_aware`` of one prompt, float32 (image, step)."""
-        return np.asarray(self._group[variable][self.rewards.index(reward), prompt])
+        return np.asarray(self._array(variable)[self.rewards.index(reward), prompt])
 
     def todo(self, reward: str, prompt: int, steps: Sequence[int], n_images: int) -> tuple[list[int], list[int]]:
         """Return the steps whose base, and whose finetuned values, are not whole yet."""
@@ -141,16 +142,19 @@ class RewardStore:
             copied = ~self._finetuned[reward]
             aware[:, copied] = base[:, copied]
             # In this order: a process that ends in between leaves a base value open, and does the prompt again.
-            self._group["noise_aware"][row, prompt] = aware
-            self._group["base"][row, prompt] = base
+            self._array("noise_aware")[row, prompt] = aware
+            self._array("base")[row, prompt] = base
         self.settle(prompt)
 
     def settle(self, prompt: int) -> None:
         """Bring ``status`` of a prompt up to date."""
-        gaps = np.isnan(np.stack([self._group[name][:, prompt] for name in ("base", "noise_aware")]))
+        gaps = np.isnan(np.stack([np.asarray(self._array(name)[:, prompt]) for name in ("base", "noise_aware")]))
         status = _PENDING if gaps.all() else _PARTIAL if gaps.any() else _SCORED
-        if self._group["status"][prompt] != status:
-            self._group["status"][prompt] = status
+        if self._array("status")[prompt] != status:
+            self._array("status")[prompt] = status
+
+    def _array(self, name: str) -> zarr.Array:
+        return cast("zarr.Array", self._group[name])
 
 
 def _planned(
@@ -187,8 +191,8 @@ def _planned(
     columns = {step: k for k, step in enumerate(steps)}
     if old is not None:
         index = {
-            "reward": [names.index(str(name)) for name in old["reward"].values],
-            "step": [columns[int(step)] for step in old["step"].values],
+            "reward": np.array([names.index(str(name)) for name in old["reward"].values]),
+            "step": np.array([columns[int(step)] for step in old["step"].values]),
         }
         block = np.ix_(index["reward"], old["prompt"].values, old["image"].values, index["step"])
         for variable in ("base", "noise_aware"):

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import provenance
 from ._current_run import FOLDER_VARIABLE, TOKEN_VARIABLE, Run, current_run, read_json
@@ -201,7 +201,7 @@ def _run_locked(
         return done
     shutil.rmtree(planned.folder, ignore_errors=True)  # the remains of a failed or killed run
     content = read_notebook(planned.notebook)
-    manifest = {
+    manifest: dict[str, Any] = {
         "status": "running",
         "token": uuid.uuid4().hex,
         "notebook": planned.notebook.stem,
@@ -261,7 +261,7 @@ def _execute(
     if parameters_cell is not None:
         injected = nbformat.v4.new_code_cell(injected_source(planned.parameters))
         injected.metadata["tags"] = ["injected-parameters"]
-        node.cells.insert(tagged_cell(node, "parameters") + 1, injected)
+        node.cells.insert(cast("int", tagged_cell(node, "parameters")) + 1, injected)
     extra = {FOLDER_VARIABLE: str(planned.folder), TOKEN_VARIABLE: token}
     if repository_root() is not None:  # the kernel imports the package that runs it, installed or not
         old = os.environ.get("PYTHONPATH")

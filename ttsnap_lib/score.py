@@ -155,7 +155,7 @@ def load_rewards(
     steps : int, optional
         Number of steps of the trajectories; a series for later steps is refused.
     """
-    given = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
+    given: list[Any] = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
     if not given:
         raise ConfigError("rewards", value=given, bound="one or more", remedy='Name one, for example "pocket-clip".')
     models = [entry if isinstance(entry, Reward) else load_reward(entry, **options) for entry in given]

@@ -8,7 +8,7 @@ of one call see the same random subsets, nested across budgets, so that their di
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -128,16 +128,16 @@ def prune(
     array, steps = checks_array(rewards)
     columns = [array[:, :, k] for k in step_positions(schedule, steps)]
     last = array[:, :, -1] if final is None else final_array(final, array.shape)
-    weights = check_combine(combine, weights, array.shape[3])
+    shares = check_combine(combine, weights, array.shape[3])
     subsets = check_subsets(subsets, array.shape[1])
     counts = np.array([schedule.survivors(subsets.shape[1])], np.int64)
     from ._pruning import prune_columns
 
     no_values = np.empty((array.shape[0], array.shape[1], 0))
     _, winners = prune_columns(
-        [*columns, last], no_values, subsets, counts, combine=combine, weights=weights, keep_winners=True
+        [*columns, last], no_values, subsets, counts, combine=combine, weights=shares, keep_winners=True
     )
-    return winners[0].astype(np.int64)
+    return cast("np.ndarray", winners)[0].astype(np.int64)
 
 
 def simulate(
@@ -206,7 +206,7 @@ def simulate(
         low=low[0, 0],
         high=high[0, 0],
         per_prompt=result.per_prompt[0, 0],
-        winners=result.winners[0, 0],
+        winners=cast("np.ndarray", result.winners)[0, 0],
         n=int(result.n[0, 0]),
         budget=float(result.budgets[0]),
         spent=float(result.spent[0, 0]),
@@ -304,7 +304,7 @@ def _run(
         )
     tensors.check_rewards(dataset)
     names = [str(name) for name in dataset["reward"].values]
-    selecting, weights = selecting_rewards(names, report, combine, weights)
+    selecting, shares = selecting_rewards(names, report, combine, weights)
     steps = dataset["step"].values
     check_n_steps(cost, steps)
     pool = dataset.sizes["image"]
@@ -339,12 +339,12 @@ def _run(
             subsets,
             counts,
             combine=combine,
-            weights=weights,
+            weights=shares,
             keep_winners=keep_winners,
             labels=labels,
         )
         per_prompt[m, ascending] = np.moveaxis(sums, 1, 2) / iterations
-        if winners is not None:
+        if winners is not None and won is not None:
             winners[m, ascending] = won
     return Curves(
         methods=tuple(methods),

@@ -315,7 +315,7 @@ def drop_missing(dataset: xr.Dataset) -> xr.Dataset:
     TensorError
         When nothing would be left.
     """
-    missing = np.isnan(dataset["base"]) | np.isnan(dataset["noise_aware"])
+    missing = dataset["base"].isnull() | dataset["noise_aware"].isnull()
     scored = ~missing.all(["reward", "image", "step"])
     dataset, missing = dataset.isel(prompt=scored.values), missing.isel(prompt=scored.values)
     whole = ~missing.any(["reward", "prompt", "step"])

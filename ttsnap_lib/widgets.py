@@ -114,14 +114,16 @@ class Explorer(ipw.VBox):
         self.run, self._later = run, later or _on_event_loop
         self._multiples = tuple(real("multiples", value, 0, open_low=True) for value in multiples)
         self._fixed = {"iterations": iterations, "seed": seed}
-        schedule = Schedule(steps, keep_ratios)
+        schedule = Schedule(tuple(steps), tuple(keep_ratios))
         choice("method", method, METHODS)
         choice("combine", combine, ("rank_sum", "z_score"))
         choice("accounting", accounting, ("", "exact", "published"))
         self.state: State | None = None
         self.result: Result | None = None
         self.pinned = (method, schedule)
-        self._mark, self._pending, self._settling = 0, None, None
+        self._mark = 0
+        self._pending: Any = None  # handles of what `later` will call
+        self._settling: Any = None
         self._panels = Panels()
 
         self.controls = controls = Controls(self.changed)
@@ -165,7 +167,7 @@ class Explorer(ipw.VBox):
         self._pending = None
         try:
             self.state = self.read()
-            self._show(available_mark(self.state, self.pool))
+            self._show(self.state, available_mark(self.state, self.pool))
         except TTSnapError as error:
             self.say(str(error))
             self.image.add_class("ttsnap-stale")
@@ -184,26 +186,28 @@ class Explorer(ipw.VBox):
 
     def _idle(self) -> None:
         """Do one block of what is still to do, and draw when all that is compared has got equally far."""
+        if self.state is None:
+            return
         found, block = jobs(self.state, self.pool)
         target = min(mark for mark in self.pool.marks(block) if mark > self._mark)
         worked = any(self.pool.done(job) < target and self.pool.advance(job, block, target) for job in found)
         if not worked:
-            self._show(target)
+            self._show(self.state, target)
         self._settle(0.001)
 
     def finish(self) -> None:
         """Do all iterations now."""
-        if self.result is not None and not self.result.complete:
+        if self.state is not None and self.result is not None and not self.result.complete:
             _, block = jobs(self.state, self.pool)
-            self._show(self.pool.marks(block)[-1])
+            self._show(self.state, self.pool.marks(block)[-1])
 
-    def _show(self, mark: int) -> None:
-        self.result = compute(self.state, self.pool, mark)
+    def _show(self, state: State, mark: int) -> None:
+        self.result = compute(state, self.pool, mark)
         self._mark = mark
         self._panels.update(self.result)
         self.image.remove_class("ttsnap-stale")
         self.image.value = self._panels.png()
-        self.numbers.value = numbers_html(self.result, self.state.cost.total(1))
+        self.numbers.value = numbers_html(self.result, state.cost.total(1))
         self.say("")
 
     def say(self, text: str) -> None:

@@ -48,7 +48,7 @@ def tau_by_step(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             ax.plot(table["step"], table[f"{name}_tau"], color=color, marker=marker, linestyle=line, markersize=4,
                     linewidth=1.5, label=labels[name])  # fmt: skip
     ax.set(xlabel="denoising step", ylabel="Kendall tau with the clean reward")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     ax.legend(frameon=False, loc="lower right")
     return _finish(ax)
 
@@ -62,7 +62,7 @@ def gain_by_step(comparison: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     )
     ax.plot(comparison["step"], comparison["gain"], color="C0", marker="o", markersize=4, linewidth=1.5)
     ax.set(xlabel="denoising step", ylabel="gain in Kendall tau")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     return _finish(ax)
 
 

@@ -141,11 +141,11 @@ def finetune(
     accelerator = _accelerator(config, reward, folder)
     with accelerator.main_process_first():  # one process generates or scores, the others find its cache
         train = open_images(source, steps=config.steps)
-        held = validation if validation is not None else config.validation
-        held = open_images(held, steps=config.steps) if held is not None else None
+        held_source = validation if validation is not None else config.validation
+        held = open_images(held_source, steps=config.steps) if held_source is not None else None
         _check_steps(config, train)
         goal = _targets(targets, train, reward, config)
-        held_goal = _targets(validation_targets, held, reward, config) if held is not None else None
+        held_goal: Any = _targets(validation_targets, held, reward, config) if held is not None else None
     if held is None and config.validation_prompts:
         train, goal, held, held_goal = _split(train, goal, config)
     if held is not None:

@@ -45,7 +45,7 @@ class CallableReward(Reward):
         if not callable(function):
             raise RewardError("reward function", value=function, bound="a callable", remedy="Pass a function.")
         super().__init__(
-            name or getattr(function, "__name__", type(function).__name__),
+            str(name or getattr(function, "__name__", type(function).__name__)),
             device=device or "cpu",
             batch_size=batch_size,
         )

@@ -67,12 +67,14 @@ class ClipReward(Reward):
                 remedy="Save the processor that belongs to the model beside it.",
             )
         self.tokenizer = tokenizer
-        self.scale = scale if scale == "logit" else real("scale", scale, error=RewardError)
+        self.scale = "logit" if scale == "logit" else real("scale", scale, error=RewardError)
         self.max_length = module.config.text_config.max_position_embeddings
         scale_value = module.logit_scale.detach().float().clone()
         module.to(device=self.device, dtype=dtype).eval()
         # exp() of a bfloat16 logarithm would be off by a percent.
         module.logit_scale.data = scale_value.to(self.device)
+
+    module: Any  # a CLIPModel; transformers is imported when one is loaded
 
     def encode_text(self, prompts: Sequence[str]) -> TextBatch:
         """Return the normalized text embeddings ``features`` (n, d), float32."""
@@ -91,7 +93,7 @@ class ClipReward(Reward):
         image = self.module.get_image_features(pixel_values=pixels.to(self.dtype))
         image = functional.normalize(image.float(), dim=-1)
         cosine = (image * text.expand(len(pixels)).tensors["features"]).sum(-1)
-        scale = self.module.logit_scale.float().exp() if self.scale == "logit" else self.scale
+        scale = self.module.logit_scale.float().exp() if isinstance(self.scale, str) else self.scale
         return cosine * scale
 
 

@@ -65,6 +65,8 @@ class OpenClipReward(Reward):
         self.scale = real("scale", scale, error=RewardError)
         module.to(device=self.device, dtype=dtype).eval()
 
+    module: Any  # open_clip's CLIP or CustomTextCLIP
+
     def encode_text(self, prompts: Sequence[str]) -> TextBatch:
         """Return the normalized text embeddings ``features`` (n, d), float32."""
         features = self.module.encode_text(self.tokenizer(list(prompts)).to(self.device))

@@ -66,6 +66,8 @@ class ImageRewardModel(Reward):
         module.to(device=self.device, dtype=dtype).eval()
         module.device = self.device  # the package's own entry points read it
 
+    module: Any  # ImageReward.ImageReward; the package is imported when one is loaded
+
     def encode_text(self, prompts: Sequence[str]) -> TextBatch:
         """Return ``input_ids`` and ``attention_mask`` (n, 35): the text tower itself looks at the image."""
         tokens = self.module.blip.tokenizer(
