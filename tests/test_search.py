@@ -40,12 +40,7 @@ COST = CostModel(step=1.0, verify=0.25, decode=0.5, preview_decode=0.125, per_pr
 FULL = dataclasses.replace(COST, preview_decode=None)  # without a tiny decoder
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ._axes import axes_or_new
 from .plots import reward_label
 from .trajectories import Trajectories
 
@@ -85,7 +86,7 @@ def correlation_heatmap(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     steps = [str(step) for _, step in frame.index]
     rewards = [reward for reward, _ in frame.index]
     side = 1.6 + 0.27 * len(frame)
-    ax = _axes(ax, (side + 0.9, side))
+    ax = axes_or_new(ax, (side + 0.9, side))
     sns.heatmap(
         frame.to_numpy(), vmin=-1, vmax=1, cmap="vlag", square=True, ax=ax, xticklabels=steps, yticklabels=steps,
         cbar_kws={"label": "Spearman within a prompt, mean over prompts", "shrink": 0.8},
@@ -142,11 +143,3 @@ def extreme_images(
     heading = textwrap.shorten(f"{prompt}: {found.prompts[prompt]}", 80, placeholder=" ...")
     figure.suptitle(f"{title}{', ' if title else ''}{heading}", fontsize=9)
     return figure
-
-
-def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    if ax is not None:
-        return ax
-    from matplotlib import pyplot as plt
-
-    return plt.subplots(figsize=size, layout="constrained")[1]

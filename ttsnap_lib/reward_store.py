@@ -7,8 +7,6 @@ What is still NaN is what is left to do; nothing else has to be kept.
 from __future__ import annotations
 
 import contextlib
-import shutil
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +16,7 @@ import numpy as np
 
 from ._plan import shard_lock
 from .errors import TensorError
-from .paths import atomic_folder
-from .tensors import COPIED, DIMS, FINETUNED, PROMPT_CHUNK, check_rewards, make_rewards, open_rewards
+from .tensors import COPIED, DIMS, FINETUNED, PROMPT_CHUNK, check_rewards, make_rewards, open_rewards, write_zarr
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -280,14 +277,7 @@ def _write(dataset: xr.Dataset, path: Path) -> None:
     prompts = min(PROMPT_CHUNK, sizes["prompt"])
     values = {"chunks": (1, prompts, sizes["image"], sizes["step"]), "dtype": "float32"}
     encoding = {"base": values, "noise_aware": values, "status": {"chunks": (prompts,)}}
-    with atomic_folder(path) as part:
-        store = part / "store"
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*Zarr.*|.*zarr.*|.*data type.*")
-            dataset.to_zarr(store, mode="w", encoding=encoding, consolidated=False, zarr_format=3)
-        for child in store.iterdir():
-            shutil.move(str(child), part / child.name)
-        store.rmdir()
+    write_zarr(dataset, path, encoding)
 
 
 def _others_at_work(beside: Path, shard: tuple[int, int]) -> bool:

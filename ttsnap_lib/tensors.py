@@ -183,15 +183,20 @@ def save_rewards(dataset: xr.Dataset, path: str | Path, *, overwrite: bool = Fal
     for name in ("noise_aware_source", "status", "prompt_text", "reward"):
         if name in ordered.variables:  # fixed-width text: variable-length strings have no stable Zarr v3 type yet
             ordered[name] = ordered[name].astype(str)
+    write_zarr(ordered, path, encoding)
+    return path
+
+
+def write_zarr(dataset: xr.Dataset, path: Path, encoding: dict[str, Any]) -> None:
+    """Write a whole store beside `path` and rename it; fixed-width text has no stable Zarr v3 type, and warns."""
     with atomic_folder(path) as part:
         store = part / "store"
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Zarr.*|.*zarr.*|.*data type.*")
-            ordered.to_zarr(store, mode="w", encoding=encoding, consolidated=False, zarr_format=3)
+            dataset.to_zarr(store, mode="w", encoding=encoding, consolidated=False, zarr_format=3)
         for child in store.iterdir():
             shutil.move(str(child), part / child.name)
         store.rmdir()
-    return path
 
 
 def open_rewards(path: str | Path) -> xr.Dataset:

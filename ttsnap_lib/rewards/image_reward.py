@@ -41,7 +41,11 @@ class ImageRewardModel(Reward):
     standardize : bool
         True returns ``(x - mean) / std`` with the package's 0.16717 and 1.03334, as its `score` and
         `inference_rank` do.
+    options : Any
+        Device, dtype and batch_size, as :class:`Reward` takes them.
     """
+
+    module: Any
 
     def __init__(
         self,
@@ -49,24 +53,12 @@ class ImageRewardModel(Reward):
         module: Any,
         *,
         standardize: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 32,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            name,
-            module,
-            preprocessing=IMAGE_REWARD_PIXELS,
-            default_lora_targets=_LORA_TARGETS,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-        )
+        super().__init__(name, module, preprocessing=IMAGE_REWARD_PIXELS, default_lora_targets=_LORA_TARGETS, **options)
         self.standardize = bool(standardize)
-        module.to(device=self.device, dtype=dtype).eval()
+        module.to(device=self.device, dtype=self.dtype).eval()
         module.device = self.device  # the package's own entry points read it
-
-    module: Any  # ImageReward.ImageReward; the package is imported when one is loaded
 
     def encode_text(self, prompts: Sequence[str]) -> TextBatch:
         """Return ``input_ids`` and ``attention_mask`` (n, 35): the text tower itself looks at the image."""
