@@ -11,7 +11,7 @@ import base64
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ipywidgets as ipw
 
@@ -167,7 +167,7 @@ class Explorer(ipw.VBox):
         self._pending = None
         try:
             self.state = self.read()
-            self._show(self.state, available_mark(self.state, self.pool))
+            self._show(available_mark(self.state, self.pool))
         except TTSnapError as error:
             self.say(str(error))
             self.image.add_class("ttsnap-stale")
@@ -192,16 +192,17 @@ class Explorer(ipw.VBox):
         target = min(mark for mark in self.pool.marks(block) if mark > self._mark)
         worked = any(self.pool.done(job) < target and self.pool.advance(job, block, target) for job in found)
         if not worked:
-            self._show(self.state, target)
+            self._show(target)
         self._settle(0.001)
 
     def finish(self) -> None:
         """Do all iterations now."""
         if self.state is not None and self.result is not None and not self.result.complete:
             _, block = jobs(self.state, self.pool)
-            self._show(self.state, self.pool.marks(block)[-1])
+            self._show(self.pool.marks(block)[-1])
 
-    def _show(self, state: State, mark: int) -> None:
+    def _show(self, mark: int) -> None:
+        state = cast("State", self.state)
         self.result = compute(state, self.pool, mark)
         self._mark = mark
         self._panels.update(self.result)
