@@ -81,7 +81,13 @@ def call(wheel, tmp_path_factory):
     def run(*command: str) -> str:
         program = environment / "bin" / command[0]
         done = subprocess.run(
-            [str(program), *command[1:]], cwd=place, env=variables, capture_output=True, text=True, timeout=1500
+            [str(program), *command[1:]],
+            cwd=place,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=1500,
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

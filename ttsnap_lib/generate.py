@@ -227,10 +227,20 @@ def repair(
 
     Parameters
     ----------
+    pipeline : diffusers pipeline
+        The one the folder was made with.
+    folder : str or Path
     report : VerifyReport, optional
         What was found before; verified now when not given.
     options
         What cannot be read from the manifest: ``decoder``, ``workers``.
+    progress : callable, optional
+        ``progress(done, total)`` in images.
+
+    Returns
+    -------
+    VerifyReport
+        What is still wrong.
     """
     manifest = Manifest.read(folder)
     report = report if report is not None else verify(folder)
@@ -260,10 +270,16 @@ def pipeline_of(folder: str | Path, model: str | None = None, **options: Any) ->
 
     Parameters
     ----------
+    folder : str or Path
+        A trajectory folder.
     model : str, optional
         Where the model is now, when its name in the manifest does not say.
     options
         Of :func:`ttsnap_lib.pipelines.load_pipeline`; those that are None or ``dtype="auto"`` come from the manifest.
+
+    Returns
+    -------
+    diffusers pipeline
     """
     import diffusers
 

@@ -101,6 +101,15 @@ def measure_costs(
         Runs per number, after one to warm up; medians are taken.
     prompt : str
         Text to measure with; its length does not matter where prompts are padded.
+
+    Returns
+    -------
+    Measurement
+
+    Raises
+    ------
+    ConfigError
+        No batch size, or a number out of its range.
     """
     import pandas as pd
     import torch

@@ -150,6 +150,17 @@ def relative_gain_of(
     """Return :func:`relative_gain` of each curve of a stack, (..., budget) to (...).
 
     With ``strict=False`` a baseline without area gives NaN instead of an error.
+
+    Parameters
+    ----------
+    budgets : (budget,)
+    rewards, baseline : (..., budget)
+    strict : bool
+
+    Raises
+    ------
+    ConfigError
+        Shapes or budgets that do not fit, or, when `strict`, a baseline without area.
     """
     from scipy.integrate import simpson
 
@@ -217,6 +228,8 @@ def top_select(
     scores : (prompt, image, step)
     final : (prompt, image)
     ratios : float or tuple of float, each in (0, 1]
+    rng, options
+        Of the intervals, see :meth:`Estimate.over_prompts`.
 
     Returns
     -------
@@ -242,6 +255,14 @@ def perfect_verifier(final: np.ndarray, n: int, rng: np.random.Generator | int |
     """Return the ceiling of a schedule that starts with `n` candidates: no check ever drops the best one.
 
     A perfect verifier knows the final reward at every check, so it ends with Best-of-n at the price of the schedule.
+
+    Parameters
+    ----------
+    final : (prompt, image)
+    n : int
+        Candidates at the start.
+    rng, options
+        Of the interval, see :meth:`Estimate.over_prompts`.
     """
     from .simulate import best_of_n
 

@@ -159,6 +159,10 @@ def optimize_schedule(
     progress : callable, optional
         Called with (schedules tried, schedules in all).
 
+    Returns
+    -------
+    OptimizedSchedule
+
     Raises
     ------
     ConfigError, BudgetError, CostError, ScheduleError, TensorError

@@ -168,7 +168,13 @@ def _json_key(value: Any) -> Any:
 
 
 def injected_source(parameters: Mapping[str, Any]) -> str:
-    """Return the source of the cell that sets `parameters`: one literal a line, proved by reading it back."""
+    """Return the source of the cell that sets `parameters`: one literal a line, proved by reading it back.
+
+    Raises
+    ------
+    ConfigError
+        Values that do not come back from the source as they were.
+    """
     lines = ["# Parameters", *(f"{name} = {value!r}" for name, value in parameters.items())]
     source = "\n".join(lines) + "\n"
     read_back = {
@@ -211,6 +217,11 @@ def from_text(text: str, parameter: Parameter | None = None) -> Any:
 
 def load_yaml(source: str | Path, what: str = "YAML") -> Any:
     """Read YAML from a file (a ``Path``) or from text, strictly: a repeated key is an error, 1e-3 is a number.
+
+    Returns
+    -------
+    Any
+        Plain values.
 
     Raises
     ------

@@ -95,6 +95,11 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[Any]:
 
     A reader, or a process killed half-way, sees the old file or the new one, never a part.
 
+    Yields
+    ------
+    file
+        Open for writing.
+
     Raises
     ------
     DiskError
@@ -178,7 +183,13 @@ def lock(path: str | Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def require_space(folder: str | Path, needed_bytes: float, what: str) -> None:
-    """Refuse to start when the disk under `folder` has less than `needed_bytes` free."""
+    """Refuse to start when the disk under `folder` has less than `needed_bytes` free.
+
+    Raises
+    ------
+    DiskError
+        Less is free.
+    """
     folder = Path(folder)
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free

@@ -62,6 +62,10 @@ def reward_against_budget(
     unit : str
         Of the budget.
     ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
     """
     frame, reward = _one_reward(frame, reward)
     ax = axes_or_new(ax, (5.2, 3.6))
@@ -78,7 +82,12 @@ def reward_against_budget(
 
 
 def reward_panels(frame: pd.DataFrame, *, unit: str = "TFLOPs", title: str | None = None) -> Figure:
-    """Draw :func:`reward_against_budget` for every reward of the frame, side by side, and return the figure."""
+    """Draw :func:`reward_against_budget` for every reward of the frame, side by side, and return the figure.
+
+    Returns
+    -------
+    Figure
+    """
     import matplotlib.pyplot as plt
 
     rewards = list(dict.fromkeys(frame["reward"]))
@@ -98,6 +107,10 @@ def gain_bars(gains: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     gains : pandas.DataFrame
         Columns method, reward, relative_gain, low, high, as :meth:`Curves.relative_gains` returns it.
     ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
     """
     ax = axes_or_new(ax, (4.2, 3.2))
     methods = list(dict.fromkeys(gains["method"]))
@@ -134,6 +147,10 @@ def tau_per_step(
     steps : (step,), optional
         Denoising step of each position.
     ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
     """
     ax = axes_or_new(ax, (5.2, 3.4))
     drawn = [(base, "base reward", "ttsp"), (noise_aware, "noise-aware reward", "ttsnap")]
@@ -160,6 +177,10 @@ def survivor_funnel(cost: CostModel, schedule: Schedule, n: int, *, ax: Axes | N
     n : int
         Candidates at the start.
     ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
     """
     ax = axes_or_new(ax, (5.2, 0.9 + 0.55 * (len(schedule) + 1)))
     stages = cost.stages(n, schedule)

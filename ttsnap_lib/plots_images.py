@@ -44,6 +44,10 @@ def contact_sheet(
     max_pixels : int
         Larger pictures are shown with every k-th pixel only.
     ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
     """
     found = folder if isinstance(folder, Trajectories) else Trajectories(folder)
     rows = list(range(found.images_per_prompt) if images is None else images)
@@ -83,6 +87,10 @@ def diversity_bars(frame: pd.DataFrame, *, label: str = "mean pairwise pixel dis
     label : str
         What the distance is.
     ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
     """
     import seaborn as sns
 

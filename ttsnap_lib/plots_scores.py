@@ -37,6 +37,10 @@ def reward_histograms(
         Which steps (their coordinates); up to six of them, evenly spread, when not given.
     bins : int
         Of equal width over all steps.
+
+    Returns
+    -------
+    Figure
     """
     import seaborn as sns
     from matplotlib import pyplot as plt
@@ -80,6 +84,10 @@ def correlation_heatmap(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     frame : pandas.DataFrame
         As :func:`ttsnap_lib.score_report.rank_correlation` returns it.
     ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
     """
     import seaborn as sns
 
@@ -123,6 +131,12 @@ def extreme_images(
         Its index.
     step : int
         Which estimate to draw; the final image by default.
+    title : str
+        Stands before the prompt.
+
+    Returns
+    -------
+    Figure
     """
     from matplotlib import pyplot as plt
 

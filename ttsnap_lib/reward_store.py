@@ -53,6 +53,10 @@ def open_store(
     Rewards, prompts, images and steps that the tensor lacks are added; values that it has stay. Steps of a
     noise-aware series that were copies of the base value become open again.
 
+    Yields
+    ------
+    RewardStore
+
     Raises
     ------
     TensorError

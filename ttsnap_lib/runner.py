@@ -79,7 +79,13 @@ class Plan:
 
 
 def find_notebook(notebook: str | Path) -> Path:
-    """Return the path of `notebook`: a path, or the name of a shipped notebook (``simulate``)."""
+    """Return the path of `notebook`: a path, or the name of a shipped notebook (``simulate``).
+
+    Raises
+    ------
+    ConfigError
+        No such file and no such name.
+    """
     path = Path(notebook).expanduser()
     if path.suffix == ".ipynb" and path.exists():
         return path.resolve()
@@ -97,6 +103,10 @@ def plan(
     notebook: str | Path, parameters: Mapping[str, Any] | None = None, *, folder: str | Path | None = None
 ) -> Plan:
     """Check `notebook` and `parameters` and return where the run will stand, without running anything.
+
+    Returns
+    -------
+    Plan
 
     Raises
     ------
@@ -148,6 +158,10 @@ def run(
     warm : bool
         Fork the kernel from a process that has made the notebook's imports. The first run pays for that process, each
         later one saves a second and the imports; a sweep's workers do so.
+
+    Returns
+    -------
+    RunResult
 
     Raises
     ------

@@ -74,6 +74,10 @@ def simulate(
     level, resamples
         Of the bootstrap over prompts.
 
+    Returns
+    -------
+    Simulation
+
     Raises
     ------
     BudgetError
@@ -113,7 +117,20 @@ def sweep(
     schedule: Schedule | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """Simulate several methods at several budgets; options as in :func:`simulate`.
+    """Simulate several methods at several budgets.
+
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        A reward tensor.
+    methods : sequence of {"best_of_n", "ttsp", "ttsnap"}
+    budgets : (budget,)
+        Compute per prompt, in the unit of `cost`.
+    cost : CostModel
+    schedule : Schedule, optional
+        For the methods that prune.
+    options : Any
+        Further ones of :func:`simulate`: iterations, rng, combine, weights, report, level, resamples.
 
     Returns
     -------

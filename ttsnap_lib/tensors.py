@@ -36,6 +36,7 @@ __all__ = [
     "repeated_images",
     "save_rewards",
     "stack_rewards",
+    "write_zarr",
 ]
 
 DIMS = ("reward", "prompt", "image", "step")
@@ -73,6 +74,10 @@ def make_rewards(
         ``"finetuned"`` or ``"copied_from_base"``; all finetuned when `noise_aware` is given alone.
     attributes : mapping, optional
         For instance model and source.
+
+    Returns
+    -------
+    xarray.Dataset
 
     Raises
     ------
@@ -161,6 +166,20 @@ def check_rewards(dataset: Any) -> xr.Dataset:
 def save_rewards(dataset: xr.Dataset, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write a reward tensor as a Zarr store, whole or not at all, and return its path.
 
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        A reward tensor.
+    path : str or Path
+        The Zarr folder to write.
+    overwrite : bool
+        False refuses a folder that is there.
+
+    Returns
+    -------
+    Path
+        The folder.
+
     Raises
     ------
     TensorError
@@ -209,6 +228,10 @@ def open_rewards(path: str | Path) -> xr.Dataset:
         A Zarr folder; ``"pocket-flux"`` or ``"pocket-sdxl"`` for the shipped pocket tensors; ``"synthetic"`` for the
         statistical stand-in of :mod:`ttsnap_lib.synthetic`.
 
+    Returns
+    -------
+    xarray.Dataset
+
     Raises
     ------
     TensorError
@@ -254,7 +277,13 @@ def noise_aware_steps(dataset: xr.Dataset) -> dict[str, list[int]]:
 
 
 def read_steps(variable: xr.DataArray, positions: Sequence[int]) -> np.ndarray:
-    """Return some steps of ``base`` or ``noise_aware`` as (prompt, image, step, reward), read once."""
+    """Return some steps of ``base`` or ``noise_aware`` as (prompt, image, step, reward), read once.
+
+    Raises
+    ------
+    TensorError
+        A damaged chunk.
+    """
     block = variable.isel(step=list(positions)).transpose("prompt", "image", "step", "reward")
     try:
         return block.values
@@ -269,6 +298,10 @@ def read_steps(variable: xr.DataArray, positions: Sequence[int]) -> np.ndarray:
 
 def stack_rewards(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
     """Join tensors of the same prompts, images and steps along the reward axis.
+
+    Returns
+    -------
+    xarray.Dataset
 
     Raises
     ------

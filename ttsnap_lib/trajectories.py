@@ -189,7 +189,7 @@ def _indices(name: str, given: Iterable[int] | None, n: int) -> list[int]:
 def read_batches(
     folder: str | Path, steps: Iterable[int] | None = None, batch_size: int = 32, **options: Any
 ) -> Iterator[Batch]:
-    """Open `folder` and read it in batches; see :meth:`Trajectories.batches`."""
+    """Return the batches of `folder`; see :meth:`Trajectories.batches`."""
     return Trajectories(folder).batches(steps, batch_size, **options)
 
 
@@ -250,8 +250,15 @@ def verify(folder: str | Path, *, workers: int = 4, progress: Callable[[int, int
 
     Parameters
     ----------
+    folder : str or Path
     progress : callable, optional
         Called with the number of prompts checked and their total.
+    workers : int
+        Reading threads.
+
+    Returns
+    -------
+    VerifyReport
     """
     found = Trajectories(folder)
     manifest, folder = found.manifest, found.folder

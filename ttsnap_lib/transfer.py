@@ -94,6 +94,8 @@ def compare_schedules(
         Positions along the prompt axis; all by default.
     iterations : int
         Subsets per prompt.
+    seed : int
+        Of the subsets and of the bootstrap.
 
     Returns
     -------
@@ -172,6 +174,11 @@ def transfer(
     Returns
     -------
     Transfer
+
+    Raises
+    ------
+    ConfigError
+        No case.
     """
     import pandas as pd
 

@@ -40,7 +40,12 @@ def cores() -> int:
 
 
 def run_task(task: Task, say: Callable[[str], None] | None = None) -> Outcome:
-    """Run one task; a notebook that fails is an outcome, not an exception."""
+    """Run one task; a notebook that fails is an outcome, not an exception.
+
+    Returns
+    -------
+    Outcome
+    """
     from . import runner
 
     try:
@@ -167,6 +172,11 @@ def run_local(
 
     A worker that is lost (killed, out of memory) is replaced and its task tried again, `retries` times at most; so is
     a kernel that dies. Each worker may use its share of the cores.
+
+    Raises
+    ------
+    Exception
+        What starting a worker or a callback raised first.
     """
     share = str(max(1, cores() // workers))
     limits = {name: share for name in _THREAD_VARIABLES if name not in os.environ}

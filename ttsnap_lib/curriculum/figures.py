@@ -24,7 +24,12 @@ def losses_table(folder: str | Path) -> pd.DataFrame:
 
 
 def loss_curves(losses: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the loss of every update, one stretch per step, a light dot each and a smoothed line."""
+    """Draw the loss of every update, one stretch per step, a light dot each and a smoothed line.
+
+    Returns
+    -------
+    Axes
+    """
     ax = axes_or_new(ax, (5.2, 3.2))
     offset = 0
     for k, (step, rows) in enumerate(losses.groupby("step", sort=False)):
@@ -40,7 +45,12 @@ def loss_curves(losses: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def tau_by_step(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the validation tau of each step: the base, what the step started with, what it ended with."""
+    """Draw the validation tau of each step: the base, what the step started with, what it ended with.
+
+    Returns
+    -------
+    Axes
+    """
     ax = axes_or_new(ax, (5.2, 3.2))
     table = table.sort_values("step")
     styles = {"base": ("0.45", "s", "--"), "before": ("C1", "^", ":"), "after": ("C0", "o", "-")}
@@ -56,7 +66,12 @@ def tau_by_step(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def gain_by_step(comparison: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the gain in tau on fresh prompts with its interval, as :func:`compare_at_steps` returns it."""
+    """Draw the gain in tau on fresh prompts with its interval, as :func:`compare_at_steps` returns it.
+
+    Returns
+    -------
+    Axes
+    """
     ax = axes_or_new(ax, (5.2, 3.0))
     ax.axhline(0, color="0.25", linewidth=0.8)
     ax.fill_between(

@@ -213,6 +213,15 @@ def open_images(
         Steps that are needed; only these and the clean image are generated.
     progress : callable, optional
         ``progress(done, total)`` while pictures are generated.
+
+    Returns
+    -------
+    Images
+
+    Raises
+    ------
+    CurriculumError
+        Nothing of these kinds.
     """
     if not isinstance(source, str | Path):
         return source

@@ -178,7 +178,12 @@ def _examples(module: torch.nn.Module) -> list[str]:
 def checkpoint_blocks(module: torch.nn.Module) -> int:
     """Make every block of every stack of blocks compute its activations again in the backward pass.
 
-    Works alike for all families, in training and in evaluation mode. Returns the number of blocks.
+    Works alike for all families, in training and in evaluation mode.
+
+    Returns
+    -------
+    int
+        How many blocks.
     """
     stacks = [
         (name, part)

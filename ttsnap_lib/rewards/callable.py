@@ -31,6 +31,8 @@ class CallableReward(Reward):
     takes : {"pil", "tensor"}
         Whether the function gets RGB PIL images or a float tensor (n, 3, H, W) in [0, 1] on `device`. With ``"pil"``
         tensors are rounded to 256 levels, as a PNG is.
+    device, batch_size
+        As :class:`Reward` takes them.
     """
 
     def __init__(
@@ -96,7 +98,13 @@ class CallableReward(Reward):
 
 
 def import_function(source: str) -> Callable[[Sequence[str], Any], Any]:
-    """Return the function that ``"package.module:function"`` names."""
+    """Return the function that ``"package.module:function"`` names.
+
+    Raises
+    ------
+    RewardError
+        No such module or function, or something that cannot be called.
+    """
     module, _, attribute = source.partition(":")
     try:
         found: Any = importlib.import_module(module)

@@ -26,10 +26,13 @@ class ClipReward(CosineReward):
 
     Parameters
     ----------
+    name : str
+        The name under which scores are kept.
     module : transformers.CLIPModel
         The model.
     tokenizer : transformers tokenizer
         Prompts are truncated at the text tower's length (77 for the published models).
+    preprocessing : Preprocessing
     scale : "logit" or float
         ``"logit"`` is ``logit_scale.exp()``, the PickScore model card's formula (scores about 20); 1 is the plain
         cosine (the image-reward package's CLIPScore).
@@ -108,6 +111,16 @@ def load_clip(
         Folder or hub id of the tokenizer and image processor; `source` when not given.
     weights : str or Path, optional
         A file of weights to put into the model's architecture instead of its own.
+    revision : str, optional
+        Commit, branch or tag on the hub.
+    scale
+        As :class:`ClipReward` takes it.
+    device, dtype, batch_size
+        As :class:`Reward` takes them.
+
+    Returns
+    -------
+    ClipReward
     """
     from transformers import CLIPConfig, CLIPModel
 

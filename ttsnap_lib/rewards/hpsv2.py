@@ -31,10 +31,13 @@ class OpenClipReward(CosineReward):
 
     Parameters
     ----------
+    name : str
+        The name under which scores are kept.
     module : open_clip.CLIP
         The model.
     tokenizer : callable
         ``tokenizer(prompts) -> LongTensor (n, 77)``, as `open_clip.get_tokenizer` returns; it truncates.
+    preprocessing : Preprocessing
     scale : float
         What the cosine is multiplied with.
     options : Any
@@ -80,7 +83,12 @@ def load_hpsv2(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 32,
 ) -> OpenClipReward:
-    """Load HPSv2 (or v2.1) from a checkpoint file, or from the hub when none is given."""
+    """Load HPSv2 (or v2.1) from a checkpoint file, or from the hub when none is given.
+
+    Returns
+    -------
+    OpenClipReward
+    """
     import open_clip
 
     choice("version", version, HPS_FILES, error=RewardError)

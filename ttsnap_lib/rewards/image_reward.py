@@ -36,6 +36,8 @@ class ImageRewardModel(Reward):
 
     Parameters
     ----------
+    name : str
+        The name under which scores are kept.
     module : ImageReward.ImageReward
         The package's model.
     standardize : bool
@@ -100,12 +102,22 @@ def load_image_reward(
 
     Parameters
     ----------
+    name : str
+        The name under which scores are kept.
     weights, med_config : str or Path, optional
         Checkpoint and text configuration; both from `THUDM/ImageReward` on the hub when not given.
     tokenizer : str or Path, optional
         Folder of the BERT tokenizer; the package's `bert-base-uncased` of the hub when not given.
     standardize : bool
         See :class:`ImageRewardModel`.
+    revision : str, optional
+        Commit, branch or tag on the hub.
+    device, dtype, batch_size
+        As :class:`Reward` takes them.
+
+    Returns
+    -------
+    ImageRewardModel
     """
     repo = "THUDM/ImageReward"
     weights = Path(weights) if weights is not None else fetch(repo, "ImageReward.pt", revision=revision)

@@ -24,7 +24,13 @@ def as_list(images: Any) -> list:
 
 
 def open_image(image: Any) -> Image.Image:
-    """Return a PIL image, opening a path."""
+    """Return a PIL image, opening a path.
+
+    Raises
+    ------
+    RewardError
+        No picture, or one that cannot be read.
+    """
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, str | Path):
@@ -45,7 +51,13 @@ def open_image(image: Any) -> Image.Image:
 
 
 def check_tensor(images: torch.Tensor) -> torch.Tensor:
-    """Return a batch of images (n, 3, H, W), or raise with its shape and type."""
+    """Return a batch of images (n, 3, H, W), or raise with its shape and type.
+
+    Raises
+    ------
+    RewardError
+        Another shape or type.
+    """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise RewardError(
             "image tensor",
@@ -57,7 +69,13 @@ def check_tensor(images: torch.Tensor) -> torch.Tensor:
 
 
 def prompt_list(prompts: str | Sequence[str], n: int) -> list[str]:
-    """Return one prompt per image."""
+    """Return one prompt per image.
+
+    Raises
+    ------
+    RewardError
+        Another number of prompts, or a prompt that is no text.
+    """
     if isinstance(prompts, str):
         return [prompts] * n
     rows = list(prompts)

@@ -173,6 +173,10 @@ antialiasing; this follows its code on current versions.)"""
 def from_clip_processor(processor: Any, source: str) -> Preprocessing:
     """Read the settings of a `transformers.CLIPImageProcessor`.
 
+    Returns
+    -------
+    Preprocessing
+
     Raises
     ------
     RewardError
