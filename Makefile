@@ -32,6 +32,9 @@ test: lint       ## All quick tests
 test-slow: $(STAMP) ## The long tests
 	MPLBACKEND=Agg $(BIN)/python -m pytest -q -m slow
 
+coverage: $(STAMP) ## Lines of the library that the quick tests do not run
+	MPLBACKEND=Agg $(BIN)/python -m pytest -q --cov --cov-report=term-missing:skip-covered
+
 bench: $(STAMP)  ## The benchmarks, one table
 	$(BIN)/python -m tests.benchmarks
 
@@ -42,5 +45,5 @@ lab: $(STAMP)    ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
 
 clean:           ## Remove caches, keep data_cache
-	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis htmlcov *.egg-info
+	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis htmlcov .coverage .coverage.* *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
