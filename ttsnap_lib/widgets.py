@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["Explorer", "State", "compute", "draw", "explore"]
 
 MULTIPLES = (2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20)
-_DEBOUNCE_S, _SETTLE_S = 0.02, 0.15
+# A first move is drawn at once. Moves that follow closely wait, so that those which queue up are drawn together.
+_DEBOUNCE_S, _REST_S, _SETTLE_S = 0.02, 0.15, 0.15
 
 
 def explore(tensor: str | Path | xr.Dataset = "synthetic", **options: Any) -> Explorer:
@@ -124,6 +125,7 @@ class Explorer(ipw.VBox):
         self._mark = 0
         self._pending: Any = None  # handles of what `later` will call
         self._settling: Any = None
+        self._resting: Any = None
         self._panels = Panels()
 
         self.controls = controls = Controls(self.changed)
@@ -154,12 +156,12 @@ class Explorer(ipw.VBox):
     # -- from a change to the screen ----------------------------------------------------------------------------
 
     def changed(self) -> None:
-        """Redraw a moment from now: changes that come in between are drawn together."""
+        """Redraw at once after a rest, else a moment from now: changes that come in between are drawn together."""
         if self._settling is not None:
             self._settling.cancel()
             self._settling = None
         if self._pending is None:
-            self._pending = self._later(_DEBOUNCE_S, self._refresh)
+            self._pending = self._later(0.0 if self._resting is None else _DEBOUNCE_S, self._refresh)
             if self._pending is None:
                 self._refresh()
 
@@ -174,7 +176,14 @@ class Explorer(ipw.VBox):
             self.numbers.value = ""
             self.result = None
             return
+        finally:
+            if self._resting is not None:
+                self._resting.cancel()
+            self._resting = self._later(_REST_S, self._rested)
         self._settle(_SETTLE_S)
+
+    def _rested(self) -> None:
+        self._resting = None
 
     def _settle(self, delay_s: float) -> None:
         if self.result is None or self.result.complete:
