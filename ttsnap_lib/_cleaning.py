@@ -32,14 +32,14 @@ def drop_repeats(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def drop_missing(dataset: xr.Dataset) -> xr.Dataset:
-    """Return the tensor without the images that miss a value anywhere, and without prompts not scored at all.
+    """Return the tensor without the images that miss a finite value anywhere, and without prompts not scored at all.
 
     Raises
     ------
     TensorError
         When nothing would be left.
     """
-    missing = dataset["base"].isnull() | dataset["noise_aware"].isnull()
+    missing: xr.DataArray = ~(np.isfinite(dataset["base"]) & np.isfinite(dataset["noise_aware"]))
     scored = ~missing.all(["reward", "image", "step"])
     dataset, missing = dataset.isel(prompt=scored.values), missing.isel(prompt=scored.values)
     whole = ~missing.any(["reward", "prompt", "step"])

@@ -144,6 +144,8 @@ class ScoreRun:
         detail = str(error) if isinstance(error, TTSnapError) else f"{type(error).__name__}: {error}"
         return RewardError(
             f"reward {call.reward.name} failed on {first} and the {len(rows) - 1} after it in the batch ({detail})",
+            value=str(first),
+            bound="a picture that the reward can score",
             remedy="Mend the reward; scores that are written stay, and the same command goes on.",
         )
 

@@ -119,6 +119,7 @@ def schedulable(scheduler: Any) -> Schedulable:
         raise PipelineError(
             f"scheduler {name} cannot be stopped and continued; what is missing is {lacks}",
             bound=f"one of {[cls.__name__ for cls in SCHEDULABLE]}",
+            value=name,
             remedy="Load with load_pipeline(..., scheduler='euler'), 'ddim', 'dpm++' or 'unipc' instead.",
         )
     if getattr(scheduler.config, "clip_sample", False):

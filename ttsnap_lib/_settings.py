@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ._adapters import adapter_of
+from ._images import MAX_PIXELS
+from ._manifest import MAX_STEPS
 from .checks import integer, known_keys, real
 from .errors import ConfigError
 
@@ -49,10 +51,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "n_steps", integer("n_steps", self.n_steps, 1))
+        put(self, "n_steps", integer("n_steps", self.n_steps, 1, MAX_STEPS))
         for name in ("height", "width"):
             if getattr(self, name) is not None:
-                put(self, name, integer(name, getattr(self, name), 1))
+                put(self, name, integer(name, getattr(self, name), 1, MAX_PIXELS))
+        if self.height is not None and self.width is not None:
+            integer("height x width", self.height * self.width, 1, MAX_PIXELS)
         if self.max_sequence_length is not None:
             put(self, "max_sequence_length", integer("max_sequence_length", self.max_sequence_length, 1, 512))
         for name in ("guidance", "true_guidance"):
@@ -133,6 +137,7 @@ def resolve(settings: Settings, pipeline: Any) -> Settings:
         raise ConfigError(
             "negative_prompt has no effect without classifier-free guidance",
             value=settings.negative_prompt,
+            bound="None, or guidance above 1",
             remedy=f"Set {'true_guidance' if adapter.embedded_guidance(pipeline) else 'guidance'} above 1, or leave it out.",
         )
     return resolved

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from ._inputs import check_combine, check_subsets, checks_array, final_array, step_positions
+from ._inputs import check_combine, check_subsets, checks_array, final_array, numbers_array, step_positions
 from .checks import integer
 from .errors import BudgetError, TensorError
 from .schedule import Schedule
@@ -42,17 +42,17 @@ def best_of_n(final: np.ndarray, n: int) -> np.ndarray:
     TensorError
         A NaN among the rewards.
     """
-    values = np.asarray(final, dtype=np.float64)
+    values = numbers_array("final rewards", final, TensorError).astype(np.float64)
     if values.ndim != 2 or values.size == 0:
         raise TensorError("final rewards", value=values.shape, bound="shape (prompt, image)", remedy="Pass one reward.")
     pool = values.shape[1]
     n = integer("n", n, 1, pool, error=BudgetError)
-    if np.isnan(values).any():
-        prompt, image = np.argwhere(np.isnan(values))[0]
+    if not np.isfinite(values).all():
+        prompt, image = np.argwhere(~np.isfinite(values))[0]
         raise TensorError(
             f"final reward of prompt {prompt}, image {image}",
-            value=float("nan"),
-            bound="a number",
+            value=float(values[prompt, image]),
+            bound="a finite number",
             remedy="Score the image, or drop it with tensors.drop_missing().",
         )
     return np.sort(values, axis=1) @ best_of_n_weights(pool, n)

@@ -77,6 +77,7 @@ class Denoiser:
             raise PipelineError(
                 f"{type(pipeline).__name__} refuses these settings: {error}",
                 value=self.settings.to_dict(),
+                bound="settings that this pipeline takes",
                 remedy="Change the setting it names, or leave it to the pipeline's default.",
             ) from error
         self.timesteps: torch.Tensor = dry._whole.cpu()
@@ -181,6 +182,7 @@ class Denoiser:
             raise ConfigError(
                 f"conditioning of {len(conditioning)} rows for {len(candidates)} candidates",
                 bound="one row per candidate",
+                value=len(conditioning),
                 remedy="Use Conditioning.repeat(n) for several seeds of a prompt, and take() the same survivors of both.",
             )
         outside = [step for step in record if not first <= step <= last_step]
@@ -284,5 +286,7 @@ def _readable_memory_errors(n: int) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise DeviceError(
             f"out of memory with {n} images at once",
+            value=n,
+            bound="as many as the memory holds",
             remedy="Use a smaller batch, a smaller size, or load_pipeline(..., offload='model').",
         ) from error

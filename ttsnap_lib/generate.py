@@ -26,7 +26,7 @@ from .errors import ConfigError
 from .negtome import NegToMe
 from .pipelines import load_pipeline
 from .prompts import read_prompts
-from .trajectories import MANIFEST, Manifest, VerifyReport, extend, verify
+from .trajectories import MANIFEST, MAX_IMAGES, Manifest, VerifyReport, extend, verify
 
 __all__ = ["GenerateReport", "OnBatch", "generate", "pipeline_of", "repair"]
 
@@ -148,8 +148,10 @@ def generate(
         Out of memory.
     """
     if folder is None and on_batch is None:
-        raise ConfigError("generate without folder and on_batch", remedy="Say where the pictures go.")
-    images_per_prompt = integer("images_per_prompt", images_per_prompt, 1)
+        raise ConfigError(
+            "generate without folder and on_batch", value=None, bound="one of them", remedy="Say where the pictures go."
+        )
+    images_per_prompt = integer("images_per_prompt", images_per_prompt, 1, MAX_IMAGES)
     seed, workers = integer("seed", seed, 0), integer("workers", workers, 1, 256)
     index, count = parse_shard(shard)
     source = str(prompts) if source is None and isinstance(prompts, str | Path) else source
@@ -159,7 +161,7 @@ def generate(
     made_with = Manifest.read(folder).identity if folder is not None and (folder / MANIFEST).exists() else _DEFAULTS
     image_format = choice("image_format", image_format or made_with["image_format"], IMAGE_FORMATS)
     group = 1 if negtome is None else negtome.group_size
-    blocks = blocks_for(batch_size, made_with["batch"], len(prompts), images_per_prompt, group)
+    blocks = blocks_for(batch_size, made_with.get("batch", _DEFAULTS["batch"]), len(prompts), images_per_prompt, group)
     denoiser = Denoiser(pipeline, settings)
     n_steps = denoiser.settings.n_steps
     chosen = {integer("steps", step, 0, n_steps - 1) for step in (range(n_steps) if steps is None else steps)}

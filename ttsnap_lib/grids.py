@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checks import integer, known_keys, real
+from ._reading import as_path, read_yaml
+from .checks import integer, known_keys, plain_name, real
 from .errors import ConfigError
-from .parameters import Parameter, declared_parameters, load_yaml, parameter_hash, read_notebook, resolve
+from .parameters import Parameter, declared_parameters, parameter_hash, read_notebook, resolve
 from .runner import find_notebook
 
 __all__ = ["GridSpec", "axis_values", "expand", "load_grid", "parse_grid"]
@@ -57,8 +58,8 @@ def load_grid(path: str | Path) -> GridSpec:
     ConfigError
         Anything in the file that is unknown, of the wrong kind, or that the notebook does not accept.
     """
-    path = Path(path)
-    content = load_yaml(path, str(path))
+    path = as_path("sweep", path)
+    content = read_yaml(path, "sweep", remedy="Indent with spaces, and write `name: value`.")
     if not isinstance(content, dict):
         raise ConfigError(str(path), value=content, bound="a mapping", remedy="Write notebook: and grid: lines.")
     notebook = content.get("notebook")
@@ -91,8 +92,8 @@ def parse_grid(content: Mapping[str, Any], default_name: str = "sweep") -> GridS
         if key in content and not (isinstance(content[key], str) and content[key].strip()):
             raise ConfigError(f"sweep: {key}", value=content[key], bound="text", remedy=f"Write `{key}: some_name`.")
     name = content.get("name", default_name)
-    if name[0] == "." or set(name) & set('/\\:*?"<>|\0\n'):
-        raise ConfigError("sweep: name", value=name, bound="a plain folder name", remedy="Use letters, digits and _.")
+    plain_name("sweep: name", name)
+    plain_name("sweep: table", content.get("table", "results"))
     notebook = find_notebook(content["notebook"])
     declared = declared_parameters(read_notebook(notebook), notebook.name)
     sets = expand(content, declared, notebook.name)
@@ -262,7 +263,8 @@ def _range_values(label: str, axis: dict[str, Any]) -> list[Any]:
         raise ConfigError(
             f"{label}.step", value=step, bound="a step from start towards stop", remedy="Change its sign."
         )
-    count = integer(f"{label}: number of values", math.floor((stop - start) / step + 1e-9) + 1, 1, _MOST_RUNS)
+    span = real(f"{label}: (stop - start) / step", (stop - start) / step, high=_MOST_RUNS)
+    count = integer(f"{label}: number of values", math.floor(span + 1e-9) + 1, 1, _MOST_RUNS)
     if all(isinstance(axis[key], int) for key in axis):
         return [axis["start"] + k * axis["step"] for k in range(count)]
     return [float(f"{start + k * step:.12g}") for k in range(count)]

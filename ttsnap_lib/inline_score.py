@@ -194,6 +194,7 @@ def generate_scores(
         raise ConfigError(
             "folder",
             value=generate_options["folder"],
+            bound="no folder: images that are scored as they are made are not kept",
             remedy="To keep the images, generate first and score the folder.",
         )
     prompts = read_prompts(prompts)

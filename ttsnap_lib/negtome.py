@@ -112,6 +112,7 @@ class NegToMe:
             raise PipelineError(
                 f"NegToMe is not made for {type(pipeline).__name__}",
                 bound=f"one of {list(_PUBLISHED)}",
+                value=type(pipeline).__name__,
                 remedy="Leave it out.",
             )
         filled = {name: value for name, value in _PUBLISHED[family].items() if getattr(self, name) is None}
@@ -160,6 +161,7 @@ class Installed:
             raise PipelineError(
                 f"NegToMe is installed on this {type(pipeline).__name__} already",
                 bound="one at a time",
+                value=type(pipeline).__name__,
                 remedy="Call remove() on the first one, or leave its with block.",
             )
         self._model._negtome = self

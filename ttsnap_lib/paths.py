@@ -29,6 +29,12 @@ __all__ = [
     "write_json",
 ]
 
+# No permission; or a file stands where a folder should, or the other way round; or a name that no disk takes.
+_UNWRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY,
+    errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+
 _PACKAGE = Path(__file__).resolve().parent
 
 SHIPPED_TENSORS = {"pocket-flux": "flux", "pocket-sdxl": "sdxl"}
@@ -77,14 +83,16 @@ def _typed_os_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskError(
                 f"disk full while writing {path}",
+                value=str(path),
+                bound="a disk with free space",
                 remedy="Free some space or choose another folder, then run again: what was written stays.",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in _UNWRITABLE:
             raise DiskError(
                 f"cannot write {path}",
                 value=os.strerror(error.errno),
-                bound="a folder you may write to",
-                remedy="Change its permissions or choose another folder (TTSNAP_DATA_CACHE moves the cache).",
+                bound="a place you may write to, not taken by something else",
+                remedy="Change its permissions or choose another place (TTSNAP_DATA_CACHE moves the cache).",
             ) from error
         raise
 

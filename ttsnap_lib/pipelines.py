@@ -26,6 +26,7 @@ from diffusers import (
 
 from ._adapters import ADAPTERS, adapter_of
 from ._load_errors import KNOWN_IDS, POCKET_MODELS, explain
+from ._reading import as_path
 from ._segments import schedulable
 from .checks import choice
 from .errors import ConfigError, DeviceError, PipelineError
@@ -105,6 +106,7 @@ def load_pipeline(
         raise PipelineError(
             f"{model} is a {kind}, which is not supported",
             bound=f"one of {list(ADAPTERS)}",
+            value=kind,
             remedy="Use a text-to-image model of one of these families.",
         )
     try:
@@ -151,7 +153,10 @@ def _device(name: Any) -> torch.device:
     }
     if not there.get(place.type, lambda: False)():
         raise DeviceError(
-            f"device {place} is not there", bound="a device of this machine", remedy="Use device='auto' or 'cpu'."
+            f"device {place} is not there",
+            bound="a device of this machine",
+            value=str(place),
+            remedy="Use device='auto' or 'cpu'.",
         )
     return place
 
@@ -181,10 +186,11 @@ def _source(model: Any) -> tuple[str, bool]:
             raise PipelineError(
                 f"{model} is not in {folder}",
                 bound="the folder that the repository and the wheel bring",
+                value=str(folder),
                 remedy="Install the package again, or train the pocket models with `make pocket`.",
             )
         return str(folder), True
-    path = Path(model).expanduser()
+    path = as_path("model", model).expanduser()
     if path.is_dir():
         return str(path), True
     named = str(model)
@@ -203,7 +209,8 @@ def _source(model: Any) -> tuple[str, bool]:
 def _class_name(source: str, is_folder: bool, options: dict[str, Any]) -> str:
     """Return the pipeline's class from model_index.json, before any weights are fetched."""
     try:
-        return DiffusionPipeline.load_config(source, **options).get("_class_name", "pipeline without a class name")
+        # A list names a class in a file of the folder: code that is not run.
+        return str(DiffusionPipeline.load_config(source, **options).get("_class_name", "pipeline without a class name"))
     except Exception as error:
         raise explain(source, is_folder, error) from error
 

@@ -75,6 +75,8 @@ def open_store(
                 if shard[1] > 1 and old is not None and _others_at_work(beside, shard):
                     raise TensorError(
                         f"{path} cannot be widened while other shards write it",
+                        value=str(path),
+                        bound="one process while rewards, prompts, images or steps are added",
                         remedy="Wait for them to end, or start all shards with the same settings.",
                     )
                 _write(new, path)
@@ -231,7 +233,12 @@ def _check_same(
             )
     texts = [str(value) for value in old["prompt_text"].values] if "prompt_text" in old.coords else None
     if texts is None:
-        raise TensorError(f"{path} does not say which prompts it holds", remedy=other)
+        raise TensorError(
+            f"{path} does not say which prompts it holds",
+            value=str(path),
+            bound="a tensor with prompt_text",
+            remedy=other,
+        )
     for index, (there, here) in enumerate(zip(texts, prompts, strict=False)):
         if there != here:
             raise TensorError(f"{path}: prompt {index} is another one", value=here, bound=repr(there), remedy=other)

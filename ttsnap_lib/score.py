@@ -239,6 +239,7 @@ def _check_whole(found: Trajectories, works: Sequence[Work]) -> None:
             raise TrajectoryError(
                 f"{found.path(prompt, missing[0], gone[0])} is missing",
                 value=f"{len(missing)} of {found.images_per_prompt} images of prompt {prompt} are not whole",
+                bound="every image, with all its steps in files and folders of its own",
                 remedy="Run the same `ttsnap generate` again: it goes on where it stopped. --on-error skip scores the rest.",
             )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._reading import read_json
 from .checks import known_keys
 from .costs import CostModel
 from .errors import SearchError
@@ -150,9 +151,11 @@ class SearchRecord:
         """
         path = Path(folder) / "record.json"
         try:
-            content = json.loads(path.read_text("utf-8"))
+            content = read_json(path, "search record", error=SearchError, remedy="Check the folder, or search again.")
             return cls.from_dict({key: value for key, value in content.items() if key not in ("cost", "complete")})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except SearchError:
+            raise
+        except Exception as error:  # a field of another kind fails in its own way
             raise SearchError(
                 f"search record cannot be read ({error.__class__.__name__})", value=str(path),
                 bound="record.json as SearchResult.save() writes it", remedy="Check the folder, or search again.",

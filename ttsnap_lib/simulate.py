@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ._callable import make_callable
-from ._inputs import candidates_table, check_n_steps, selecting_rewards, step_positions
+from ._inputs import candidates_table, check_n_steps, random_generator, selecting_rewards, step_positions
 from ._winners import best_of_n, best_of_n_weights, prune
 from .checks import choice, integer, real
 from .costs import CostModel
@@ -163,7 +163,7 @@ def curves(
     Best-of-N always runs along as the baseline.
     """
     methods = [methods] if isinstance(methods, str) else list(methods)
-    with_baseline = methods if "best_of_n" in methods else ["best_of_n", *methods]
+    with_baseline = methods if not methods or "best_of_n" in methods else ["best_of_n", *methods]
     return _run(
         dataset, with_baseline, budgets, None, cost, schedule, iterations=iterations, rng=rng, combine=combine,
         weights=weights, report=report, level=level, resamples=resamples, keep_winners=keep_winners,
@@ -204,6 +204,10 @@ def _run(
                 bound="a Schedule",
                 remedy="Pass schedule=PUBLISHED_SCHEDULE, one of optimize_schedule(), or Schedule() for no pruning.",
             )
+    if not methods:
+        raise ConfigError("methods", value=methods, bound=f"one or more of {METHODS}", remedy="Name one.")
+    if cost is not None and not isinstance(cost, CostModel):
+        raise CostError("cost", value=cost, bound="a CostModel", remedy="Pass CostModel.preset(name) or load(file).")
     if cost is None and budgets is not None:
         raise CostError(
             "budget without a cost model",
@@ -219,7 +223,7 @@ def _run(
     pool = dataset.sizes["image"]
     numbers_table, spent = candidates_table(methods, budgets, numbers, cost, schedule, pool)
 
-    rng = np.random.default_rng(0 if rng is None else rng)
+    rng = random_generator(rng)
     subsets = rng.permuted(np.tile(np.arange(pool), (iterations, 1)), axis=1)
     # Subsets of their own for every prompt: with one table for all, what a subset happens to hold (repeated images,
     # say) would move all prompts together and the mean would not settle with their number.

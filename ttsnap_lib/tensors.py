@@ -6,6 +6,7 @@ reward and step whether a value is ``finetuned`` or ``copied_from_base``; ``stat
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._cleaning import drop_missing, drop_repeats, repeated_images
+from ._reading import as_path
+from ._store_checks import check_store
 from .errors import TensorError
 from .paths import SHIPPED_TENSORS, atomic_folder, shipped_tensor
 
@@ -86,9 +89,9 @@ def make_rewards(
     """
     import xarray as xr
 
-    base = np.asarray(base, np.float32)
+    base = _float32("base", base)
     source = COPIED if noise_aware is None else FINETUNED
-    noise_aware = base.copy() if noise_aware is None else np.asarray(noise_aware, np.float32)
+    noise_aware = base.copy() if noise_aware is None else _float32("noise_aware", noise_aware)
     if base.ndim != 4 or 0 in base.shape or noise_aware.shape != base.shape:
         raise TensorError(
             "shapes of base and noise_aware",
@@ -99,6 +102,14 @@ def make_rewards(
     n_rewards, n_prompts, n_images, n_steps = base.shape
     if noise_aware_source is None:
         noise_aware_source = np.full((n_rewards, n_steps), source)
+    noise_aware_source = np.asarray(noise_aware_source).astype(str)
+    if noise_aware_source.shape != (n_rewards, n_steps) or not set(noise_aware_source.flat) <= {FINETUNED, COPIED}:
+        raise TensorError(
+            "noise_aware_source",
+            value=noise_aware_source.tolist(),
+            bound=f"{FINETUNED} or {COPIED}, of shape {(n_rewards, n_steps)} (reward, step)",
+            remedy="Say so for every reward and step.",
+        )
     names = {"rewards": (rewards, n_rewards), "steps": (steps, n_steps), "prompt_text": (prompt_text, n_prompts)}
     for name, (given, size) in names.items():
         if given is not None and len(given) != size:
@@ -124,6 +135,23 @@ def make_rewards(
     return check_rewards(dataset)
 
 
+def _float32(name: str, values: Any) -> np.ndarray:
+    """Return numbers as float32; what it cannot hold is refused, NaN (not scored yet) is not."""
+    remedy = "Give rewards as numbers; NaN stands for what is missing."
+    try:
+        given = np.asarray(values)
+    except (ValueError, TypeError) as error:
+        raise TensorError(name, value=values, bound="numbers in rows of equal length", remedy=remedy) from error
+    if given.dtype.kind not in "fiu":
+        raise TensorError(name, value=f"{given.dtype} of shape {given.shape}", bound="real numbers", remedy=remedy)
+    with np.errstate(over="ignore"):
+        narrow = given.astype(np.float32, copy=False)
+    if np.isinf(narrow).any():
+        worst = given[np.isinf(narrow)].flat[0]
+        raise TensorError(name, value=float(worst), bound="finite numbers that float32 can hold", remedy=remedy)
+    return narrow
+
+
 def check_rewards(dataset: Any) -> xr.Dataset:
     """Return `dataset` when it is a reward tensor; values are not read.
 
@@ -136,9 +164,13 @@ def check_rewards(dataset: Any) -> xr.Dataset:
     if not hasattr(dataset, "data_vars"):
         raise TensorError("reward tensor", value=type(dataset).__name__, bound="an xarray.Dataset", remedy=remedy)
     for name in ("base", "noise_aware"):
-        if name not in dataset.data_vars or set(dataset[name].dims) != set(DIMS):
+        if name not in dataset.data_vars or set(dataset[name].dims) != set(DIMS) or 0 in dataset[name].shape:
             found = dict(dataset[name].sizes) if name in dataset.data_vars else sorted(map(str, dataset.data_vars))
-            raise TensorError(f"variable {name!r}", value=found, bound=f"one with dims {DIMS}", remedy=remedy)
+            raise TensorError(
+                f"variable {name!r}", value=found, bound=f"one with dims {DIMS}, nothing empty", remedy=remedy
+            )
+        if dataset[name].dtype.kind != "f":
+            raise TensorError(f"variable {name!r}", value=str(dataset[name].dtype), bound="float32", remedy=remedy)
     for dim in DIMS:
         if dim not in dataset.coords:
             raise TensorError(
@@ -147,6 +179,17 @@ def check_rewards(dataset: Any) -> xr.Dataset:
     names = [str(name) for name in dataset["reward"].values]
     if len(set(names)) != len(names):
         raise TensorError("reward names", value=names, bound="each once", remedy="Rename one with assign_coords.")
+    for dim in ("prompt", "image"):
+        values = dataset[dim].values
+        if values.dtype.kind not in "iu" or len(np.unique(values)) != len(values) or values.min() < 0:
+            raise TensorError(dim, value=values, bound="distinct integers of at least 0", remedy=remedy)
+    for name, dims in {
+        "noise_aware_source": ("reward", "step"),
+        "status": ("prompt",),
+        "prompt_text": ("prompt",),
+    }.items():
+        if name in dataset.variables and set(dataset[name].dims) != set(dims):
+            raise TensorError(f"variable {name!r}", value=dataset[name].dims, bound=f"dims {dims}", remedy=remedy)
     steps = dataset["step"].values
     if steps.dtype.kind not in "iu" or (np.diff(steps) <= 0).any() or (len(steps) and steps[0] < 0):
         raise TensorError(
@@ -187,7 +230,7 @@ def save_rewards(dataset: xr.Dataset, path: str | Path, *, overwrite: bool = Fal
     DiskError
         A full disk or a folder that cannot be written.
     """
-    path = Path(path)
+    path = as_path("reward tensor", path, error=TensorError)
     check_rewards(dataset)
     if path.exists() and not overwrite:
         raise TensorError(
@@ -239,18 +282,23 @@ def open_rewards(path: str | Path) -> xr.Dataset:
     """
     import xarray as xr
 
-    if path == "synthetic":
+    name = str(path) if isinstance(path, str | os.PathLike) else ""
+    if name == "synthetic":
         from .synthetic import synthetic_rewards
 
         return synthetic_rewards()
-    path = shipped_tensor(path) if path in SHIPPED_TENSORS else Path(path)
+    path = shipped_tensor(name) if name in SHIPPED_TENSORS else as_path("reward tensor", path, error=TensorError)
     remedy = "Check the path; `ttsnap import-published` and `ttsnap score` write tensors."
     if not path.is_dir():
         raise TensorError("reward tensor", value=str(path), bound="a Zarr folder", remedy=remedy)
+    check_store(path)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Zarr.*|.*zarr.*|.*data type.*")
-            dataset = xr.open_zarr(path, chunks=None, consolidated=False)
+            # Format 3 alone: chunks of format 2 can be pickles. Nothing is a date here, whatever attributes say.
+            dataset = xr.open_zarr(
+                path, chunks=None, consolidated=False, zarr_format=3, decode_times=False, decode_timedelta=False
+            )
     except Exception as error:  # zarr and xarray raise many kinds on a folder that is none
         raise TensorError(
             f"reward tensor cannot be opened ({error.__class__.__name__}: {error})",
@@ -286,7 +334,7 @@ def read_steps(variable: xr.DataArray, positions: Sequence[int]) -> np.ndarray:
     """
     block = variable.isel(step=list(positions)).transpose("prompt", "image", "step", "reward")
     try:
-        return block.values
+        values = block.values
     except Exception as error:  # a broken chunk
         raise TensorError(
             f"{variable.name} cannot be read ({error.__class__.__name__}: {error})",
@@ -294,6 +342,16 @@ def read_steps(variable: xr.DataArray, positions: Sequence[int]) -> np.ndarray:
             bound="a whole Zarr store",
             remedy="Score or import it again; one of its chunks is damaged.",
         ) from error
+    if np.isinf(values).any():
+        prompt, image, step, _ = np.argwhere(np.isinf(values))[0].tolist()
+        raise TensorError(
+            f"{variable.name} of prompt {int(block['prompt'][prompt])}, image {int(block['image'][image])}, step "
+            f"{int(block['step'][step])}",
+            value=float("inf"),
+            bound="finite numbers",
+            remedy="Score the image again, or drop it with tensors.drop_missing().",
+        )
+    return values
 
 
 def stack_rewards(datasets: Sequence[xr.Dataset]) -> xr.Dataset:

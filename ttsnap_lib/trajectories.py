@@ -22,12 +22,13 @@ from ._layout import (
     scan_prompt,
     step_name,
 )
-from ._manifest import MANIFEST, Manifest, extend
+from ._manifest import MANIFEST, MAX_IMAGES, Manifest, extend
 from .checks import choice, integer
 from .errors import TrajectoryError
 
 __all__ = [
     "MANIFEST",
+    "MAX_IMAGES",
     "Batch",
     "Finding",
     "Manifest",
@@ -100,7 +101,16 @@ class Trajectories:
 
     def read(self, prompt: int, image: int, step: int) -> np.ndarray:
         """Return one picture as uint8 (height, width, 3); negative steps count from the end."""
-        return read_image(self.path(prompt, image, range(self.n_steps)[step]), self.manifest.size)
+        path = self.path(prompt, image, range(self.n_steps)[step])
+        for folder in (path.parent, path.parent.parent):
+            if folder.is_symlink():  # `generate` makes none: who made it could show any file as a picture of this set
+                raise TrajectoryError(
+                    f"{folder} is a symbolic link",
+                    value=str(path),
+                    bound="a folder of pictures",
+                    remedy="Put the folder itself there; the whole trajectory folder may be behind a link.",
+                )
+        return read_image(path, self.manifest.size)
 
     def batches(
         self,
@@ -156,6 +166,7 @@ class Trajectories:
                     raise TrajectoryError(
                         f"{self.folder / prompt_name(prompt) / image_name(missing[0])} is missing or incomplete",
                         value=f"{len(missing)} of {len(images)} images of prompt {prompt}",
+                        bound="every image that is asked for, with all its steps in files and folders of its own",
                         remedy="Run the same `ttsnap generate` again: it goes on where it stopped.",
                     )
                 wanted = [(image, step) for image in images if image in whole for step in steps]

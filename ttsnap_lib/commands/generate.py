@@ -102,12 +102,18 @@ def _generate(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.checks import integer
     from ttsnap_lib.errors import ConfigError
     from ttsnap_lib.prompts import read_prompts
+    from ttsnap_lib.trajectories import MAX_IMAGES
 
     # What costs nothing to check comes before a model of many gigabytes is loaded.
     prompts = read_prompts(arguments.prompts, limit=arguments.limit)
-    integer("--images", arguments.images, 1)
+    integer("--images", arguments.images, 1, MAX_IMAGES)
     if not arguments.out and not arguments.score:
-        raise ConfigError("neither --out nor --score", remedy="Say where the images go, or where their rewards go.")
+        raise ConfigError(
+            "neither --out nor --score",
+            value=None,
+            bound="one of them",
+            remedy="Say where the images go, or where their rewards go.",
+        )
 
     from ttsnap_lib.denoise import Settings
     from ttsnap_lib.generate import generate

@@ -91,7 +91,12 @@ def import_series(
             "no checkpoints to import", value=str(checkpoints), bound="files like Ct14.pt", remedy="Check the folder."
         )
     if reward.module is None or reward.adapter_steps:
-        raise CheckpointError(f"reward {reward.name}", bound="a base model reward", remedy="Load it without adapters.")
+        raise CheckpointError(
+            f"reward {reward.name}",
+            bound="a base model reward",
+            value=reward.adapter_steps,
+            remedy="Load it without adapters.",
+        )
     folder, own = Path(folder), reward.module.state_dict()
     for step, path in files.items():
         state = _fitted(step, Path(path), own)
@@ -208,7 +213,12 @@ def push_series(folder: str | Path, repo: str, *, private: bool = True, token: s
 
     about = read_curriculum(folder)
     if not step_folders(folder):
-        raise CheckpointError("no checkpoints to upload", value=str(folder), remedy="Finish at least one step.")
+        raise CheckpointError(
+            "no checkpoints to upload",
+            value=str(folder),
+            bound="folders step_NN with weights",
+            remedy="Finish at least one step.",
+        )
     api = HfApi(token=token)
     api.create_repo(repo, private=private, exist_ok=True)
     return api.upload_folder(

@@ -24,7 +24,10 @@ def model_pixels(reward: Reward, pictures: np.ndarray) -> torch.Tensor:
     preprocessing = reward.preprocessing
     if preprocessing is None:
         raise CurriculumError(
-            f"reward {reward.name} has no weights to train", remedy="Finetune a model reward, not a function."
+            f"reward {reward.name} has no weights to train",
+            value=reward.name,
+            bound="a reward with weights",
+            remedy="Finetune a model reward, not a function.",
         )
     if pictures.shape[1:3] == (preprocessing.size, preprocessing.size) and preprocessing.resize_to is None:
         levels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)

@@ -149,7 +149,10 @@ def finetune(
         reward = load_reward(config.reward, device=device, **(reward_options or {}))
     if reward.module is None:
         raise CurriculumError(
-            f"reward {reward.name} has no weights to train", remedy="Finetune a model reward, not a function."
+            f"reward {reward.name} has no weights to train",
+            value=reward.name,
+            bound="a reward with weights",
+            remedy="Finetune a model reward, not a function.",
         )
     accelerator = _accelerator(config, reward, folder)
     with accelerator.main_process_first():  # one process generates or scores, the others find its cache
@@ -201,7 +204,10 @@ def finetune(
         state = read_state_file(folder)
         if state is not None and state["identity"] != who:
             raise CurriculumError(
-                f"{folder / STATE} is of another run", remedy="Delete it, or pass overwrite=True (--overwrite)."
+                f"{folder / STATE} is of another run",
+                value=str(folder / STATE),
+                bound="the state of this run",
+                remedy="Delete it, or pass overwrite=True (--overwrite).",
             )
         trainer.run(state)
         if config.tracker:

@@ -53,7 +53,10 @@ class Weights:
     def __init__(self, reward: Reward, config: CurriculumConfig) -> None:
         if reward.module is None:
             raise CurriculumError(
-                f"reward {reward.name} has no weights to train", remedy="Finetune a model reward, not a function."
+                f"reward {reward.name} has no weights to train",
+                value=reward.name,
+                bound="a reward with weights",
+                remedy="Finetune a model reward, not a function.",
             )
         if reward.adapter_steps:
             raise CurriculumError(

@@ -112,7 +112,10 @@ class Reward:
         """
         if self.preprocessing is None:
             raise RewardError(
-                f"reward {self.name} has no preprocessing of its own", remedy="Call score() with images instead."
+                f"reward {self.name} has no preprocessing of its own",
+                value=self.name,
+                bound="a reward with preprocessing",
+                remedy="Call score() with images instead.",
             )
         if isinstance(images, torch.Tensor):
             return self.preprocessing.tensor(check_tensor(images).to(self.device), differentiable=differentiable)
@@ -229,7 +232,10 @@ class Reward:
 
         if self.module is None:
             raise RewardError(
-                f"reward {self.name} has no weights to adapt", remedy="Attach checkpoints to a model reward."
+                f"reward {self.name} has no weights to adapt",
+                value=self.name,
+                bound="a reward with weights",
+                remedy="Attach checkpoints to a model reward.",
             )
         if self._series is not None:
             self.use_step(None)
@@ -313,6 +319,7 @@ class Reward:
             raise DeviceError(
                 f"out of memory while scoring with {self.name} on {self.device}",
                 value=str(error).splitlines()[0],
+                bound="as many images as the memory holds",
                 remedy="Use a smaller batch_size, or dtype bfloat16.",
             ) from error
         finally:

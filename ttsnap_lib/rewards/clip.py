@@ -165,7 +165,9 @@ def _pretrained(load: Any, source: str, what: str, revision: str | None, **optio
 
     local = is_local(source)
     try:
-        return load(source, **({} if local else {"revision": revision or "main"}), **options)
+        # Unless told so, transformers asks on the terminal whether to run code that stands in the folder.
+        trust = {"trust_remote_code": False} if what == "tokenizer" else {}
+        return load(source, **({} if local else {"revision": revision or "main"}), **trust, **options)
     except Exception as error:  # OSError, ValueError, JSON and safetensors errors, all for one bad folder
         if local:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else ""

@@ -147,6 +147,8 @@ def build_module(med_config: str | Path, tokenizer: str | Path | None = None) ->
     except ImportError as error:
         raise RewardError(
             f"the image-reward package cannot be imported ({error})",
+            value=type(error).__name__,
+            bound="an installed image-reward 1.5",
             remedy='Run `pip install image-reward clip-anytorch "transformers<4.56" "setuptools<81"`.',
         ) from error
     med_config = Path(med_config)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ttsnap_lib._reading import as_path
 from ttsnap_lib.errors import RewardError
 
 __all__ = ["check_keys", "fetch", "load_strict", "read_state"]
@@ -64,7 +65,7 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     RewardError
         A missing or broken file, or one that holds more than tensors and plain values.
     """
-    path = Path(path)
+    path = as_path("weights file", path, error=RewardError)
     if not path.is_file():
         raise RewardError(
             "weights file", value=str(path), bound="an existing file", remedy="Check the path, or download the weights."
@@ -85,7 +86,9 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
         ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
         raise RewardError(
             "weights file", value=str(path), bound="a mapping from names to tensors", remedy="Save a state dict."
         )
