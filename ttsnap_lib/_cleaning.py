@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -39,7 +39,7 @@ def drop_missing(dataset: xr.Dataset) -> xr.Dataset:
     TensorError
         When nothing would be left.
     """
-    missing: xr.DataArray = ~(np.isfinite(dataset["base"]) & np.isfinite(dataset["noise_aware"]))
+    missing = cast("xr.DataArray", ~(np.isfinite(dataset["base"]) & np.isfinite(dataset["noise_aware"])))
     scored = ~missing.all(["reward", "image", "step"])
     dataset, missing = dataset.isel(prompt=scored.values), missing.isel(prompt=scored.values)
     whole = ~missing.any(["reward", "prompt", "step"])

@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
