@@ -21,7 +21,13 @@ Images = Sequence[Image.Image | str | Path] | Image.Image | torch.Tensor
 
 
 def as_list(images: Any) -> list:
-    """Return images as a list; one image is a list of one."""
+    """Return images as a list; one image is a list of one.
+
+    Raises
+    ------
+    RewardError
+        Something that is no picture and no list of them.
+    """
     if isinstance(images, Image.Image | str | Path):
         return [images]
     if not hasattr(images, "__iter__"):
