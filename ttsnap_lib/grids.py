@@ -63,7 +63,7 @@ def load_grid(path: str | Path) -> GridSpec:
     if not isinstance(content, dict):
         raise ConfigError(str(path), value=content, bound="a mapping", remedy="Write notebook: and grid: lines.")
     notebook = content.get("notebook")
-    if isinstance(notebook, str) and (path.parent / notebook).is_file():
+    if isinstance(notebook, str) and (path.parent / as_path("sweep: notebook", notebook or " ")).is_file():
         content = {**content, "notebook": str(path.parent / notebook)}
     return parse_grid(content, default_name=path.stem)
 
@@ -263,8 +263,7 @@ def _range_values(label: str, axis: dict[str, Any]) -> list[Any]:
         raise ConfigError(
             f"{label}.step", value=step, bound="a step from start towards stop", remedy="Change its sign."
         )
-    span = real(f"{label}: (stop - start) / step", (stop - start) / step, high=_MOST_RUNS)
-    count = integer(f"{label}: number of values", math.floor(span + 1e-9) + 1, 1, _MOST_RUNS)
+    count = math.floor(real(f"{label}: number of values", (stop - start) / step + 1, 1, _MOST_RUNS) + 1e-9)
     if all(isinstance(axis[key], int) for key in axis):
         return [axis["start"] + k * axis["step"] for k in range(count)]
     return [float(f"{start + k * step:.12g}") for k in range(count)]

@@ -31,7 +31,8 @@ _REWARD_LABELS = {
     "pickscore": "PickScore",
     "hpsv2": "HPSv2",
     "clipscore": "CLIPScore",
-    "pocket-clip": "pocket PickScore",
+    "pocket-clip": "pocket CLIP",
+    "oracle_score": "oracle",
 }
 
 

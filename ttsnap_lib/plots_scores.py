@@ -23,7 +23,7 @@ __all__ = ["correlation_heatmap", "extreme_images", "reward_histograms"]
 
 
 def reward_histograms(
-    dataset: xr.Dataset, *, reward: str | None = None, steps: Sequence[int] | None = None, bins: int = 40
+    dataset: xr.Dataset, *, reward: str | None = None, steps: Sequence[int] | None = None, bins: int | None = None
 ) -> Figure:
     """Draw the distribution of a reward over all images, one row per step: base filled, noise-aware as a line.
 
@@ -35,8 +35,8 @@ def reward_histograms(
         Which one; the first when not given.
     steps : sequence of int, optional
         Which steps (their coordinates); up to six of them, evenly spread, when not given.
-    bins : int
-        Of equal width over all steps.
+    bins : int, optional
+        Of equal width over all steps; so many that some images fall into each, 40 at most, when not given.
 
     Returns
     -------
@@ -52,6 +52,8 @@ def reward_histograms(
     chosen = dataset.sel(reward=name, step=list(steps))
     values = np.concatenate([chosen[variant].values.ravel() for variant in ("base", "noise_aware")])
     values = values[np.isfinite(values)]
+    if bins is None:
+        bins = int(np.clip(2 * np.sqrt(chosen["base"].isel(step=0).size), 8, 40))
     edges = np.linspace(values.min(), values.max() + 1e-9, bins + 1)
     colors = sns.color_palette("colorblind")
     figure, axes = plt.subplots(
@@ -147,13 +149,14 @@ def extreme_images(
         ax.set(xticks=[], yticks=[])
         for side in ax.spines.values():
             side.set_visible(False)
+    spread = float(np.ptp(extremes["value"]))
+    decimals = int(np.clip(1 - np.floor(np.log10(spread)), 0, 6)) if spread > 0 else 3  # so that neighbours differ
     for entry in extremes.itertuples():
         ax = axes[("best", "worst").index(entry.which), entry.place - 1]
         ax.imshow(found.read(prompt, entry.image, step), interpolation="nearest")
-        ax.set_title(f"{entry.value:.3g}", fontsize=9)
-        ax.set_xlabel(f"image {entry.image}", fontsize=8)
+        ax.set_title(f"image {entry.image}: {entry.value:.{decimals}f}", fontsize=8)
     for row, which in enumerate(("best", "worst")):
         axes[row, 0].set_ylabel(which, fontsize=9)
     heading = textwrap.shorten(f"{prompt}: {found.prompts[prompt]}", 80, placeholder=" ...")
-    figure.suptitle(f"{title}{', ' if title else ''}{heading}", fontsize=9)
+    figure.suptitle(f"{reward_label(title)}{', ' if title else ''}{heading}", fontsize=9)
     return figure

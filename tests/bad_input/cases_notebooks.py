@@ -66,7 +66,7 @@ CASES.each(
         ("a path that climbs", "../../../etc/passwd", "simulate"),
         ("a shipped name behind a path", "x/simulate", "simulate"),
         ("a number", 5, "notebook"),
-        ("a NUL", "a\0b.ipynb", "NUL"),
+        ("a path with a NUL", "a\0b.ipynb", "NUL"),
     ],
 )
 
