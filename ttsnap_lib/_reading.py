@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,7 @@ def read_json(
         Of class `error`.
     """
     content = read_bytes(path, what, error=error, remedy=remedy)
-    hooks: dict[str, Callable] = {"object_pairs_hook": _once, "parse_constant": _no_constant} if strict else {}
+    hooks: dict[str, Any] = {"object_pairs_hook": _once, "parse_constant": _no_constant} if strict else {}
     bound = "JSON" if kind is None else f"JSON with a {'mapping' if kind is dict else 'list'} at the top"
     try:
         found = json.loads(content.decode("utf-8-sig"), **hooks)
@@ -166,6 +165,7 @@ def _check_shape(text: str, loader: Any) -> None:
     sizes: dict[str, int | None] = {}  # values behind each anchor, aliases counted in full; None while it is open
     open_: list[tuple[str | None, int]] = []
     count = aliased = 0
+    event: Any  # anchor stands on some kinds alone
     for event in yaml.parse(text, Loader=loader):
         kind = type(event)
         if kind is yaml.ScalarEvent:
@@ -200,7 +200,7 @@ def _loader(fast: bool) -> Any:
 
     import yaml
 
-    parent = getattr(yaml, "CSafeLoader", yaml.SafeLoader) if fast else yaml.SafeLoader
+    parent: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader) if fast else yaml.SafeLoader
 
     class Loader(parent):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict:

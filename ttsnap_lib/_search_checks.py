@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from .checks import choice, integer
 from .costs import CostModel
@@ -77,7 +77,7 @@ def candidates_for(
             "budget without a cost model", value=cost, bound="a CostModel",
             remedy="Measure one with `ttsnap cost`, name a preset, or give candidates instead.",
         )  # fmt: skip
-    n = cost.candidates(budget, schedule) // group * group
+    n = cost.candidates(cast("float", budget), schedule) // group * group
     if n > MAX_IMAGES:
         raise BudgetError(
             "budget", value=budget, bound=f"at most {cost.total(MAX_IMAGES, schedule):.6g} {cost.unit}, {MAX_IMAGES} "

@@ -67,6 +67,15 @@ class Settings:
                 "negative_prompt", value=self.negative_prompt, bound="text or None", remedy="Give one text for all."
             )
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels, of settings that :func:`resolve` has filled in."""
+        if self.height is None or self.width is None:
+            raise ConfigError(
+                "size", value=(self.height, self.width), bound="two numbers", remedy="Resolve them first."
+            )
+        return self.height, self.width
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary."""
         return asdict(self)
@@ -95,7 +104,9 @@ def resolve(settings: Settings, pipeline: Any) -> Settings:
         "width": width,
         "max_sequence_length": adapter.default_sequence_length(pipeline),
     }
-    found = {name: brought.get(name, value) for name, value in standard.items() if getattr(settings, name) is None}
+    found: dict[str, Any] = {
+        name: brought.get(name, value) for name, value in standard.items() if getattr(settings, name) is None
+    }
     resolved = replace(settings, **found)
     multiple = adapter.size_multiple(pipeline)
     for name in ("height", "width"):

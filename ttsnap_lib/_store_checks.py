@@ -50,9 +50,9 @@ def check_store(path: Path) -> None:
 def _check_array(name: str, about: dict[str, Any]) -> None:
     if about.get("node_type") != "array":
         return
-    shape = about.get("shape")
+    shape: Any = about.get("shape")
     grid = about.get("chunk_grid")
-    chunks = grid.get("configuration", {}).get("chunk_shape") if isinstance(grid, dict) else None
+    chunks: Any = grid.get("configuration", {}).get("chunk_shape") if isinstance(grid, dict) else None
     for what, sizes, low in (("shape", shape, 0), ("chunk_shape", chunks, 1)):
         if not isinstance(sizes, list) or not all(type(size) is int and size >= low for size in sizes):
             raise TensorError(

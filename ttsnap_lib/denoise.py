@@ -105,7 +105,7 @@ class Denoiser:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image's latents as the decoder takes them."""
-        return self._adapter.latent_shape(self.pipeline, self.settings.height, self.settings.width)
+        return self._adapter.latent_shape(self.pipeline, *self.settings.size)
 
     @property
     def ends_clean(self) -> bool:
@@ -243,7 +243,7 @@ class Denoiser:
             raise ConfigError(
                 "decoder", value=type(vae).__name__, bound="a diffusers autoencoder", remedy="Pass an AutoencoderTiny."
             )
-        latents = self._adapter.unpack(self.pipeline, latents, self.settings.height, self.settings.width)
+        latents = self._adapter.unpack(self.pipeline, latents, *self.settings.size)
         # fp16 overflows in the SDXL VAE; stock pipelines decode in fp32 then.
         upcast = decoder is None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
         if upcast:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from pathlib import Path
 
 __all__ = [
     "BudgetError",
@@ -119,7 +120,19 @@ class SearchError(TTSnapError):
 
 
 class RunError(TTSnapError):
-    """A notebook run or sweep that failed."""
+    """A notebook run or sweep that failed.
+
+    Attributes
+    ----------
+    cell, last_line : str
+        Which cell failed and the last line of its error; empty when the run failed in another way.
+    folder : Path or None
+        The run folder.
+    """
+
+    cell: str = ""
+    last_line: str = ""
+    folder: Path | None = None
 
 
 class DeviceError(TTSnapError):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,7 +30,7 @@ from .trajectories import MANIFEST, MAX_IMAGES, Manifest, VerifyReport, extend, 
 
 __all__ = ["GenerateReport", "OnBatch", "generate", "pipeline_of", "repair"]
 
-_DEFAULTS = {"image_format": "png", "batch": {"size": 8}}
+_DEFAULTS: dict[str, Any] = {"image_format": "png", "batch": {"size": 8}}
 
 
 @dataclass
@@ -186,7 +187,7 @@ def generate(
             stack.enter_context(held)
             if not isinstance(only, Mapping):
                 wanted = missing_rows(folder, wanted, n_steps, image_format)
-            require_disk(folder, wanted, image_format, denoiser.settings.height * denoiser.settings.width * 3)
+            require_disk(folder, wanted, image_format, math.prod(denoiser.settings.size) * 3)
             writer = stack.enter_context(ImageWriter(folder, image_format, f"shard-{index}-of-{count}", workers))
         report.found = total - len(wanted)
         stack.enter_context(threads_of_torch(threads))
@@ -228,10 +229,20 @@ def repair(
 
     Parameters
     ----------
+    pipeline : diffusers pipeline
+        The one the folder was made with.
+    folder : str or Path
     report : VerifyReport, optional
         What was found before; verified now when not given.
     options
         What cannot be read from the manifest: ``decoder``, ``workers``.
+    progress : callable, optional
+        ``progress(done, total)`` in images.
+
+    Returns
+    -------
+    VerifyReport
+        What is still wrong.
     """
     manifest = Manifest.read(folder)
     report = report if report is not None else verify(folder)
@@ -261,10 +272,16 @@ def pipeline_of(folder: str | Path, model: str | None = None, **options: Any) ->
 
     Parameters
     ----------
+    folder : str or Path
+        A trajectory folder.
     model : str, optional
         Where the model is now, when its name in the manifest does not say.
     options
         Of :func:`ttsnap_lib.pipelines.load_pipeline`; those that are None or ``dtype="auto"`` come from the manifest.
+
+    Returns
+    -------
+    diffusers pipeline
     """
     import diffusers
 

@@ -49,6 +49,10 @@ class GridSpec:
 def load_grid(path: str | Path) -> GridSpec:
     """Read a sweep from the YAML file `path`; a notebook's path in it is relative to the file.
 
+    Returns
+    -------
+    GridSpec
+
     Raises
     ------
     ConfigError
@@ -65,7 +69,17 @@ def load_grid(path: str | Path) -> GridSpec:
 
 
 def parse_grid(content: Mapping[str, Any], default_name: str = "sweep") -> GridSpec:
-    """Check a sweep given as a mapping with the keys of the YAML file, and expand it."""
+    """Check a sweep given as a mapping with the keys of the YAML file, and expand it.
+
+    Returns
+    -------
+    GridSpec
+
+    Raises
+    ------
+    ConfigError
+        An unknown key, a bad value, or an unknown notebook.
+    """
     known_keys("sweep", content, _KEYS)
     if not isinstance(content.get("notebook"), str):
         raise ConfigError(
@@ -97,7 +111,13 @@ def parse_grid(content: Mapping[str, Any], default_name: str = "sweep") -> GridS
 def expand(
     content: Mapping[str, Any], declared: Mapping[str, Parameter], name: str = "notebook"
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Return (case, resolved parameters) for every point of the grid, first axis slowest, duplicates dropped."""
+    """Return (case, resolved parameters) for every point of the grid, first axis slowest, duplicates dropped.
+
+    Raises
+    ------
+    ConfigError
+        An axis or case that names no parameter, or a grid without a point.
+    """
     parts = {key: content.get(key) or {} for key in ("parameters", "grid", "cases")}
     for key, value in parts.items():
         if not isinstance(value, dict):
@@ -195,6 +215,11 @@ def axis_values(label: str, axis: Any) -> tuple[dict[str, Any], list[Any]]:
 
     Forms: a list; ``{start, stop, step}`` with both ends; ``{linspace: [first, last, count]}``;
     ``{logspace: [first, last, count]}`` (the values themselves, not exponents); ``{values: ..., when: {...}}``.
+
+    Raises
+    ------
+    ConfigError
+        Another form, or an axis without values.
     """
     if isinstance(axis, dict) and "values" in axis:
         known_keys(label, axis, ("values", "when"))

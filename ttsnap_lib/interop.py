@@ -106,6 +106,16 @@ def export_ground_truth(dataset: xr.Dataset, path: str | Path, *, reward: str | 
         Which reward; the only one when not given.
     step : int
         Position on the step axis; the last one is the clean image.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    TensorError
+        A reward or step that the tensor lacks, or a missing value.
     """
     check_rewards(dataset)
     names = [str(name) for name in dataset["reward"].values]

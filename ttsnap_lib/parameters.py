@@ -110,21 +110,22 @@ def declared_parameters(content: Mapping[str, Any], name: str = "notebook") -> d
     found: dict[str, Parameter] = {}
     for node in tree.body:
         text = lines[node.lineno - 1]
+        value: ast.expr
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             continue  # a docstring
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
-            target, annotation = node.target.id, ast.unparse(node.annotation)
+            target, annotation, value = node.target.id, ast.unparse(node.annotation), node.value
         elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            target, annotation = node.targets[0].id, ""
+            target, annotation, value = node.targets[0].id, "", node.value
         else:
             raise _bad_cell(name, node.lineno, text)
         try:
-            default = ast.literal_eval(node.value)
+            default = ast.literal_eval(value)
             require_annotation(annotation)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
             raise _bad_cell(name, node.lineno, text) from error
         # The comment stands behind the value, on its last line.
-        tail = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().strip()
+        tail = lines[(node.end_lineno or 1) - 1].encode()[node.end_col_offset :].decode().strip()
         found[target] = Parameter(target, annotation, default, tail.lstrip("# ") if tail.startswith("#") else "")
     return found
 
@@ -184,10 +185,22 @@ def _json_key(value: Any) -> Any:
 
 
 def injected_source(parameters: Mapping[str, Any]) -> str:
-    """Return the source of the cell that sets `parameters`: one literal a line, proved by reading it back."""
+    """Return the source of the cell that sets `parameters`: one literal a line, proved by reading it back.
+
+    Raises
+    ------
+    ConfigError
+        Values that do not come back from the source as they were.
+    """
     lines = ["# Parameters", *(f"{name} = {value!r}" for name, value in parameters.items())]
     source = "\n".join(lines) + "\n"
-    read_back = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}
+    read_back = {
+        target.id: ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
     if len(source.splitlines()) != len(lines) or read_back != dict(parameters):
         raise ConfigError(
             "parameters",

@@ -103,6 +103,11 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[Any]:
 
     A reader, or a process killed half-way, sees the old file or the new one, never a part.
 
+    Yields
+    ------
+    file
+        Open for writing.
+
     Raises
     ------
     DiskError
@@ -113,7 +118,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         try:
-            with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+            with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -186,7 +191,13 @@ def lock(path: str | Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def require_space(folder: str | Path, needed_bytes: float, what: str) -> None:
-    """Refuse to start when the disk under `folder` has less than `needed_bytes` free."""
+    """Refuse to start when the disk under `folder` has less than `needed_bytes` free.
+
+    Raises
+    ------
+    DiskError
+        Less is free.
+    """
     folder = Path(folder)
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free

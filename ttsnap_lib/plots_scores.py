@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ._axes import axes_or_new
 from .plots import reward_label
 from .trajectories import Trajectories
 
@@ -36,6 +37,10 @@ def reward_histograms(
         Which steps (their coordinates); up to six of them, evenly spread, when not given.
     bins : int, optional
         Of equal width over all steps; so many that some images fall into each, 40 at most, when not given.
+
+    Returns
+    -------
+    Figure
     """
     import seaborn as sns
     from matplotlib import pyplot as plt
@@ -81,13 +86,17 @@ def correlation_heatmap(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     frame : pandas.DataFrame
         As :func:`ttsnap_lib.score_report.rank_correlation` returns it.
     ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
     """
     import seaborn as sns
 
     steps = [str(step) for _, step in frame.index]
     rewards = [reward for reward, _ in frame.index]
     side = 1.6 + 0.27 * len(frame)
-    ax = _axes(ax, (side + 0.9, side))
+    ax = axes_or_new(ax, (side + 0.9, side))
     sns.heatmap(
         frame.to_numpy(), vmin=-1, vmax=1, cmap="vlag", square=True, ax=ax, xticklabels=steps, yticklabels=steps,
         cbar_kws={"label": "Spearman within a prompt, mean over prompts", "shrink": 0.8},
@@ -124,6 +133,12 @@ def extreme_images(
         Its index.
     step : int
         Which estimate to draw; the final image by default.
+    title : str
+        Stands before the prompt.
+
+    Returns
+    -------
+    Figure
     """
     from matplotlib import pyplot as plt
 
@@ -145,11 +160,3 @@ def extreme_images(
     heading = textwrap.shorten(f"{prompt}: {found.prompts[prompt]}", 80, placeholder=" ...")
     figure.suptitle(f"{reward_label(title)}{', ' if title else ''}{heading}", fontsize=9)
     return figure
-
-
-def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    if ax is not None:
-        return ax
-    from matplotlib import pyplot as plt
-
-    return plt.subplots(figsize=size, layout="constrained")[1]

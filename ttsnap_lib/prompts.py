@@ -66,7 +66,13 @@ def read_prompts(source: str | Path | Sequence[str], *, limit: int | None = None
 
 
 def check_prompts(prompts: Sequence[Any], name: str = "prompts") -> list[str]:
-    """Return `prompts` as a list of str, or raise a PromptError with the index of the first bad one."""
+    """Return `prompts` as a list of str, or raise a PromptError with the index of the first bad one.
+
+    Raises
+    ------
+    PromptError
+        A prompt that is no text, is blank or too long; or none at all.
+    """
     prompts = list(prompts)
     if not prompts:
         raise PromptError(

@@ -108,7 +108,7 @@ def import_published(
         ]
 
     # Base values first: noise-aware steps that are not published start as copies of them.
-    tensor: np.ndarray | None = None
+    tensor: Any = None
     source = np.full((len(names), n_steps), COPIED, dtype=object)
     results = Parallel(n_jobs=-1, return_as="generator")(delayed(read_values)(path) for *_, path in files)
     for done, ((variable, r, step, path), values) in enumerate(zip(files, results, strict=True), start=1):

@@ -49,6 +49,11 @@ def render(folder: str | Path, output: str | Path | None = None) -> Path:
     output : str or Path, optional
         The HTML file; ``report.html`` in the folder by default.
 
+    Returns
+    -------
+    Path
+        The HTML file.
+
     Raises
     ------
     RunError

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import provenance
 from ._current_run import FOLDER_VARIABLE, TOKEN_VARIABLE, Run, current_run, read_if_whole
@@ -81,7 +81,13 @@ class Plan:
 
 
 def find_notebook(notebook: str | Path) -> Path:
-    """Return the path of `notebook`: a path, or the name of a shipped notebook (``simulate``)."""
+    """Return the path of `notebook`: a path, or the name of a shipped notebook (``simulate``).
+
+    Raises
+    ------
+    ConfigError
+        No such file and no such name.
+    """
     path = as_path("notebook", notebook).expanduser()
     if path.suffix == ".ipynb" and path.exists():
         return path.resolve()
@@ -99,6 +105,10 @@ def plan(
     notebook: str | Path, parameters: Mapping[str, Any] | None = None, *, folder: str | Path | None = None
 ) -> Plan:
     """Check `notebook` and `parameters` and return where the run will stand, without running anything.
+
+    Returns
+    -------
+    Plan
 
     Raises
     ------
@@ -150,6 +160,10 @@ def run(
     warm : bool
         Fork the kernel from a process that has made the notebook's imports. The first run pays for that process, each
         later one saves a second and the imports; a sweep's workers do so.
+
+    Returns
+    -------
+    RunResult
 
     Raises
     ------
@@ -204,7 +218,7 @@ def _run_locked(
         return done
     shutil.rmtree(planned.folder, ignore_errors=True)  # the remains of a failed or killed run
     content = read_notebook(planned.notebook)
-    manifest = {
+    manifest: dict[str, Any] = {
         "status": "running",
         "token": uuid.uuid4().hex,
         "notebook": planned.notebook.stem,
@@ -264,7 +278,7 @@ def _execute(
     if parameters_cell is not None:
         injected = nbformat.v4.new_code_cell(injected_source(planned.parameters))
         injected.metadata["tags"] = ["injected-parameters"]
-        node.cells.insert(tagged_cell(node, "parameters") + 1, injected)
+        node.cells.insert(cast("int", tagged_cell(node, "parameters")) + 1, injected)
     extra = {FOLDER_VARIABLE: str(planned.folder), TOKEN_VARIABLE: token}
     if repository_root() is not None:  # the kernel imports the package that runs it, installed or not
         old = os.environ.get("PYTHONPATH")

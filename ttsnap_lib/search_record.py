@@ -47,8 +47,7 @@ class StageRecord:
 
     def price(self, cost: CostModel) -> float:
         """Return what was done here in the unit of `cost`."""
-        small = self.preview and cost.preview_decode is not None
-        decode = cost.preview_decode if small else cost.decode
+        decode = cost.decode if not self.preview or cost.preview_decode is None else cost.preview_decode
         return self.forwards * cost.step + self.decodes * decode + self.scores * cost.verify
 
 
@@ -128,8 +127,9 @@ class SearchRecord:
         """Return the record as plain JSON content; NaN becomes null, pictures are left out."""
         plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("scores", "previews")}
         plain["stages"] = [asdict(stage) for stage in self.stages]
-        values = self.scores.astype(float)
-        plain["scores"] = np.where(np.isnan(values), None, values.astype(object)).tolist()
+        values = self.scores.astype(float).astype(object)
+        values[np.isnan(self.scores)] = None
+        plain["scores"] = values.tolist()
         return plain
 
     @classmethod

@@ -83,6 +83,10 @@ def run_sweep(
     stream : TextIO, optional
         Where to show the live table.
 
+    Returns
+    -------
+    SweepResult
+
     Raises
     ------
     ConfigError

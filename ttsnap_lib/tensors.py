@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._cleaning import drop_missing, drop_repeats, repeated_images
 from ._reading import as_path
 from ._store_checks import check_store
 from .errors import TensorError
@@ -38,6 +39,7 @@ __all__ = [
     "repeated_images",
     "save_rewards",
     "stack_rewards",
+    "write_zarr",
 ]
 
 DIMS = ("reward", "prompt", "image", "step")
@@ -75,6 +77,10 @@ def make_rewards(
         ``"finetuned"`` or ``"copied_from_base"``; all finetuned when `noise_aware` is given alone.
     attributes : mapping, optional
         For instance model and source.
+
+    Returns
+    -------
+    xarray.Dataset
 
     Raises
     ------
@@ -203,6 +209,20 @@ def check_rewards(dataset: Any) -> xr.Dataset:
 def save_rewards(dataset: xr.Dataset, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write a reward tensor as a Zarr store, whole or not at all, and return its path.
 
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        A reward tensor.
+    path : str or Path
+        The Zarr folder to write.
+    overwrite : bool
+        False refuses a folder that is there.
+
+    Returns
+    -------
+    Path
+        The folder.
+
     Raises
     ------
     TensorError
@@ -226,15 +246,20 @@ def save_rewards(dataset: xr.Dataset, path: str | Path, *, overwrite: bool = Fal
     for name in ("noise_aware_source", "status", "prompt_text", "reward"):
         if name in ordered.variables:  # fixed-width text: variable-length strings have no stable Zarr v3 type yet
             ordered[name] = ordered[name].astype(str)
+    write_zarr(ordered, path, encoding)
+    return path
+
+
+def write_zarr(dataset: xr.Dataset, path: Path, encoding: dict[str, Any]) -> None:
+    """Write a whole store beside `path` and rename it; fixed-width text has no stable Zarr v3 type, and warns."""
     with atomic_folder(path) as part:
         store = part / "store"
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Zarr.*|.*zarr.*|.*data type.*")
-            ordered.to_zarr(store, mode="w", encoding=encoding, consolidated=False, zarr_format=3)
+            dataset.to_zarr(store, mode="w", encoding=encoding, consolidated=False, zarr_format=3)
         for child in store.iterdir():
             shutil.move(str(child), part / child.name)
         store.rmdir()
-    return path
 
 
 def open_rewards(path: str | Path) -> xr.Dataset:
@@ -245,6 +270,10 @@ def open_rewards(path: str | Path) -> xr.Dataset:
     path : path or name
         A Zarr folder; ``"pocket-flux"`` or ``"pocket-sdxl"`` for the shipped pocket tensors; ``"synthetic"`` for the
         statistical stand-in of :mod:`ttsnap_lib.synthetic`.
+
+    Returns
+    -------
+    xarray.Dataset
 
     Raises
     ------
@@ -296,7 +325,13 @@ def noise_aware_steps(dataset: xr.Dataset) -> dict[str, list[int]]:
 
 
 def read_steps(variable: xr.DataArray, positions: Sequence[int]) -> np.ndarray:
-    """Return some steps of ``base`` or ``noise_aware`` as (prompt, image, step, reward), read once."""
+    """Return some steps of ``base`` or ``noise_aware`` as (prompt, image, step, reward), read once.
+
+    Raises
+    ------
+    TensorError
+        A damaged chunk.
+    """
     block = variable.isel(step=list(positions)).transpose("prompt", "image", "step", "reward")
     try:
         values = block.values
@@ -322,6 +357,10 @@ def read_steps(variable: xr.DataArray, positions: Sequence[int]) -> np.ndarray:
 def stack_rewards(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
     """Join tensors of the same prompts, images and steps along the reward axis.
 
+    Returns
+    -------
+    xarray.Dataset
+
     Raises
     ------
     TensorError
@@ -346,40 +385,3 @@ def stack_rewards(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
         combine_attrs="override",
     )  # fmt: skip
     return check_rewards(joined)
-
-
-def repeated_images(dataset: xr.Dataset) -> np.ndarray:
-    """Return for each image the first image with the same rewards in every prompt, step and reward.
-
-    An image that repeats none maps to itself. int64 (image,).
-    """
-    base = dataset["base"].transpose("image", ...).values
-    flat = np.ascontiguousarray(base.reshape(base.shape[0], -1))
-    first: dict[bytes, int] = {}
-    return np.array([first.setdefault(row.tobytes(), k) for k, row in enumerate(flat)])
-
-
-def drop_repeats(dataset: xr.Dataset) -> xr.Dataset:
-    """Return the tensor with the first of each group of repeated images; ``image`` keeps the original indices."""
-    firsts = np.unique(repeated_images(dataset))
-    return dataset.isel(image=firsts)
-
-
-def drop_missing(dataset: xr.Dataset) -> xr.Dataset:
-    """Return the tensor without the images that miss a finite value anywhere, and without prompts not scored at all.
-
-    Raises
-    ------
-    TensorError
-        When nothing would be left.
-    """
-    missing = ~(np.isfinite(dataset["base"]) & np.isfinite(dataset["noise_aware"]))
-    scored = ~missing.all(["reward", "image", "step"])
-    dataset, missing = dataset.isel(prompt=scored.values), missing.isel(prompt=scored.values)
-    whole = ~missing.any(["reward", "prompt", "step"])
-    dataset = dataset.isel(image=whole.values)
-    if 0 in dataset["base"].shape:
-        raise TensorError(
-            "images without a missing value", value=0, bound="one or more", remedy="Score the tensor again."
-        )
-    return dataset

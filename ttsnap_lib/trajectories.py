@@ -147,15 +147,15 @@ class Trajectories:
         batch_size = integer("batch_size", batch_size, 1)
         workers, prefetch = integer("workers", workers, 1), integer("prefetch", prefetch, 1)
         choice("on_missing", on_missing, ("raise", "skip"))
-        chosen = [
+        chosen_steps, chosen_prompts, chosen_images = (
             _indices(name, given, n)
             for name, given, n in (
                 ("steps", steps, self.n_steps),
                 ("prompts", prompts, len(self.manifest.prompts)),
                 ("images", images, self.images_per_prompt),
             )
-        ]
-        return self._batches(*chosen, batch_size, on_missing, workers, prefetch)
+        )
+        return self._batches(chosen_steps, chosen_prompts, chosen_images, batch_size, on_missing, workers, prefetch)
 
     def _batches(self, steps, prompts, images, batch_size, on_missing, workers, prefetch) -> Iterator[Batch]:
         def jobs() -> Iterator[tuple[int, list[tuple[int, int]]]]:
@@ -200,7 +200,7 @@ def _indices(name: str, given: Iterable[int] | None, n: int) -> list[int]:
 def read_batches(
     folder: str | Path, steps: Iterable[int] | None = None, batch_size: int = 32, **options: Any
 ) -> Iterator[Batch]:
-    """Open `folder` and read it in batches; see :meth:`Trajectories.batches`."""
+    """Return the batches of `folder`; see :meth:`Trajectories.batches`."""
     return Trajectories(folder).batches(steps, batch_size, **options)
 
 
@@ -238,7 +238,7 @@ class VerifyReport:
         """Return the steps to make again for each (prompt, image)."""
         wanted: dict[tuple[int, int], list[int]] = {}
         for finding in self.findings:
-            if finding.step is not None:
+            if finding.prompt is not None and finding.image is not None and finding.step is not None:
                 wanted.setdefault((finding.prompt, finding.image), []).append(finding.step)
         return wanted
 
@@ -261,8 +261,15 @@ def verify(folder: str | Path, *, workers: int = 4, progress: Callable[[int, int
 
     Parameters
     ----------
+    folder : str or Path
     progress : callable, optional
         Called with the number of prompts checked and their total.
+    workers : int
+        Reading threads.
+
+    Returns
+    -------
+    VerifyReport
     """
     found = Trajectories(folder)
     manifest, folder = found.manifest, found.folder

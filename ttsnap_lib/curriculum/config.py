@@ -288,6 +288,10 @@ def load_config(source: str | Path, **changes: Any) -> CurriculumConfig:
     **changes
         Fields that differ.
 
+    Returns
+    -------
+    CurriculumConfig
+
     Raises
     ------
     ConfigError

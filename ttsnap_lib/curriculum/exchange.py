@@ -26,7 +26,13 @@ _CONSTANT = (r"(.*\.)?position_ids", r"(.*\.)?attn_mask")
 
 
 def find_checkpoints(folder: str | Path) -> dict[int, Path]:
-    """Return step -> file of a folder of full checkpoints, ``Ct14.pt`` and its like, in descending order of steps."""
+    """Return step -> file of a folder of full checkpoints, ``Ct14.pt`` and its like, in descending order of steps.
+
+    Raises
+    ------
+    CheckpointError
+        Two files for one step.
+    """
     found: dict[int, Path] = {}
     for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []:
         match = _FILE.fullmatch(path.name)
@@ -63,6 +69,11 @@ def import_series(
         The base reward that they belong to; every key and shape must fit it.
     dtype : {"float32", "float16", "bfloat16"}
         Type to keep them in.
+
+    Returns
+    -------
+    Path
+        The run folder.
 
     Raises
     ------
@@ -138,12 +149,19 @@ def load_series(
 
     Parameters
     ----------
+    reward : Reward
+        The base reward; the series is attached to it.
     source : str or Path
         A run folder, or a hub id such as ``"someone/pickscore-noise-aware-flux"``.
     revision : str, optional
         Commit, branch or tag of the hub repository.
     cache : str or Path, optional
         Folder of the hub's cache.
+
+    Returns
+    -------
+    Reward
+        The same reward, with the series attached.
     """
     if not is_local(source):
         source = _download(str(source), revision, cache)
@@ -170,6 +188,26 @@ def push_series(folder: str | Path, repo: str, *, private: bool = True, token: s
     """Upload a run folder's checkpoints to a hub repository with the hub library's own call; return its answer.
 
     The state for going on with the run stays at home.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The run folder.
+    repo : str
+        Owner and name on the hub; made when it is not there.
+    private : bool
+        Of a repository that is made.
+    token : str, optional
+        The one that the hub library has stored when not given.
+
+    Returns
+    -------
+    huggingface_hub.CommitInfo
+
+    Raises
+    ------
+    CheckpointError
+        A folder without checkpoints.
     """
     from huggingface_hub import HfApi
 

@@ -151,7 +151,7 @@ class ImageBank:
         found = Denoiser(pipeline, settings).settings
         kept = sorted({*(range(found.n_steps) if steps is None else steps), found.n_steps - 1})
         column = {step: k for k, step in enumerate(kept)}
-        pixels = np.empty((len(prompts), n_images, len(kept), found.height, found.width, 3), np.uint8)
+        pixels = np.empty((len(prompts), n_images, len(kept), *found.size, 3), np.uint8)
 
         def keep(prompt: int, images: list[int], step: int, tensor: Any) -> None:
             levels = (tensor.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
@@ -221,6 +221,15 @@ def open_images(
         Steps that are needed; only these and the clean image are generated.
     progress : callable, optional
         ``progress(done, total)`` while pictures are generated.
+
+    Returns
+    -------
+    Images
+
+    Raises
+    ------
+    CurriculumError
+        Nothing of these kinds.
     """
     if isinstance(source, Images):
         return source

@@ -15,6 +15,11 @@ def model_pixels(reward: Reward, pictures: np.ndarray) -> torch.Tensor:
     """Return the reward's own preprocessing of uint8 (n, height, width, 3), float32 (n, 3, size, size) on the CPU.
 
     Pictures that have the model's size already take a path without Pillow; the pixels are the same to the bit.
+
+    Raises
+    ------
+    CurriculumError
+        A reward without weights, so without preprocessing of its own.
     """
     preprocessing = reward.preprocessing
     if preprocessing is None:

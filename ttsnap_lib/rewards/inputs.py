@@ -21,7 +21,13 @@ Images = Sequence[Image.Image | str | Path] | Image.Image | torch.Tensor
 
 
 def as_list(images: Any) -> list:
-    """Return images as a list; one image is a list of one."""
+    """Return images as a list; one image is a list of one.
+
+    Raises
+    ------
+    RewardError
+        Something that is no picture and no list of them.
+    """
     if isinstance(images, Image.Image | str | Path):
         return [images]
     if not hasattr(images, "__iter__"):
@@ -32,7 +38,13 @@ def as_list(images: Any) -> list:
 
 
 def open_image(image: Any) -> Image.Image:
-    """Return a PIL image, opening a path."""
+    """Return a PIL image, opening a path.
+
+    Raises
+    ------
+    RewardError
+        No picture, or one that cannot be read.
+    """
     if isinstance(image, Image.Image):
         _check_pixels(image, "given in memory")
         return image
@@ -73,7 +85,13 @@ def _check_pixels(image: Image.Image, name: str) -> None:
 
 
 def check_tensor(images: torch.Tensor) -> torch.Tensor:
-    """Return a batch of images (n, 3, H, W), or raise with its shape and type, or with values out of [0, 1]."""
+    """Return a batch of images (n, 3, H, W), or raise with its shape and type, or with values out of [0, 1].
+
+    Raises
+    ------
+    RewardError
+        Another shape or type, or values outside [0, 1].
+    """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or 0 in images.shape[2:]:
         raise RewardError(
             "image tensor",
@@ -94,7 +112,13 @@ def check_tensor(images: torch.Tensor) -> torch.Tensor:
 
 
 def prompt_list(prompts: str | Sequence[str], n: int) -> list[str]:
-    """Return one prompt per image."""
+    """Return one prompt per image.
+
+    Raises
+    ------
+    RewardError
+        Another number of prompts, or a prompt that is no text.
+    """
     if isinstance(prompts, str):
         return [prompts] * n
     if not isinstance(prompts, Sequence) and not hasattr(prompts, "__iter__"):

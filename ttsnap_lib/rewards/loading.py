@@ -78,6 +78,10 @@ def load_reward(
     **options
         What the family takes, see :data:`REWARDS`.
 
+    Returns
+    -------
+    Reward
+
     Raises
     ------
     RewardError

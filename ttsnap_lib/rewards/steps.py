@@ -93,7 +93,8 @@ class StepSeries:
                 remedy="Keep the two runs in folders of their own.",
             )
         self.kind = "lora" if kinds == {True} else "full"
-        self._module, self._active = module, None
+        self._module = module
+        self._active: int | None = None
         self._peft: Any = None
         self._base: dict[str, torch.Tensor] = {}
         if self.kind == "lora":

@@ -55,6 +55,11 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     A mapping under the key ``state_dict`` (open_clip's checkpoint format) is taken out; leading ``module.`` of a
     wrapped model is dropped.
 
+    Returns
+    -------
+    dict
+        Name -> tensor, on the CPU.
+
     Raises
     ------
     RewardError
@@ -100,7 +105,13 @@ def check_keys(
     may_miss: Iterable[str] = (),
     may_have: Iterable[str] = (),
 ) -> None:
-    """Raise when keys are missing or left over, except those that match a pattern of the short lists."""
+    """Raise when keys are missing or left over, except those that match a pattern of the short lists.
+
+    Raises
+    ------
+    RewardError
+        With the first of them.
+    """
 
     def rest(keys: Iterable[str], patterns: Iterable[str]) -> list[str]:
         patterns = list(patterns)
@@ -125,7 +136,13 @@ def load_strict(
     may_miss: Iterable[str] = (),
     may_have: Iterable[str] = (),
 ) -> None:
-    """Load `state` into `module`; every key and shape must fit, but for the short lists of patterns."""
+    """Load `state` into `module`; every key and shape must fit, but for the short lists of patterns.
+
+    Raises
+    ------
+    RewardError
+        A key is missing or left over, or has another shape.
+    """
     own = module.state_dict()
     check_keys(
         own.keys() - state.keys(), state.keys() - own.keys(), source=source, may_miss=may_miss, may_have=may_have
