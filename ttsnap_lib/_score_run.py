@@ -49,6 +49,8 @@ class ScoreReport:
         return self.pictures / self.elapsed_s if self.elapsed_s else 0.0
 
     def __str__(self) -> str:
+        if not self.pictures:
+            return f"{self.path}: nothing left to score"
         text = f"{self.path}: {self.pictures} pictures, {self.scores} scores, {self.images_per_s:.1f} images/s"
         if self.skipped:
             text += f", {len(self.skipped)} scores skipped"

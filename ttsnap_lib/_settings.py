@@ -12,7 +12,7 @@ from ._manifest import MAX_STEPS
 from .checks import integer, known_keys, real
 from .errors import ConfigError
 
-__all__ = ["Settings", "resolve"]
+__all__ = ["Settings", "as_settings", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,21 @@ class Settings:
         """Build from :meth:`to_dict`'s form; unknown keys are an error."""
         known_keys("settings", content, [field.name for field in fields(cls)])
         return cls(**content)
+
+
+def as_settings(value: Any) -> Settings:
+    """Return `value` when it is a Settings; None is the default ones.
+
+    Raises
+    ------
+    ConfigError
+        Anything else.
+    """
+    if value is not None and not isinstance(value, Settings):
+        raise ConfigError(
+            "settings", value=value, bound="a Settings or None", remedy="Pass Settings(...) or Settings.from_dict(...)."
+        )
+    return value or Settings()
 
 
 def resolve(settings: Settings, pipeline: Any) -> Settings:

@@ -29,7 +29,7 @@ import torch
 from ._adapters import adapter_of
 from ._candidates import Candidates, Conditioning, image_generator, image_seed
 from ._segments import history_of, make_segment, noise_levels, prepare
-from ._settings import Settings, resolve
+from ._settings import Settings, as_settings, resolve
 from .checks import integer
 from .errors import ConfigError, DeviceError, PipelineError
 
@@ -65,7 +65,7 @@ class Denoiser:
         self.pipeline = pipeline
         self._adapter = adapter_of(pipeline)
         self._scheduler = prepare(pipeline.scheduler)
-        self.settings = resolve(settings if settings is not None else Settings(), pipeline)
+        self.settings = resolve(as_settings(settings), pipeline)
         # A dry run: the pipeline checks its inputs and asks for its schedule, and is given no timestep to run.
         dry = make_segment(self._scheduler, 0, -1)
         blank = self._adapter.blank_embeds(pipeline, self.settings)

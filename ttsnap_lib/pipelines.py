@@ -22,6 +22,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.utils import logging
 
 from ._adapters import ADAPTERS, adapter_of
 from ._devices import as_device
@@ -109,10 +110,16 @@ def load_pipeline(
             value=kind,
             remedy="Use a text-to-image model of one of these families.",
         )
+    bar = logging.is_progress_bar_enabled()
+    if is_folder:  # nothing is fetched: a bar would only be in the way
+        logging.disable_progress_bar()
     try:
         pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=number, variant=variant, **options)
     except Exception as error:  # many libraries below, each with its own errors
         raise explain(source, is_folder, error) from error
+    finally:
+        if bar:
+            logging.enable_progress_bar()
     adapter = adapter_of(pipeline)
     if scheduler is not None:
         pipeline.scheduler = _scheduler(scheduler, pipeline.scheduler)

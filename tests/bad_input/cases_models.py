@@ -21,16 +21,20 @@ from safetensors.torch import save_file
 from tests.bad_input.cases_files import png, trajectories
 from tests.bad_input.drill import Cases
 from tests.rewards.conftest import save_clip
+from ttsnap_lib import CostModel, Schedule
 from ttsnap_lib.curriculum.exchange import find_checkpoints, import_series
 from ttsnap_lib.curriculum.images import ImageBank, open_images
 from ttsnap_lib.curriculum.state import read_state_file
 from ttsnap_lib.denoise import Settings
+from ttsnap_lib.generate import generate
+from ttsnap_lib.measure import measure_costs
 from ttsnap_lib.negtome import NegToMe
 from ttsnap_lib.pipelines import load_pipeline
 from ttsnap_lib.rewards import load_reward
 from ttsnap_lib.rewards.steps import StepSeries
 from ttsnap_lib.rewards.weights import read_state
 from ttsnap_lib.score import score
+from ttsnap_lib.search import search
 
 CASES = Cases()
 
@@ -515,6 +519,90 @@ CASES.each(
         ("a type that is none", {"dtype": "fp13"}, "dtype"),
         ("a scheduler that is none", {"scheduler": "eular"}, "Did you mean 'euler'"),
         ("offload on the CPU", {"device": "cpu", "offload": "model"}, "offload"),
+    ],
+)
+
+
+@functools.cache
+def flux() -> Any:
+    """Return the pocket pipeline, loaded once."""
+    return load_pipeline("pocket-flux", device="cpu")
+
+
+def bright(prompts: Any, images: Any) -> list[float]:
+    return [float(np.asarray(image).mean()) for image in images]
+
+
+SHORT = Settings(n_steps=3)
+CASES.each(
+    "search",
+    lambda changes: search(**{"pipeline": flux(), "prompt": "a cat", "reward": bright, "candidates": 2, **changes}),
+    [
+        ("a blank prompt", {"prompt": " "}, "prompt"),
+        ("a list of prompts", {"prompt": ["a cat"]}, "prompt"),
+        ("a pipeline that is none", {"pipeline": 5}, "model|pipeline"),
+        ("no reward", {"reward": []}, "reward"),
+        ("a reward that is none", {"reward": 5}, "callable"),
+        ("the same reward twice", {"reward": [bright, bright]}, "reward|distinct"),
+        ("a schedule that is a tuple", {"schedule": (1, 2)}, "schedule"),
+        ("a schedule past the end", {"schedule": Schedule((5,), (0.5,)), "settings": SHORT}, "at most 1"),
+        ("an unknown method", {"method": "ttsnp"}, "Did you mean"),
+        ("ttsnap with a base reward", {"method": "ttsnap", "schedule": Schedule((2,), (0.5,))}, "noise-aware"),
+        ("budget and candidates", {"budget": 10.0}, "either budget or candidates"),
+        ("a budget without a cost", {"candidates": None, "budget": 10.0}, "cost"),
+        ("a cost that is a number", {"cost": 5}, "cost"),
+        ("a cost of other steps", {"cost": CostModel(step=1, verify=1, n_steps=7)}, "n_steps"),
+        ("10^12 candidates", {"candidates": 10**12}, "1000000"),
+        ("seed negative", {"seed": -1}, "seed"),
+        ("deadline NaN", {"deadline_s": float("nan")}, "deadline_s"),
+        ("deadline zero", {"deadline_s": 0}, "deadline_s"),
+        ("batch zero", {"batch_size": 0}, "batch_size"),
+        ("weights for a rank sum", {"weights": [1.0]}, "weights"),
+        ("a reward reported that is not there", {"report": ["x"]}, "report"),
+        ("a decoder that is not there", {"decoder": "./none"}, "decoder"),
+        ("a size that the model cannot take", {"settings": Settings(n_steps=3, height=33)}, "multiple"),
+        (
+            "a negative prompt without guidance",
+            {"settings": Settings(n_steps=3, negative_prompt="x")},
+            "negative_prompt",
+        ),
+        ("settings that are a mapping", {"settings": {"n_steps": 3}}, "settings"),
+    ],
+)
+CASES.each(
+    "generation",
+    lambda changes: generate(
+        **{"pipeline": flux(), "prompts": ["a cat"], "on_batch": lambda *given: None, "settings": SHORT, **changes}
+    ),
+    [
+        ("a blank prompt", {"prompts": [" "]}, "blank"),
+        ("nowhere to put it", {"on_batch": None}, "folder"),
+        ("no images", {"images_per_prompt": 0}, "images_per_prompt"),
+        ("10^12 images", {"images_per_prompt": 10**12}, "1000000"),
+        ("a step out of range", {"steps": [3]}, "steps"),
+        ("seed negative", {"seed": -1}, "seed"),
+        ("batch zero", {"batch_size": 0}, "batch_size"),
+        ("10^9 rows in a batch", {"batch_size": 10**9}, "65536"),
+        ("a shard beyond its count", {"shard": (2, 2)}, "shard"),
+        ("no threads", {"cpu_threads": 0}, "cpu_threads"),
+        ("no workers", {"workers": 0}, "workers"),
+        ("an image that is not wanted", {"only": [(0, 99)]}, "only"),
+        ("a format with loss", {"image_format": "jpeg"}, "image_format"),
+        ("a pipeline that is none", {"pipeline": 5}, "pipeline"),
+        ("a NegToMe group that does not divide", {"negtome": NegToMe(group_size=4), "batch_size": 6}, "multiple"),
+    ],
+)
+CASES.add(
+    "generation", "into a file",
+    lambda folder: ((folder / "f").write_text("x"), generate(flux(), ["a cat"], folder / "f" / "g")), "not a folder",
+)  # fmt: skip
+CASES.each(
+    "cost measurement",
+    lambda changes: measure_costs(**{"pipeline": flux(), "reward": reward(), "settings": SHORT, **changes}),
+    [
+        ("no batch sizes", {"batch_sizes": []}, "batch_sizes"),
+        ("a batch of none", {"batch_sizes": [0]}, "batch_sizes"),
+        ("no repeats", {"repeats": 0}, "repeats"),
     ],
 )
 
