@@ -11,13 +11,12 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.conftest import ROOT
 from tests.rewards.conftest import PROMPTS, make_images, save_clip
 from tests.rewards.test_steps import write_adapters
-from ttsnap_lib import open_rewards
+from ttsnap_lib import Schedule, open_rewards, simulate
 from ttsnap_lib._image_writer import ImageWriter
 from ttsnap_lib.errors import (
     CheckpointError,
@@ -29,6 +28,7 @@ from ttsnap_lib.errors import (
 )
 from ttsnap_lib.rewards import load_reward
 from ttsnap_lib.score import score
+from ttsnap_lib.tensors import drop_missing
 from ttsnap_lib.trajectories import Trajectories, extend
 
 N_STEPS, SIZE = 4, (24, 32)
@@ -54,12 +54,7 @@ def fill(folder, n_prompts=3, n_images=3, identity=IDENTITY, done=()):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +322,17 @@ def test_a_damaged_picture(broken, tmp_path):
     assert not score(broken, brightness, out, batch_size=4, on_error="skip").skipped
     assert not np.isnan(open_rewards(out)["base"].values).any()
     assert not (tmp_path / "r.zarr.skipped.json").exists()
+
+
+def test_what_was_skipped_is_listed_by_the_simulation_or_dropped_on_demand(broken, tmp_path):
+    score(broken, brightness, tmp_path / "r.zarr", on_error="skip")
+    tensor = open_rewards(tmp_path / "r.zarr")
+    schedule = Schedule((2,), (0.5,))
+    with pytest.raises(TensorError, match=r"1 scores are missing.*brightness: prompt 1, image 1, step 2.*drop_missing"):
+        simulate(tensor, "ttsp", n=2, schedule=schedule)
+    kept = drop_missing(tensor)
+    assert kept["image"].values.tolist() == [0, 2]
+    assert np.isfinite(simulate(kept, "ttsp", n=2, schedule=schedule).mean).all()
 
 
 def test_skipping_changes_no_other_score(broken, folder, clip, tmp_path):

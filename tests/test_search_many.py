@@ -8,7 +8,6 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
 
 from tests import tiny
@@ -26,12 +25,7 @@ from ttsnap_lib.search_record import SearchRecord
 PROMPTS = ["a red circle", "the cat", "a blue square above a green circle", "circle"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import sys
 
 from . import __version__, commands
 from .errors import TTSnapError
+from .progress import close_bars
 
 __all__ = ["main", "parser"]
 
@@ -34,11 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return given.func(given) or 0
     except TTSnapError as error:
+        close_bars()
         if given.traceback:
             raise
         print(f"ttsnap: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        close_bars()
         print("ttsnap: interrupted; what was finished is kept", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `ttsnap ... | head`: nothing is wrong, and Python's own flush must not complain

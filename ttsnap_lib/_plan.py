@@ -108,7 +108,12 @@ def checked_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise DiskError(f"{there} is not a folder", value=str(folder), remedy="Choose another output folder.")
+        raise DiskError(
+            f"{there} is not a folder",
+            value=str(folder),
+            bound="a folder, or a place for one",
+            remedy="Choose another output folder.",
+        )
     return folder
 
 
@@ -145,13 +150,16 @@ def wanted_rows(
 ) -> Wanted:
     """Return the (prompt, image) that `batches` make, with the steps to keep."""
     rows = [row for start in batches for row in blocks.rows(start) if row[0] < n_prompts and row[1] < n_images]
+    every = list(range(n_steps))  # one list for all rows: ten million images are no rarity
     if only is None:
-        return {row: list(range(n_steps)) for row in rows}
+        return dict.fromkeys(rows, every)
     for prompt, image in only:
         integer("only: prompt", prompt, 0, n_prompts - 1)
         integer("only: image", image, 0, n_images - 1)
-    steps = only if isinstance(only, Mapping) else {}
-    return {row: list(steps.get(row, range(n_steps))) for row in rows if row in only}
+    if isinstance(only, Mapping):
+        return {row: list(only[row]) for row in rows if row in only}
+    chosen = set(only)  # a list here would make the plan quadratic
+    return {row: every for row in rows if row in chosen}
 
 
 def missing_rows(folder: Path, wanted: Wanted, n_steps: int, image_format: str) -> Wanted:

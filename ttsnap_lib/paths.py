@@ -29,6 +29,12 @@ __all__ = [
     "write_json",
 ]
 
+# No permission; or a file stands where a folder should, or the other way round; or a name that no disk takes.
+_UNWRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY,
+    errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+
 _PACKAGE = Path(__file__).resolve().parent
 
 SHIPPED_TENSORS = {"pocket-flux": "flux", "pocket-sdxl": "sdxl"}
@@ -77,14 +83,16 @@ def _typed_os_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskError(
                 f"disk full while writing {path}",
+                value=str(path),
+                bound="a disk with free space",
                 remedy="Free some space or choose another folder, then run again: what was written stays.",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in _UNWRITABLE:
             raise DiskError(
                 f"cannot write {path}",
                 value=os.strerror(error.errno),
-                bound="a folder you may write to",
-                remedy="Change its permissions or choose another folder (TTSNAP_DATA_CACHE moves the cache).",
+                bound="a place you may write to, not taken by something else",
+                remedy="Change its permissions or choose another place (TTSNAP_DATA_CACHE moves the cache).",
             ) from error
         raise
 
@@ -94,6 +102,11 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[Any]:
     """Open a temporary file beside `path` and rename it onto `path` when the block ends well.
 
     A reader, or a process killed half-way, sees the old file or the new one, never a part.
+
+    Yields
+    ------
+    file
+        Open for writing.
 
     Raises
     ------
@@ -105,7 +118,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         try:
-            with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+            with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -178,7 +191,13 @@ def lock(path: str | Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def require_space(folder: str | Path, needed_bytes: float, what: str) -> None:
-    """Refuse to start when the disk under `folder` has less than `needed_bytes` free."""
+    """Refuse to start when the disk under `folder` has less than `needed_bytes` free.
+
+    Raises
+    ------
+    DiskError
+        Less is free.
+    """
     folder = Path(folder)
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free

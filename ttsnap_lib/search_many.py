@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._current_run import read_if_whole
 from ._plan import parse_shard
+from ._reading import read_json
 from .errors import ConfigError, SearchError
 from .paths import lock, write_json
 from .rewards import load_reward
@@ -111,7 +113,7 @@ def search_many(
     if failed:
         raise SearchError(
             f"{len(failed)} of {len(mine)} prompts failed", value=list(failed),
-            remedy=f"The others are done; run again for these. The first said: {next(iter(failed.values()))}",
+            bound="every prompt", remedy=f"The others are done; run again for these. The first said: {next(iter(failed.values()))}",
         )  # fmt: skip
     return frame
 
@@ -127,7 +129,11 @@ def collect(folder: str | Path) -> pd.DataFrame:
 
     from .paths import atomic_write
 
-    rows = [json.loads(path.read_text("utf-8")) for path in sorted(Path(folder).glob("p*/summary.json"))]
+    remedy = "Remove that folder and search again: the other prompts stay."
+    rows = [
+        read_json(path, "summary of a prompt", error=SearchError, remedy=remedy)
+        for path in sorted(Path(folder).glob("p*/summary.json"))
+    ]
     rows = [row for row in rows if row.get("stopped") != "interrupt"]
     frame = pd.DataFrame(rows).drop(columns="prompt_sha256", errors="ignore")
     if len(frame):
@@ -193,11 +199,8 @@ def check_one_source(prompt: str | None, prompts: str | None) -> None:
 
 
 def _finished(target: Path, digest: str) -> bool:
-    try:
-        summary = json.loads((target / "summary.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return summary.get("stopped") != "interrupt" and summary.get("prompt_sha256") == digest
+    summary = read_if_whole(target / "summary.json") or {}
+    return bool(summary) and summary.get("stopped") != "interrupt" and summary.get("prompt_sha256") == digest
 
 
 def _identity(pipeline: Any, rewards: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,12 +234,7 @@ def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
     if not path.exists():
         write_json(path, plain)
         return
-    try:
-        before = dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise SearchError(
-            "search.json cannot be read", value=str(path), bound="JSON", remedy="Choose another output folder."
-        ) from error
+    before = read_json(path, "record of an earlier search", error=SearchError, remedy="Choose another output folder.")
     if before != plain:
         keys = [key for key in {**before, **plain} if before.get(key) != plain.get(key)]
         raise SearchError(

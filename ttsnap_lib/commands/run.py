@@ -63,12 +63,14 @@ def _parameter_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the parameters of the file, overlaid with those of the command line."""
+    from ttsnap_lib._reading import read_yaml
     from ttsnap_lib.errors import ConfigError
-    from ttsnap_lib.parameters import declared_parameters, from_text, load_yaml, read_notebook
+    from ttsnap_lib.parameters import declared_parameters, from_text, read_notebook
     from ttsnap_lib.runner import find_notebook
 
     declared = declared_parameters(read_notebook(find_notebook(arguments.notebook)))
-    given = load_yaml(arguments.file, str(arguments.file)) if arguments.file else {}
+    remedy = "Write lines of `name: value`, indented with spaces."
+    given = read_yaml(arguments.file, "parameters", remedy=remedy) if arguments.file else {}
     if not isinstance(given, dict | None):
         raise ConfigError(
             str(arguments.file), value=given, bound="a mapping of parameters", remedy="Write lines of `name: value`."

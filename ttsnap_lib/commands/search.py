@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .generate import _loading, _size
+from .generate import _loading, _size, add_model_arguments
 
 __all__ = ["add"]
 
@@ -68,15 +68,7 @@ def _settings_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps")
     parser.add_argument("--size", type=_size, metavar="PIXELS", help="512 or 512x768 (default: the model's)")
     parser.add_argument("--guidance", type=float, help="guidance strength (default: the model's)")
-    parser.add_argument("--model", default="pocket-flux", help="pocket-flux, pocket-sdxl, a folder or a hub id")
-    parser.add_argument("--revision", help="commit, branch or tag of a hub id")
-    parser.add_argument("--variant", help="file variant of a hub id, such as fp16")
-    parser.add_argument("--scheduler", help="flow-euler, euler, ddim, dpm++ or unipc (default: the model's)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps")
-    parser.add_argument("--dtype", default="auto", help="fp32, bf16 or fp16 (auto: fp32 on the CPU, else bf16)")
-    parser.add_argument("--offload", default="none", help="model or sequential: weights rest in main memory")
-    parser.add_argument("--fp8", action="store_true", help="keep the denoising model's weights in 8 bits")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    add_model_arguments(parser, "pocket-flux", threads="CPU threads (default: all)")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
 

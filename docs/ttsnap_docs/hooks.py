@@ -1,0 +1,69 @@
+"""MkDocs hooks: pages that come from the code, tables in other pages, and the navigation of pages that may be there."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # the package and the tools of this checkout
+
+from ttsnap_docs import api, commands, estimates, parameters
+
+OPTIONAL = {"faults.md": "Fault drill", "bad-input.md": "Bad input", "coverage.md": "Coverage"}
+"""Pages that are in the navigation when they exist."""
+TABLES = {"parameters": parameters.table, "estimates": estimates.table}
+"""``<!-- KIND: NAME -->`` in a page is replaced by the table."""
+_MARKER = re.compile(r"<!-- (\w+): ([\w-]+) -->")
+
+
+def home() -> str:
+    """Return the home page: the README, with its links as the site needs them."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    return re.sub(r"\]\(docs/", "](", text)
+
+
+def fill(markdown: str, page: str) -> str:
+    """Return `markdown` with its markers replaced."""
+
+    def table(match: re.Match[str]) -> str:
+        kind, name = match.groups()
+        if kind not in TABLES:
+            raise PluginError(f"{page}: no table of kind {kind!r}; known: {sorted(TABLES)}")
+        return TABLES[kind](name)
+
+    return _MARKER.sub(table, markdown)
+
+
+def on_config(config: Any) -> Any:
+    """Put the pages that may be there into the navigation, and the pages of the API."""
+    docs = Path(config.docs_dir)
+    pocket = [{"Pocket world" if page.name == "index.md" else page.stem: f"pocket/{page.name}"}
+              for page in sorted((docs / "pocket").glob("*.md"), key=lambda page: (page.name != "index.md", page.name))]  # fmt: skip
+    extra = [{title: name} for name, title in OPTIONAL.items() if (docs / name).exists()]
+    reference = [{"Python interface": "api/index.md"}]
+    reference += [{title: f"api/{api.slug(title)}.md"} for title in api.GROUPS]
+    for section in config.nav:
+        if "Background" in section:
+            section["Background"] += [*pocket, *extra]
+        if "Reference" in section:
+            section["Reference"] += [{"Python": reference}]
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the generated pages."""
+    generated = {"index.md": home(), "commands.md": commands.page(), **api.pages()}
+    for path, content in generated.items():
+        files.append(File.generated(config, path, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Fill the tables of a page."""
+    return fill(markdown, page.file.src_uri)
