@@ -17,7 +17,9 @@ def add(commands: Any) -> None:
         help="find the best pruning schedule for your costs and budgets",
         description="Tune a schedule on some prompts of a reward tensor and tell what it gains on the others.",
     )
-    parser.add_argument("tensor", type=Path, help="Zarr folder of `ttsnap score` or `ttsnap import-published`")
+    parser.add_argument(
+        "tensor", help="Zarr folder of `ttsnap score` or `ttsnap import-published`; pocket-flux for the shipped one"
+    )
     parser.add_argument(
         "--reward", action="append", metavar="NAME", help="reward that selects; may stand several times"
     )
