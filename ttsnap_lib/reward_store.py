@@ -7,6 +7,7 @@ What is still NaN is what is left to do; nothing else has to be kept.
 from __future__ import annotations
 
 import contextlib
+import glob
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 
 from ._plan import shard_lock
 from .errors import TensorError
-from .paths import atomic_folder
+from .paths import atomic_folder, tidy, typed_disk_errors
 from .tensors import COPIED, DIMS, FINETUNED, PROMPT_CHUNK, check_rewards, make_rewards, open_rewards
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def open_store(
     beside = path.parent / f".{path.name}"
     with contextlib.ExitStack() as stack:
         with shard_lock(beside, shard) as held:
+            tidy(path.parent, glob.escape(path.name))
             old = open_rewards(path).load() if path.exists() else None
             new = _planned(old, path, rewards, list(prompts), n_images, sorted(steps), dict(attributes or {}))
             if old is None or not old.identical(new):
@@ -141,8 +143,9 @@ class RewardStore:
             copied = ~self._finetuned[reward]
             aware[:, copied] = base[:, copied]
             # In this order: a process that ends in between leaves a base value open, and does the prompt again.
-            self._group["noise_aware"][row, prompt] = aware
-            self._group["base"][row, prompt] = base
+            with typed_disk_errors(self.path):
+                self._group["noise_aware"][row, prompt] = aware
+                self._group["base"][row, prompt] = base
         self.settle(prompt)
 
     def settle(self, prompt: int) -> None:
@@ -150,7 +153,8 @@ class RewardStore:
         gaps = np.isnan(np.stack([self._group[name][:, prompt] for name in ("base", "noise_aware")]))
         status = _PENDING if gaps.all() else _PARTIAL if gaps.any() else _SCORED
         if self._group["status"][prompt] != status:
-            self._group["status"][prompt] = status
+            with typed_disk_errors(self.path):
+                self._group["status"][prompt] = status
 
 
 def _planned(

@@ -20,7 +20,7 @@ from . import provenance
 from ._current_run import FOLDER_VARIABLE, TOKEN_VARIABLE, Run, current_run, read_json
 from .errors import ConfigError, DiskError, RunError
 from .parameters import declared_parameters, injected_source, parameter_hash, read_notebook, resolve, tagged_cell
-from .paths import data_cache, git_state, lock, notebooks_folder, repository_root, write_json
+from .paths import data_cache, git_state, lock, notebooks_folder, repository_root, typed_disk_errors, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,6 +155,8 @@ def run(
         Before anything runs; see :func:`plan`.
     RunError
         A cell failed. Its executed notebook is kept, and the message names it, the cell and the error's last line.
+    DiskError
+        A full disk, or a folder that cannot be written.
     """
     planned = plan(notebook, parameters, folder=folder)
     say = progress or (lambda line: None)
@@ -199,6 +201,18 @@ def _run_locked(
     if done is not None:
         say(f"finished before: {done.folder}")
         return done
+    with typed_disk_errors(planned.folder):
+        return _run_anew(planned, say, echo, timeout_s, environment, warm)
+
+
+def _run_anew(
+    planned: Plan,
+    say: Callable[[str], None],
+    echo: bool,
+    timeout_s: float | None,
+    environment: Mapping[str, str] | None,
+    warm: bool,
+) -> RunResult:
     shutil.rmtree(planned.folder, ignore_errors=True)  # the remains of a failed or killed run
     content = read_notebook(planned.notebook)
     manifest = {

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ttsnap_lib.errors import ConfigError, CurriculumError
-from ttsnap_lib.paths import lock, write_json
+from ttsnap_lib.paths import lock, tidy, write_json
 from ttsnap_lib.rewards.base import Reward
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.rewards.steps import step_folders
@@ -125,6 +125,8 @@ def finetune(
     ------
     ConfigError, CurriculumError, TrajectoryError, RewardError, CheckpointError
         Bad input before anything is trained; a loss that is not finite, with step and batch.
+    DiskError
+        A full disk, a folder that cannot be written, or another process in this folder. What is finished stays.
     """
     begin = time.perf_counter()
     config = config or CurriculumConfig()
@@ -154,6 +156,7 @@ def finetune(
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(lock(folder / ".lock"))
+            tidy(folder)
             if overwrite:
                 _remove_run(folder)
         accelerator.wait_for_everyone()

@@ -1,0 +1,157 @@
+"""Starts a command in a process of its own, disturbs it, and tells how it ended; what every fault has in common."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Ended", "Started", "alive", "below", "start", "start_program", "wait_for"]
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 300.0  # longer than any command here takes on a busy machine: what is still there then hangs
+
+
+def wait_for(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
+    """Wait until `condition` holds; fail when it takes too long."""
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def below(pid: int) -> list[int]:
+    """Return the processes below `pid`."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, IndexError):
+            continue
+    found, layer = [], [pid]
+    while layer:
+        layer = [child for child, parent in parents.items() if parent in layer]
+        found += layer
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Return whether the process runs."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: exit status (negative: a signal), what it said on both streams, and how long it took."""
+
+    code: int
+    said: str
+    seconds: float
+
+    @property
+    def traceback(self) -> bool:
+        """Whether it showed a Python traceback."""
+        return "Traceback (most recent call last)" in self.said or "Exception ignored" in self.said
+
+
+class Started:
+    """A command at work."""
+
+    def __init__(self, process: multiprocessing.Process | subprocess.Popen, said: Path) -> None:
+        self._process, self._said, self._begin = process, said, time.monotonic()
+        self.pid: int = process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._code() is None
+
+    def _code(self) -> int | None:
+        if isinstance(self._process, subprocess.Popen):
+            return self._process.poll()
+        return self._process.exitcode
+
+    def send(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.running:
+            os.kill(self.pid, number)
+
+    def end(self, limit_s: float = LIMIT_S) -> Ended:
+        """Wait for its end; one that hangs is killed, and fails the test."""
+        until = time.monotonic() + limit_s
+        while self.running and time.monotonic() < until:
+            time.sleep(0.01)
+        hangs = self.running
+        if hangs:
+            os.kill(self.pid, signal.SIGKILL)
+        if isinstance(self._process, subprocess.Popen):
+            self._process.wait()
+        else:
+            self._process.join()
+        ended = Ended(self._code(), self._said.read_text("utf-8", "replace"), time.monotonic() - self._begin)
+        assert not hangs, f"it hangs; it said: {ended.said[-3000:]}"
+        return ended
+
+
+def _forked(words: list[str], said: str, environment: Mapping[str, str], prepare: Callable[[], None] | None) -> None:
+    """Be the command, in a process forked from one that has the imports."""
+    import torch
+
+    from ttsnap_lib.__main__ import run
+
+    stream = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = ["ttsnap", *words]
+    if prepare is not None:
+        prepare()
+    sys.exit(run())
+
+
+def start(
+    words: Sequence[object],
+    said: Path,
+    environment: Mapping[str, str] | None = None,
+    prepare: Callable[[], None] | None = None,
+) -> Started:
+    """Start ``ttsnap WORDS``; its imports are there already, so that a random moment falls into its work.
+
+    Parameters
+    ----------
+    said : Path
+        Takes what it says on both streams.
+    prepare : callable, optional
+        Called in the process before the command begins; puts a fault in place. Must be importable.
+    """
+    said.touch()  # it may be killed before it opens it
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.faults.preload"])
+    process = context.Process(
+        target=_forked, args=([str(word) for word in words], str(said), environment or {}, prepare)
+    )
+    process.start()
+    return Started(process, said)
+
+
+def start_program(
+    words: Sequence[object], said: Path, environment: Mapping[str, str] | None = None, head: Sequence[str] = ()
+) -> Started:
+    """Start ``python -m ttsnap_lib WORDS`` as a user does, from nothing; `head` comes in the place of ``python``."""
+    paths = [str(ROOT), *([os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else [])]
+    whole = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **(environment or {})}
+    command = [*(head or [sys.executable]), "-m", "ttsnap_lib", *map(str, words)]
+    with open(said, "wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=whole, cwd=ROOT)
+    return Started(process, said)
