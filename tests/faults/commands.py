@@ -90,8 +90,7 @@ class World:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.environment = {"TTSNAP_DATA_CACHE": str(folder / "cache"), "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
-        self._undisturbed: dict[str, tuple[Path, dict[str, Any], dict[str, Any]]] = {}
-        self._seconds: dict[str, float] = {}
+        self._undisturbed: dict[str, tuple[Path, dict[str, Any], dict[str, Any], float]] = {}
         self._numbers = 0
         start(["--version"], folder / "first.said").end()  # the imports of the fork server are no part of a run
         (folder / "finetune.yaml").write_text(
@@ -136,22 +135,17 @@ class World:
         return ended
 
     def moment(self, command: Command, chance: random.Random, low: float = 0.0) -> float:
-        """Return a random moment of a run, in seconds after its start, from the share `low` of it on."""
-        self.undisturbed(command)
-        return chance.uniform(low, 1.0) * self._seconds[command.name]
+        """Return a random moment of a run, in seconds of work, from the share `low` of it on."""
+        return chance.uniform(low, 1.0) * self.undisturbed(command)[3]
 
-    def undisturbed(self, command: Command) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-        """Return place, result and pieces of an undisturbed run."""
+    def undisturbed(self, command: Command) -> tuple[Path, dict[str, Any], dict[str, Any], float]:
+        """Return place, result, pieces and seconds of work of an undisturbed run."""
         if command.name not in self._undisturbed:
             place = self.new(f"undisturbed-{command.name}")
-            self.whole(command, self.run(command, place))
+            work_s = self.run(command, place).work_s
             result, pieces = command.result(place / "out"), command.pieces(place / "out")
-            self._undisturbed[command.name] = (place, result, pieces)
+            self._undisturbed[command.name] = (place, result, pieces, work_s)
         return self._undisturbed[command.name]
-
-    def whole(self, command: Command, ended: Ended) -> None:
-        """Take note of how long a whole run took; the shortest counts, since the machine may be busy with others."""
-        self._seconds[command.name] = min(ended.seconds, self._seconds.get(command.name, ended.seconds))
 
     def resumed(self, command: Command, place: Path, **options: Any) -> int:
         """Take up `command` in `place`, hold it to the undisturbed result, and return how many pieces it found.
@@ -161,7 +155,7 @@ class World:
         out = place / "out"
         before = command.pieces(out)
         ended = self.run(command, place, **options)
-        _, result, pieces = self.undisturbed(command)
+        _, result, pieces, _ = self.undisturbed(command)
         after = command.pieces(out)
         again = [name for name, mark in before.items() if after.get(name) != mark]
         assert not again, f"{command.name} made again what was there: {again}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 __all__ = ["Ended", "Started", "alive", "below", "start", "start_program", "wait_for"]
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_S = 300.0  # longer than any command here takes on a busy machine: what is still there then hangs
+LIMIT_S = 900.0  # longer than any command here takes on a busy machine: what is still there then hangs
 
 
 def wait_for(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
@@ -26,19 +27,29 @@ def wait_for(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
         time.sleep(0.02)
 
 
-def below(pid: int) -> list[int]:
-    """Return the processes below `pid`."""
-    parents = {}
+def _stats() -> dict[int, tuple[int, int]]:
+    """Return parent, and ticks of work with those of ended children, of every process."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+            words = stat.read_text().rsplit(")", 1)[1].split()
         except (OSError, IndexError):
             continue
+        found[int(stat.parent.name)] = (int(words[1]), sum(map(int, words[11:15])))
+    return found
+
+
+def _below(pid: int, stats: Mapping[int, tuple[int, int]]) -> list[int]:
     found, layer = [], [pid]
     while layer:
-        layer = [child for child, parent in parents.items() if parent in layer]
+        layer = [child for child, (parent, _) in stats.items() if parent in layer]
         found += layer
     return found
+
+
+def below(pid: int) -> list[int]:
+    """Return the processes below `pid`."""
+    return _below(pid, _stats())
 
 
 def alive(pid: int) -> bool:
@@ -51,11 +62,11 @@ def alive(pid: int) -> bool:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: exit status (negative: a signal), what it said on both streams, and how long it took."""
+    """How a command ended: exit status (negative: a signal), what it said on both streams, seconds of work."""
 
     code: int
     said: str
-    seconds: float
+    work_s: float
 
     @property
     def traceback(self) -> bool:
@@ -67,8 +78,10 @@ class Started:
     """A command at work."""
 
     def __init__(self, process: multiprocessing.Process | subprocess.Popen, said: Path) -> None:
-        self._process, self._said, self._begin = process, said, time.monotonic()
+        self._process, self._said = process, said
         self.pid: int = process.pid
+        self.work_s = 0.0
+        """Seconds that the processor has worked for it and for what it started, as last looked at."""
 
     @property
     def running(self) -> bool:
@@ -80,16 +93,25 @@ class Started:
             return self._process.poll()
         return self._process.exitcode
 
+    def until(self, work_s: float, limit_s: float = LIMIT_S) -> None:
+        """Wait until it has had so much work done, or has ended: a moment that other programs do not shift."""
+        end = time.monotonic() + limit_s
+        while self.running and self.work_s < work_s and time.monotonic() < end:
+            stats = _stats()
+            ticks = sum(stats[pid][1] for pid in (self.pid, *_below(self.pid, stats)) if pid in stats)
+            self.work_s = max(self.work_s, ticks / os.sysconf("SC_CLK_TCK"))
+            time.sleep(0.03)
+
     def send(self, number: int) -> None:
-        """Send a signal, unless it has ended."""
+        """Send a signal, unless it has ended; an interrupt waits until there is a command to be interrupted."""
+        if number == signal.SIGINT and not isinstance(self._process, subprocess.Popen):
+            wait_for(lambda: _at_work(self._said).exists() or not self.running)
         if self.running:
             os.kill(self.pid, number)
 
     def end(self, limit_s: float = LIMIT_S) -> Ended:
         """Wait for its end; one that hangs is killed, and fails the test."""
-        until = time.monotonic() + limit_s
-        while self.running and time.monotonic() < until:
-            time.sleep(0.01)
+        self.until(math.inf, limit_s)
         hangs = self.running
         if hangs:
             os.kill(self.pid, signal.SIGKILL)
@@ -97,9 +119,13 @@ class Started:
             self._process.wait()
         else:
             self._process.join()
-        ended = Ended(self._code(), self._said.read_text("utf-8", "replace"), time.monotonic() - self._begin)
+        ended = Ended(self._code(), self._said.read_text("utf-8", "replace"), self.work_s)
         assert not hangs, f"it hangs; it said: {ended.said[-3000:]}"
         return ended
+
+
+def _at_work(said: Path) -> Path:
+    return said.with_suffix(".at-work")
 
 
 def _forked(words: list[str], said: str, environment: Mapping[str, str], prepare: Callable[[], None] | None) -> None:
@@ -117,6 +143,7 @@ def _forked(words: list[str], said: str, environment: Mapping[str, str], prepare
     sys.argv = ["ttsnap", *words]
     if prepare is not None:
         prepare()
+    _at_work(Path(said)).touch()
     sys.exit(run())
 
 
@@ -149,8 +176,9 @@ def start_program(
     words: Sequence[object], said: Path, environment: Mapping[str, str] | None = None, head: Sequence[str] = ()
 ) -> Started:
     """Start ``python -m ttsnap_lib WORDS`` as a user does, from nothing; `head` comes in the place of ``python``."""
-    paths = [str(ROOT), *([os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else [])]
-    whole = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **(environment or {})}
+    whole = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    paths = [*([whole["PYTHONPATH"]] if whole.get("PYTHONPATH") else []), str(ROOT)]
+    whole["PYTHONPATH"] = os.pathsep.join(paths)
     command = [*(head or [sys.executable]), "-m", "ttsnap_lib", *map(str, words)]
     with open(said, "wb") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=whole, cwd=ROOT)

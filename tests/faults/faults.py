@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["NOBODY", "become_nobody", "clock_library", "fill_disk", "limit_files", "small_disk"]
+__all__ = ["NOBODY", "become_nobody", "clock_in_python", "clock_library", "fill_disk", "limit_files", "small_disk"]
 
 NOBODY = 65534
 
@@ -77,6 +77,33 @@ def become_nobody() -> None:
 def clock_library() -> Path | None:
     """Return libfaketime, or None where it is not installed."""
     return next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+
+
+_JUMPING = """
+import os, time
+
+def jumping(real, unit):
+    def now():
+        try:
+            with open(os.environ["DRILL_CLOCK"]) as file:
+                days = float(file.read().strip().rstrip("d") or 0)
+        except (OSError, ValueError):
+            days = 0.0
+        return real() + type(real())(days * 86400 * unit)
+    return now
+
+time.time, time.time_ns = jumping(time.time, 1), jumping(time.time_ns, 10**9)
+"""
+
+
+def clock_in_python(folder: Path) -> dict[str, str]:
+    """Return the environment of Python processes whose ``time.time`` jumps with the clock in ``folder/clock``.
+
+    For notebooks: under libfaketime with a true monotonic clock their kernels' sockets stop, even when it does not jump.
+    """
+    (folder / "sitecustomize.py").write_text(_JUMPING)
+    paths = [str(folder), *([os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else [])]
+    return {"PYTHONPATH": os.pathsep.join(paths), "DRILL_CLOCK": str(folder / "clock")}
 
 
 @contextmanager

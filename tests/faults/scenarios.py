@@ -50,30 +50,34 @@ def killed(world: World, command: Command, tries: int, chance: random.Random) ->
     kills = series = found = 0
     while kills < tries:
         place, series = world.new(command.name), series + 1
-        for k in range(min(3, tries - kills)):
+        for _ in range(min(3, tries - kills)):
             started = world.start(command, place)
-            time.sleep(world.moment(command, chance))
+            started.until(world.moment(command, chance))
             children = below(started.pid)
             started.send(signal.SIGKILL)
             ended = started.end()
             kills += ended.code == -signal.SIGKILL
             assert ended.code in (0, -signal.SIGKILL), ended.said[-3000:]
-            if ended.code == 0 and k == 0:
-                world.whole(command, ended)
             wait_for(lambda of=children: not any(alive(pid) for pid in of), 60)  # workers and kernels end with it
         found += world.resumed(command, place)
         world.remove(place)
     return f"{kills} kills in {series} runs; {_found(command, found, series)}"
 
 
-def interrupted(world: World, command: Command, tries: int, chance: random.Random) -> str:
-    """Send SIGINT at random moments; it must end soon, with exit status 130 and a short message."""
+def interrupted(world: World, command: Command, tries: int, chance: random.Random, program: bool = False) -> str:
+    """Send SIGINT at random moments; it must end soon, with exit status 130 and a short message.
+
+    With `program` it begins from nothing, and most moments fall into its imports.
+    """
+    work_s = world.undisturbed(command)[3]
+    if program:
+        work_s = world.run(command, world.new("from-nothing"), program=True).work_s
     hits = found = 0
     slowest = 0.0
     while hits < tries:
         place = world.new(command.name)
-        started = world.start(command, place)
-        time.sleep(world.moment(command, chance))
+        started = world.start(command, place, program=program)
+        started.until(chance.uniform(0.1, work_s))
         children = below(started.pid)
         begin = time.monotonic()
         started.send(signal.SIGINT)
@@ -82,15 +86,16 @@ def interrupted(world: World, command: Command, tries: int, chance: random.Rando
             hits += 1
             slowest = max(slowest, time.monotonic() - begin)
             assert "interrupted" in ended.said and len(ended.said) < 5000, ended.said[-3000:]
-        else:  # it had ended, or was not yet a command of ours
-            if ended.code == 0:
-                world.whole(command, ended)
+        else:  # it had ended, or Python had not come to our first line
             assert ended.code in (0, -signal.SIGINT), (ended.code, ended.said[-3000:])
         assert not ended.traceback or ended.code == -signal.SIGINT, ended.said[-3000:]
         wait_for(lambda of=children: not any(alive(pid) for pid in of), 60)
         found += world.resumed(command, place)
         world.remove(place)
     return f"{hits} interrupts, the slowest end after {slowest:.1f} s; {_found(command, found, hits)}"
+
+
+interrupted_early = functools.partial(interrupted, program=True)
 
 
 def full_disk(world: World, command: Command, tries: int, chance: random.Random) -> str:
@@ -154,7 +159,7 @@ def read_only(world: World, command: Command, tries: int, chance: random.Random)
         place = world.new(command.name)
         if kind == "half done":
             started = world.start(command, place)
-            time.sleep(world.moment(command, chance, 0.3))
+            started.until(world.moment(command, chance, 0.3))
             started.send(signal.SIGKILL)
             started.end()
         before = _contents(place)
@@ -184,8 +189,8 @@ def lost_shard(world: World, command: Command, tries: int, chance: random.Random
     while kills < tries:
         place = world.new(command.name)
         shards = [world.start(command, place, shard=f"{k}/2") for k in range(2)]
-        time.sleep(world.moment(command, chance))
         lost = chance.randrange(2)
+        shards[lost].until(world.moment(command, chance) / 2)
         shards[lost].send(signal.SIGKILL)
         ends = [shard.end() for shard in shards]
         assert ends[1 - lost].code == 0, ends[1 - lost].said[-3000:]
@@ -202,7 +207,7 @@ def lost_worker(world: World, command: Command, tries: int, chance: random.Rando
     while kills < tries:
         place = world.new(command.name)
         started = world.start(command, place)
-        time.sleep(world.moment(command, chance, 0.2))
+        started.until(world.moment(command, chance, 0.2))
         workers = [pid for pid in below(started.pid) if "workers import serve" in _words(pid)]
         if workers:
             os.kill(chance.choice(workers), signal.SIGKILL)
@@ -217,12 +222,12 @@ def lost_worker(world: World, command: Command, tries: int, chance: random.Rando
 def lost_process(world: World, command: Command, tries: int, chance: random.Random) -> str:
     """Kill one of two processes that train together; the launch ends, and the same launch goes on."""
     whole = world.new("two-processes")
-    begin = world.run(command, whole, program=True, head=launcher(2)).seconds
+    work_s = world.run(command, whole, program=True, head=launcher(2)).work_s
     kills = 0
     while kills < tries:
         place = world.new(command.name)
         started = world.start(command, place, program=True, head=launcher(2))
-        time.sleep(chance.uniform(0.3, 0.9) * begin)
+        started.until(chance.uniform(0.5, 0.95) * work_s)
         ranks = [pid for pid in below(started.pid) if "RANK=" in _environment(pid) and "finetune" in _words(pid)]
         if ranks:
             os.kill(chance.choice(ranks), signal.SIGKILL)
@@ -251,18 +256,20 @@ def _words(pid: int) -> str:
 
 def clock_jumps(world: World, command: Command, tries: int, chance: random.Random) -> str:
     """Let the clock of the system jump a year, back and forth, while the command is at work."""
-    library = faults.clock_library()
-    if library is None:
+    library, jumps = faults.clock_library(), 0
+    if library is None and command.name != "sweep":
         raise Skip("libfaketime is not installed: apt-get install libfaketime")
-    jumps = 0
     for _ in range(tries):
-        place = world.new(command.name)
-        file = place / "clock"
+        place, clock = world.new(command.name), world.new("clock")
+        file = clock / "clock"
         file.write_text("+0")
-        environment = {
-            "LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(file), "FAKETIME_NO_CACHE": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        }  # fmt: skip
+        if command.name == "sweep":
+            environment = faults.clock_in_python(clock)
+        else:
+            environment = {
+                "LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(file), "FAKETIME_NO_CACHE": "1",
+                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            }  # fmt: skip
         started = world.start(command, place, program=True, environment=environment)
         sign = 1
         while started.running:
@@ -273,7 +280,8 @@ def clock_jumps(world: World, command: Command, tries: int, chance: random.Rando
         assert ended.code == 0, ended.said[-3000:]
         world.resumed(command, place)
         world.remove(place)
-    return f"{tries} runs through {jumps} jumps of up to a year, back and forth"
+    how = "time.time in Python" if command.name == "sweep" else "libfaketime"
+    return f"{tries} runs through {jumps} jumps of up to a year, back and forth ({how})"
 
 
 def started_twice(world: World, command: Command, tries: int, chance: random.Random) -> str:
@@ -282,7 +290,7 @@ def started_twice(world: World, command: Command, tries: int, chance: random.Ran
     for _ in range(tries):
         place = world.new(command.name)
         first = world.start(command, place)
-        time.sleep(chance.choice((0.0, world.moment(command, chance))))
+        first.until(chance.choice((0.0, world.moment(command, chance))))
         second = world.start(command, place)
         codes = []
         for ended in (first.end(), second.end()):
@@ -347,6 +355,7 @@ SCENARIOS = {
     for scenario in (
         Scenario("kill -9", "the same command goes on; nothing finished is made twice", killed),
         Scenario("Ctrl-C (SIGINT)", "ends with exit status 130 and a line; the same command goes on", interrupted),
+        Scenario("Ctrl-C while Python loads", "ends with exit status 130 and a line", interrupted_early),
         Scenario("disk full, ENOSPC when a file is opened", "one line, exit status 1; goes on when there is room",
                  full_disk),
         Scenario("file cut short, EFBIG (ulimit -f)", "one line, exit status 1; goes on without the limit", file_limit),
@@ -357,7 +366,7 @@ SCENARIOS = {
         Scenario("a worker of the sweep dies", "it is replaced and its run made again", lost_worker, ("sweep",)),
         Scenario("one of two training processes dies", "the launch ends; the same launch goes on", lost_process,
                  ("finetune",)),
-        Scenario("clock jumps (libfaketime)", "no difference", clock_jumps),
+        Scenario("clock jumps", "no difference", clock_jumps),
         Scenario("started twice on one output", "the second is refused in one line, or joins", started_twice),
         Scenario("started twice with other settings", "one is refused in one line; results never mix",
                  other_settings_at_once, ("generate", "finetune", "search")),

@@ -20,7 +20,7 @@ SHORT = [
     ("Ctrl-C (SIGINT)", "generate", 1),
     ("disk full, ENOSPC when a file is opened", "search", 1),
     ("file cut short, EFBIG (ulimit -f)", "finetune", 1),
-    ("folder that cannot be written, user nobody", "report", 1),
+    ("folder that cannot be written, user nobody", "score", 1),
     ("started twice on one output", "score", 1),
 ]
 
