@@ -171,7 +171,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             if not path.exists():
                 os.replace(part, path)
             elif _exchange(part, path):
-                shutil.rmtree(part, ignore_errors=True)
+                _remove(part)
             else:  # a process that ends between the next two lines leaves it to `tidy` to put the old folder back
                 old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
                 os.replace(path, old / "old")
@@ -206,13 +206,17 @@ def tidy(folder: str | Path, name: str = "*") -> None:
         with contextlib.suppress(OSError):
             if not place.exists():
                 os.replace(path / "old", place)
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
     for path in Path(folder).glob(f".{name}.*.part"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -30,7 +30,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     given = parser.parse_args()
     broken = 0
-    print("| Fault | Command | Tries | What happened | Seconds |\n| --- | --- | --- | --- | --- |", flush=True)
+    print("| Command | Compared |\n| --- | --- |")
+    for command in COMMANDS.values():
+        print(f"| {command.name} | {command.compared} |")
+    print("\n| Fault | Command | Tries | What happened | Seconds |\n| --- | --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory(prefix="ttsnap-drill-") as folder:
         Path(folder).chmod(0o755)  # user nobody has to come in
         world = World(Path(folder))

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,12 +93,15 @@ class World:
         self.environment = {"TTSNAP_DATA_CACHE": str(folder / "cache"), "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
         self._undisturbed: dict[str, tuple[Path, dict[str, Any], dict[str, Any], float]] = {}
         self._numbers = 0
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell gives it to what runs in the background
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         start(["--version"], folder / "first.said").end()  # the imports of the fork server are no part of a run
         (folder / "finetune.yaml").write_text(
             yaml.safe_dump({"reward": "pocket-clip", "steps": [2, 0], "batch_size": 16, "group_size": 2,
                             "epochs_per_step": 1, "save_every": 1, "validation_prompts": 5})
         )  # fmt: skip
-        (folder / "prompts.txt").write_text("a red ring\na blue disk\na green star\na white square\n")
+        prompts = [f"a {color} {shape}" for color in ("red", "blue", "green", "white") for shape in ("ring", "star")]
+        (folder / "prompts.txt").write_text("\n".join(prompts))
         (folder / "sweep.yaml").write_text(
             yaml.safe_dump({"notebook": str(NOTEBOOK), "parameters": {"label": "drill"}, "grid": {"x": [1, 2, 3, 4]}})
         )
@@ -242,7 +246,7 @@ def _finetune_pieces(out: Path) -> dict[str, Any]:
 
 
 def _search(world: World, out: Path, shard: str | None) -> list[object]:
-    words = ["search", "--prompts", world.folder / "prompts.txt", "--candidates", 4, "--steps", STEPS, "--threads", 1,
+    words = ["search", "--prompts", world.folder / "prompts.txt", "--candidates", 16, "--steps", STEPS, "--threads", 1,
              "--device", "cpu", "-q", "--out", out]  # fmt: skip
     return [*words, *(["--shard", shard] if shard else [])]
 

@@ -141,9 +141,9 @@ def _forked(words: list[str], said: str, environment: Mapping[str, str], prepare
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv = ["ttsnap", *words]
+    _at_work(Path(said)).touch()
     if prepare is not None:
         prepare()
-    _at_work(Path(said)).touch()
     sys.exit(run())
 
 

@@ -306,8 +306,7 @@ def started_twice(world: World, command: Command, tries: int, chance: random.Ran
 
 def other_settings_at_once(world: World, command: Command, tries: int, chance: random.Random) -> str:
     """Start two processes with different settings on the same new output: one alone may fill it."""
-    change = {"generate": ["--seed", 1], "score": ["--steps", 0], "search": ["--seed", 1],
-              "finetune": ["-p", "seed", 1]}[command.name]  # fmt: skip
+    change = ["-p", "seed", 1] if command.name == "finetune" else ["--seed", 1]
     changed = Command(command.name, lambda *given: [*command.words(*given), *change], command.result, command.pieces,
                       command.made, command.compared)  # fmt: skip
     for _ in range(tries):

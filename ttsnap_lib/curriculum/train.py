@@ -179,8 +179,8 @@ def finetune(
         trained = sum(p.numel() for p in weights.parameters.values())
         about = {"trained_parameters": trained, "base_parameters": parameters}
         if accelerator.is_main_process and not (folder / CURRICULUM).exists():
-            write_curriculum(folder, reward.name, config, who, [], about)
             write_json(folder / "config.json", config.to_dict())
+            write_curriculum(folder, reward.name, config, who, [], about)  # last: with it the run has begun
         trainer = Trainer(
             accelerator, reward, weights, loader, config, folder, identity=who, about=about,
             validation=None if held is None else (held, held_goal, base), progress=progress, listener=listener,
