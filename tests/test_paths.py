@@ -72,15 +72,20 @@ def test_a_folder_that_was_being_replaced_comes_back(tmp_path, monkeypatch):
     assert _names(tmp_path) == [".other.x.part", ".set.csv", "set"]
 
 
-def test_a_half_written_file_is_tidied_away(tmp_path, monkeypatch):
+def test_a_half_written_file_is_gone_after_the_next_write(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "unlink", lambda *given: None)
     with pytest.raises(Killed), atomic_write(tmp_path / "file") as file:
         file.write(b"half")
         raise Killed
     monkeypatch.undo()
-    assert len(_names(tmp_path)) == 1
-    tidy(tmp_path)
-    assert _names(tmp_path) == []
+    (left,) = _names(tmp_path)
+    with atomic_write(tmp_path / "file") as file:  # the writer of the leftover is gone, this one is at work
+        file.write(b"whole")
+        (part,) = _names(tmp_path)
+        assert part != left
+        with atomic_write(tmp_path / "file", "w") as other:
+            other.write("another writer at the same time")
+    assert (tmp_path / "file").read_text() == "whole" and _names(tmp_path) == ["file"]
 
 
 def _limited(write):

@@ -23,7 +23,6 @@ from .checks import choice, integer
 from .denoise import Denoiser, Settings
 from .errors import ConfigError
 from .negtome import NegToMe
-from .paths import tidy
 from .pipelines import load_pipeline
 from .prompts import read_prompts
 from .trajectories import MANIFEST, Manifest, VerifyReport, extend, verify
@@ -181,7 +180,6 @@ def generate(
                 cpu_threads=threads,
             )
             with shard_lock(folder, (index, count)) as held:
-                tidy(folder, MANIFEST)
                 extend(folder, identity, prompts, images_per_prompt, writer_of(denoiser, source))
             stack.enter_context(held)
             if not isinstance(only, Mapping):

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import glob
 import json
 import os
 import shutil
@@ -126,7 +127,8 @@ def typed_disk_errors(path: object) -> Iterator[None]:
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[Any]:
     """Open a temporary file beside `path` and rename it onto `path` when the block ends well.
 
-    A reader, or a process killed half-way, sees the old file or the new one, never a part.
+    A reader, or a process killed half-way, sees the old file or the new one, never a part. What a killed writer left of
+    the same file is removed.
 
     Raises
     ------
@@ -136,7 +138,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[Any]:
     path = Path(path)
     with typed_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        _remove_dead_parts(path)
+        handle, name = _part_of(path)
         try:
             with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
                 yield file
@@ -148,6 +151,32 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[Any]:
             with contextlib.suppress(OSError):
                 os.unlink(name)
             raise
+
+
+def _part_of(path: Path) -> tuple[int, str]:
+    """Open a new temporary file beside `path`, locked as long as its writer lives: so a leftover can be told."""
+    import fcntl
+
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.stat(name)
+        except (BlockingIOError, FileNotFoundError):  # another writer took it for a leftover before it was locked
+            os.close(handle)
+            continue
+        except OSError:  # a file system without locks: leftovers stay there
+            pass
+        return handle, name
+
+
+def _remove_dead_parts(path: Path) -> None:
+    import fcntl
+
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError), open(part, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its writer lives
+            part.unlink()
 
 
 @contextlib.contextmanager
@@ -196,7 +225,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def tidy(folder: str | Path, name: str = "*") -> None:
-    """Remove what killed processes left of files and folders `name` (a pattern) that they were writing in `folder`.
+    """Remove what killed processes left of folders `name` (a pattern) that they were writing in `folder`.
 
     An old folder that was on its way out while the new one was not yet there is put back. Call it where no other
     process writes these names: under their lock.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ._layout import HIDDEN
 from ._plan import parse_shard, shard_lock
 from .errors import ConfigError, SearchError
-from .paths import atomic_write, lock, tidy, write_json
+from .paths import atomic_write, lock, write_json
 from .rewards import load_reward
 from .search import search
 
@@ -108,8 +108,6 @@ def search_many(
         with shard_lock(folder, (index, of)) as held:
             _check_identity(folder, {**_identity(pipeline, rewards, options), **(identity or {})})
         with held:
-            for number in mine:
-                tidy(folder / f"p{number:04d}")
             try:
                 work(folder)
             finally:
@@ -133,7 +131,6 @@ def collect(folder: str | Path) -> pd.DataFrame:
 
     folder = Path(folder)
     with lock(folder / HIDDEN / "locks" / "table.lock", wait=True):  # else a shard could write an older table last
-        tidy(folder, "results.*")
         rows = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("p*/summary.json"))]
         rows = [row for row in rows if row.get("stopped") != "interrupt"]
         frame = pd.DataFrame(rows).drop(columns="prompt_sha256", errors="ignore")

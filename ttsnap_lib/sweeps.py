@@ -17,7 +17,7 @@ from ._sweep_table import collect, draw
 from ._sweep_view import SweepView, short_parameters
 from .checks import integer
 from .grids import GridSpec, load_grid, parse_grid
-from .paths import atomic_write, data_cache, git_state, lock, tidy, write_json
+from .paths import atomic_write, data_cache, git_state, lock, write_json
 from .runner import Plan, finished, plan
 from .workers import Outcome, Task, cores, run_local
 
@@ -99,7 +99,6 @@ def run_sweep(
     home = (Path(folder) if folder is not None else data_cache() / "sweeps" / grid.name).absolute()
     plans = [plan(grid.notebook, parameters, folder=runs_folder) for parameters in grid.runs]
     with lock(home / ".lock"):
-        tidy(home)
         return _run_locked(grid, plans, home, workers, scheduler, retries, timeout_s, stream)
 
 

@@ -185,6 +185,12 @@ def _generate(world: World, out: Path, shard: str | None) -> list[object]:
     return [*words, *(["--shard", shard] if shard else [])]
 
 
+def _inline(world: World, out: Path, shard: str | None) -> list[object]:
+    words = _generate(world, out, shard)
+    words[words.index("--out")] = "--score"
+    return [*words, "--reward", "pocket-clip"]
+
+
 def _generate_result(out: Path) -> dict[str, Any]:
     manifest = _json(out / "manifest.json")
     del manifest["provenance"]  # who wrote, and when
@@ -293,6 +299,8 @@ COMMANDS = {
         Command("generate", _generate, _generate_result, _generate_pieces, _number(r"(\d+) images made"),
                 "every picture and the manifest, byte for byte; not the manifest's provenance (who wrote, when)", True),
         Command("score", _score, lambda out: _bytes(out, "**/*"), _score_pieces,
+                _number(r"(\d+) pictures", IMAGES * STEPS), "every file of the tensor, byte for byte", True),
+        Command("generate --score", _inline, lambda out: _bytes(out, "**/*"), _score_pieces,
                 _number(r"(\d+) pictures", IMAGES * STEPS), "every file of the tensor, byte for byte", True),
         Command("finetune", _finetune, _finetune_result, _finetune_pieces, lambda said: None,
                 "every checkpoint and the losses, byte for byte; metrics and curriculum.json without elapsed seconds"),

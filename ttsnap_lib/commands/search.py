@@ -108,7 +108,6 @@ def _search(arguments: argparse.Namespace) -> int:
     from ttsnap_lib._search_checks import candidates_for, check_schedule
     from ttsnap_lib.costs import CostModel
     from ttsnap_lib.negtome import NegToMe
-    from ttsnap_lib.paths import tidy
     from ttsnap_lib.prompts import read_prompts
     from ttsnap_lib.schedule import Schedule
     from ttsnap_lib.search_many import check_one_source, search_many
@@ -148,7 +147,7 @@ def _search(arguments: argparse.Namespace) -> int:
     options["decoder"] = load_decoder(arguments.tiny, pipeline)
     if arguments.prompts is None:
         with shard_lock(Path(arguments.out), (0, 1)) as held:
-            tidy(arguments.out)
+            pass
         with held:
             result = search(
                 pipeline,
