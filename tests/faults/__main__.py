@@ -12,7 +12,8 @@ import traceback
 from pathlib import Path
 
 from tests.faults.commands import COMMANDS, World
-from tests.faults.scenarios import SCENARIOS, Skip
+from tests.faults.faults import Skip
+from tests.faults.scenarios import SCENARIOS
 
 KILLS, TRIES = 20, 3
 
@@ -33,7 +34,7 @@ def main() -> int:
     print("| Command | Compared |\n| --- | --- |")
     for command in COMMANDS.values():
         print(f"| {command.name} | {command.compared} |")
-    print("\n| Fault | Command | Tries | What happened | Seconds |\n| --- | --- | --- | --- | --- |", flush=True)
+    print("\n| Fault | Command | What happened | Seconds |\n| --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory(prefix="ttsnap-drill-") as folder:
         Path(folder).chmod(0o755)  # user nobody has to come in
         world = World(Path(folder))
@@ -51,7 +52,7 @@ def main() -> int:
                     traceback.print_exc()
                     told, broken = f"**broken**: {type(error).__name__}", broken + 1
                 seconds = time.monotonic() - begin
-                print(f"| {scenario.name} | {name} | {tries} | {told} | {seconds:.0f} |", flush=True)
+                print(f"| {scenario.name} | {name} | {told} | {seconds:.0f} |", flush=True)
     print(f"\n{platform.system()}, Python {platform.python_version()}; {'all promises held' if not broken else broken}")
     return 1 if broken else 0
 

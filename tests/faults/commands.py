@@ -21,7 +21,7 @@ from tests.faults.drill import Ended, Started, start, start_program
 from ttsnap_lib.tensors import open_rewards
 from ttsnap_lib.trajectories import verify
 
-__all__ = ["COMMANDS", "Command", "World"]
+__all__ = ["COMMANDS", "Command", "World", "found_again"]
 
 STEPS, IMAGES, PROMPTS = 4, 2, 30  # a shard of scores owns 25 prompts, so there are two
 TIMES = {"elapsed_s", "denoise_s", "decode_s", "score_s", "text_s"}
@@ -314,3 +314,10 @@ COMMANDS = {
                 "the page, byte for byte"),
     )
 }  # fmt: skip
+
+
+def found_again(command: Command, found: int, runs: int) -> str:
+    """Return in words how many finished pieces the resumed sittings found."""
+    if command.name == "report" or not runs:
+        return "the same result"
+    return f"{found} finished pieces found again, none made twice; the same result"

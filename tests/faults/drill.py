@@ -73,6 +73,12 @@ class Ended:
         """Whether it showed a Python traceback."""
         return "Traceback (most recent call last)" in self.said or "Exception ignored" in self.said
 
+    def check_refused(self, says: str) -> None:
+        """Hold it to a clean end: exit status 1 and a line of ours that holds `says`, no traceback."""
+        assert self.code == 1, (self.code, self.said[-3000:])
+        assert not self.traceback, self.said[-3000:]
+        assert "ttsnap: " in self.said and says in self.said, self.said[-3000:]
+
 
 class Started:
     """A command at work."""
@@ -108,6 +114,14 @@ class Started:
             wait_for(lambda: _at_work(self._said).exists() or not self.running)
         if self.running:
             os.kill(self.pid, number)
+
+    def kill(self) -> Ended:
+        """Kill it by signal 9, unless it has ended, and wait until its workers and kernels are gone with it."""
+        children = below(self.pid)
+        self.send(signal.SIGKILL)
+        ended = self.end()
+        wait_for(lambda: not any(alive(pid) for pid in children), 60)
+        return ended
 
     def end(self, limit_s: float = LIMIT_S) -> Ended:
         """Wait for its end; one that hangs is killed, and fails the test."""

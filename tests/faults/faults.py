@@ -13,9 +13,22 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["NOBODY", "become_nobody", "clock_in_python", "clock_library", "fill_disk", "limit_files", "small_disk"]
+__all__ = [
+    "NOBODY",
+    "Skip",
+    "become_nobody",
+    "clock_in_python",
+    "clock_library",
+    "fill_disk",
+    "limit_files",
+    "small_disk",
+]
 
 NOBODY = 65534
+
+
+class Skip(Exception):
+    """The fault cannot be tried on this machine; the message says why, and how it could."""
 
 
 def fill_disk(folder: str, after: int) -> None:

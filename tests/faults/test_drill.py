@@ -8,7 +8,8 @@ import pytest
 
 from tests.faults.__main__ import tries_of
 from tests.faults.commands import COMMANDS, World
-from tests.faults.scenarios import SCENARIOS, Skip
+from tests.faults.faults import Skip
+from tests.faults.scenarios import SCENARIOS
 
 ALL = [(fault, name) for fault, scenario in SCENARIOS.items() for name in scenario.commands]
 # One command each is enough to see that the ways out still work; kills are tried on those that keep most state.
