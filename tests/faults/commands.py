@@ -320,4 +320,6 @@ def found_again(command: Command, found: int, runs: int) -> str:
     """Return in words how many finished pieces the resumed sittings found."""
     if command.name == "report" or not runs:
         return "the same result"
+    if command.name == "finetune":  # it may write its last step again, so its pieces have no mark
+        return f"{found} finished steps found again; the same result"
     return f"{found} finished pieces found again, none made twice; the same result"
