@@ -7,11 +7,11 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.faults.drill import alive, wait_for
 from ttsnap_lib._reading import parse_yaml
 from ttsnap_lib.errors import ConfigError, RunError
 from ttsnap_lib.parameters import (
@@ -278,27 +278,13 @@ def test_a_killed_run_is_run_again_and_leaves_no_kernel(tmp_path):
     mark = tmp_path / "mark"
     code = "import sys; from ttsnap_lib.runner import run; run(sys.argv[1], {'label': sys.argv[2]})"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "long.ipynb"), str(mark)])
-    _wait(lambda: mark.exists() and mark.read_text())
+    wait_for(lambda: mark.exists() and mark.read_text())
     kernel = int(mark.read_text())
     process.send_signal(signal.SIGKILL)
     process.wait(10)
     result = run(tmp_path / "long.ipynb", {"label": str(mark), "x": 2.0})
     assert not result.reused and result.table()["x"].tolist() == [2.0]
-    _wait(lambda: not _alive(kernel))
-
-
-def _wait(condition, limit_s: float = 60.0) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+    wait_for(lambda: not alive(kernel))
 
 
 def test_current_run_serves_plain_jupyter_as_well(cache, monkeypatch, capsys):

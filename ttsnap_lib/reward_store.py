@@ -7,6 +7,7 @@ What is still NaN is what is left to do; nothing else has to be kept.
 from __future__ import annotations
 
 import contextlib
+import glob
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from ._plan import shard_lock
 from .errors import TensorError
+from .paths import tidy, typed_disk_errors
 from .tensors import COPIED, DIMS, FINETUNED, PROMPT_CHUNK, check_rewards, make_rewards, open_rewards, write_zarr
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ def open_store(
     beside = path.parent / f".{path.name}"
     with contextlib.ExitStack() as stack:
         with shard_lock(beside, shard) as held:
+            tidy(path.parent, glob.escape(path.name))
             old = open_rewards(path).load() if path.exists() else None
             new = _planned(old, path, rewards, list(prompts), n_images, sorted(steps), dict(attributes or {}))
             if old is None or not old.identical(new):
@@ -145,8 +148,9 @@ class RewardStore:
             copied = ~self._finetuned[reward]
             aware[:, copied] = base[:, copied]
             # In this order: a process that ends in between leaves a base value open, and does the prompt again.
-            self._array("noise_aware")[row, prompt] = aware
-            self._array("base")[row, prompt] = base
+            with typed_disk_errors(self.path):
+                self._array("noise_aware")[row, prompt] = aware
+                self._array("base")[row, prompt] = base
         self.settle(prompt)
 
     def settle(self, prompt: int) -> None:
@@ -154,7 +158,8 @@ class RewardStore:
         gaps = np.isnan(np.stack([np.asarray(self._array(name)[:, prompt]) for name in ("base", "noise_aware")]))
         status = _PENDING if gaps.all() else _PARTIAL if gaps.any() else _SCORED
         if self._array("status")[prompt] != status:
-            self._array("status")[prompt] = status
+            with typed_disk_errors(self.path):
+                self._array("status")[prompt] = status
 
     def _array(self, name: str) -> zarr.Array:
         return cast("zarr.Array", self._group[name])

@@ -22,7 +22,7 @@ from ._reading import as_path
 from .checks import real
 from .errors import ConfigError, DiskError, RunError
 from .parameters import declared_parameters, injected_source, parameter_hash, read_notebook, resolve, tagged_cell
-from .paths import data_cache, git_state, lock, notebooks_folder, repository_root, write_json
+from .paths import data_cache, git_state, lock, notebooks_folder, repository_root, typed_disk_errors, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -171,6 +171,8 @@ def run(
         Before anything runs; see :func:`plan`.
     RunError
         A cell failed. Its executed notebook is kept, and the message names it, the cell and the error's last line.
+    DiskError
+        A full disk, or a folder that cannot be written.
     """
     planned = plan(notebook, parameters, folder=folder)
     timeout_s = None if timeout_s is None else real("timeout_s", timeout_s, 0, open_low=True)
@@ -216,6 +218,18 @@ def _run_locked(
     if done is not None:
         say(f"finished before: {done.folder}")
         return done
+    with typed_disk_errors(planned.folder):
+        return _run_anew(planned, say, echo, timeout_s, environment, warm)
+
+
+def _run_anew(
+    planned: Plan,
+    say: Callable[[str], None],
+    echo: bool,
+    timeout_s: float | None,
+    environment: Mapping[str, str] | None,
+    warm: bool,
+) -> RunResult:
     shutil.rmtree(planned.folder, ignore_errors=True)  # the remains of a failed or killed run
     content = read_notebook(planned.notebook)
     manifest: dict[str, Any] = {

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._current_run import read_if_whole
-from ._plan import parse_shard
+from ._layout import HIDDEN
+from ._plan import parse_shard, shard_lock
 from ._reading import read_json
 from .errors import ConfigError, SearchError
-from .paths import lock, write_json
+from .paths import atomic_write, lock, write_json
 from .rewards import load_reward
 from .search import search
 
@@ -68,6 +69,8 @@ def search_many(
     ------
     SearchError
         The folder holds results of other settings; or some prompts failed, after all others are done.
+    DiskError
+        A full disk, a folder that cannot be written, or another process at the same shard. What is done stays.
     KeyboardInterrupt
         Ctrl-C; the best so far of the prompt at work is saved, and searched again next time.
     """
@@ -104,8 +107,9 @@ def search_many(
         frame = pd.DataFrame(rows)
     else:
         folder = Path(folder)
-        _check_identity(folder, {**_identity(pipeline, rewards, options), **(identity or {})})
-        with lock(folder / f".shard-{index}-of-{of}.lock"):
+        with shard_lock(folder, (index, of)) as held:
+            _check_identity(folder, {**_identity(pipeline, rewards, options), **(identity or {})})
+        with held:
             try:
                 work(folder)
             finally:
@@ -127,25 +131,25 @@ def collect(folder: str | Path) -> pd.DataFrame:
 
     import pandas as pd
 
-    from .paths import atomic_write
-
+    folder = Path(folder)
     remedy = "Remove that folder and search again: the other prompts stay."
-    rows = [
-        read_json(path, "summary of a prompt", error=SearchError, remedy=remedy)
-        for path in sorted(Path(folder).glob("p*/summary.json"))
-    ]
-    rows = [row for row in rows if row.get("stopped") != "interrupt"]
-    frame = pd.DataFrame(rows).drop(columns="prompt_sha256", errors="ignore")
-    if len(frame):
-        frame = frame.sort_values("prompt_index", ignore_index=True)
-        buffer = io.BytesIO()
-        frame.to_parquet(buffer)
-        for name, content in (
-            ("results.csv", frame.to_csv(index=False).encode()),
-            ("results.parquet", buffer.getvalue()),
-        ):
-            with atomic_write(Path(folder) / name) as file:
-                file.write(content)
+    with lock(folder / HIDDEN / "locks" / "table.lock", wait=True):  # else a shard could write an older table last
+        rows = [
+            read_json(path, "summary of a prompt", error=SearchError, remedy=remedy)
+            for path in sorted(folder.glob("p*/summary.json"))
+        ]
+        rows = [row for row in rows if row.get("stopped") != "interrupt"]
+        frame = pd.DataFrame(rows).drop(columns="prompt_sha256", errors="ignore")
+        if len(frame):
+            frame = frame.sort_values("prompt_index", ignore_index=True)
+            buffer = io.BytesIO()
+            frame.to_parquet(buffer)
+            for name, content in (
+                ("results.csv", frame.to_csv(index=False).encode()),
+                ("results.parquet", buffer.getvalue()),
+            ):
+                with atomic_write(folder / name) as file:
+                    file.write(content)
     return frame
 
 

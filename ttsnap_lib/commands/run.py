@@ -120,20 +120,16 @@ def _sweep(arguments: argparse.Namespace) -> int:
         return _dry_run(grid, arguments.runs)
     from ttsnap_lib.sweeps import run_sweep
 
-    try:
-        result = run_sweep(
-            grid,
-            folder=arguments.folder,
-            runs_folder=arguments.runs,
-            workers=arguments.workers,
-            scheduler=arguments.scheduler,
-            retries=arguments.retries,
-            timeout_s=arguments.timeout,
-            stream=None if arguments.quiet else sys.stderr,
-        )
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
+    result = run_sweep(
+        grid,
+        folder=arguments.folder,
+        runs_folder=arguments.runs,
+        workers=arguments.workers,
+        scheduler=arguments.scheduler,
+        retries=arguments.retries,
+        timeout_s=arguments.timeout,
+        stream=None if arguments.quiet else sys.stderr,
+    )
     for failure in result.failed:
         where = f" at {failure['cell']}" if failure["cell"] else ""
         print(f"failed: {failure['label']}{where}: {failure['last_line']}", file=sys.stderr)

@@ -96,13 +96,14 @@ def _reward_device(arguments: argparse.Namespace) -> str | None:
 
 
 def _search(arguments: argparse.Namespace) -> int:
+    from ttsnap_lib._plan import shard_lock
     from ttsnap_lib._search_checks import candidates_for, check_schedule
     from ttsnap_lib.costs import CostModel
     from ttsnap_lib.negtome import NegToMe
     from ttsnap_lib.prompts import read_prompts
     from ttsnap_lib.schedule import Schedule
     from ttsnap_lib.search_many import check_one_source, search_many
-    from ttsnap_lib.search_models import find_adapters
+    from ttsnap_lib.search_models import find_adapters, load_decoder
 
     # What costs nothing to check comes before any model is loaded.
     check_one_source(arguments.prompt, arguments.prompts)
@@ -131,16 +132,24 @@ def _search(arguments: argparse.Namespace) -> int:
         "schedule": schedule, "budget": arguments.budget, "candidates": arguments.candidates, "cost": cost,
         "seed": arguments.seed, "method": arguments.method, "settings": settings, "combine": arguments.combine,
         "weights": arguments.weights, "report": [one.name for one in rewards[len(arguments.reward) :]],
-        "decoder": arguments.tiny, "batch_size": arguments.batch_size, "deadline_s": arguments.deadline,
+        "batch_size": arguments.batch_size, "deadline_s": arguments.deadline,
         "negtome": negtome,
     }  # fmt: skip
     pipeline = _pipeline(arguments)
+    options["decoder"] = load_decoder(arguments.tiny, pipeline)
     if arguments.prompts is None:
-        result = search(
-            pipeline, prompts[0], rewards, progress=progress_bar("candidate steps", quiet=arguments.quiet), **options
-        )
-        result.save(arguments.out)
-        _picture(result, Path(arguments.out))
+        with shard_lock(Path(arguments.out), (0, 1)) as held:
+            pass
+        with held:
+            result = search(
+                pipeline,
+                prompts[0],
+                rewards,
+                progress=progress_bar("candidate steps", quiet=arguments.quiet),
+                **options,
+            )
+            result.save(arguments.out)
+            _picture(result, Path(arguments.out))
         for key, value in result.summary().items():
             print(f"{key:>14}: {value}")
         print(f"{arguments.out}: image.png, record.json, candidates.parquet, gallery.png")

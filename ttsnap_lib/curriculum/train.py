@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ttsnap_lib.errors import ConfigError, CurriculumError
-from ttsnap_lib.paths import lock, write_json
+from ttsnap_lib.paths import lock, tidy, write_json
 from ttsnap_lib.rewards.base import Reward
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.rewards.steps import step_folders
@@ -138,6 +138,8 @@ def finetune(
     ------
     ConfigError, CurriculumError, TrajectoryError, RewardError, CheckpointError
         Bad input before anything is trained; a loss that is not finite, with step and batch.
+    DiskError
+        A full disk, a folder that cannot be written, or another process in this folder. What is finished stays.
     """
     begin = time.perf_counter()
     config = config or CurriculumConfig()
@@ -170,6 +172,7 @@ def finetune(
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(lock(folder / ".lock"))
+            tidy(folder)
             if overwrite:
                 _remove_run(folder)
         accelerator.wait_for_everyone()
@@ -192,8 +195,8 @@ def finetune(
         trained = sum(p.numel() for p in weights.parameters.values())
         about = {"trained_parameters": trained, "base_parameters": parameters}
         if accelerator.is_main_process and not (folder / CURRICULUM).exists():
-            write_curriculum(folder, reward.name, config, who, [], about)
             write_json(folder / "config.json", config.to_dict())
+            write_curriculum(folder, reward.name, config, who, [], about)  # last: with it the run has begun
         trainer = Trainer(
             accelerator, reward, weights, loader, config, folder, identity=who, about=about,
             validation=None if held is None else (held, held_goal, base), progress=progress, listener=listener,
