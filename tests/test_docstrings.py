@@ -32,13 +32,14 @@ def public_modules() -> list[str]:
 
 
 def documented(module: str) -> list[tuple[str, type | Callable]]:
-    """Return the functions and classes of ``__all__``, those that another module defines in packages alone."""
+    """Return the functions and classes of ``__all__``; those that another public module defines belong there."""
     package = importlib.import_module(module)
     found = []
     for name in getattr(package, "__all__", []):
         value = getattr(package, name)
         value = getattr(value, name) if inspect.ismodule(value) else value  # simulate and search name a module too
-        own = getattr(value, "__module__", module) == module or module in INTERFACE
+        home = getattr(value, "__module__", module)
+        own = home == module or "._" in home or module in INTERFACE
         if own and (inspect.isfunction(value) or inspect.isclass(value)):
             found.append((name, value))
     return found

@@ -32,7 +32,7 @@ from ttsnap_lib.errors import (
 )
 from ttsnap_lib.measure import count_tflops, measure_costs
 from ttsnap_lib.negtome import NegToMe
-from ttsnap_lib.plots_search import LiveGallery, gallery
+from ttsnap_lib.plots_search import LiveGallery, gallery, winners
 from ttsnap_lib.rewards import load_reward
 from ttsnap_lib.search_record import SearchRecord
 
@@ -472,6 +472,17 @@ def test_the_gallery_dims_the_pruned_and_frames_the_winner(whole):
         framed = [k for k, ax in enumerate(row) if ax.spines["left"].get_linewidth() == 3]
         assert len(framed) == 1 and framed[0] < kept
     assert "winner: candidate" in figure.get_suptitle()
+    plt.close(figure)
+
+
+def test_winners_stand_side_by_side(whole):
+    import matplotlib.pyplot as plt
+
+    figure = winners({"ttsp": whole, "best_of_n": whole})
+    (name, score), *_ = whole.scores.items()
+    for ax, method in zip(figure.axes, ("TTSp", "Best-of-N"), strict=True):
+        np.testing.assert_array_equal(ax.images[0].get_array(), np.asarray(whole.image))
+        assert ax.get_title() == f"{method}\n{name} {score:.3f}, {len(whole.record.seeds)} candidates"
     plt.close(figure)
 
 

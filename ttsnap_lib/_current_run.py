@@ -89,6 +89,11 @@ def current_run(name: str | None = None) -> Run:
     ----------
     name : str, optional
         Name of the notebook for interactive use; else JupyterLab's own, else ``"notebook"``.
+
+    Raises
+    ------
+    DiskError
+        The interactive folder cannot be made.
     """
     given = os.environ.get(FOLDER_VARIABLE)
     if given:

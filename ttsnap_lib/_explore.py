@@ -42,6 +42,10 @@ def available_mark(state: State, pool: Pool) -> int:
 def compute(state: State, pool: Pool, mark: int | None = None) -> Result:
     """Compute what the explorer shows after `mark` blocks of iterations; after all of them by default.
 
+    Returns
+    -------
+    Result
+
     Raises
     ------
     BudgetError

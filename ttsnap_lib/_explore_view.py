@@ -49,6 +49,10 @@ def draw(result: Result, ax: Mapping[str, Axes] | None = None) -> dict[str, Axes
     """Draw a result onto five axes, named as in :data:`PANELS`; on a new figure when none are given.
 
     Source of the measures: reward against budget and relative gain, paper section 4; Kendall tau, its appendix.
+
+    Returns
+    -------
+    dict of str to Axes
     """
     axes = dict(ax) if ax is not None else new_figure(200)[1]
     Panels(axes).update(result)

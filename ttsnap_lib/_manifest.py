@@ -148,6 +148,11 @@ def extend(
     Counts only ever grow: asking for fewer leaves the manifest as it is. Call it under a lock when several
     processes may start at once.
 
+    Returns
+    -------
+    Manifest
+        As it is now.
+
     Raises
     ------
     TrajectoryError

@@ -114,7 +114,7 @@ class Explorer(ipw.VBox):
         self.run, self._later = run, later or _on_event_loop
         self._multiples = tuple(real("multiples", value, 0, open_low=True) for value in multiples)
         self._fixed = {"iterations": iterations, "seed": seed}
-        schedule = Schedule(tuple(steps), tuple(keep_ratios))
+        schedule = Schedule(cast("tuple[int, ...]", steps), cast("tuple[float, ...]", keep_ratios))  # it checks them
         choice("method", method, METHODS)
         choice("combine", combine, ("rank_sum", "z_score"))
         choice("accounting", accounting, ("", "exact", "published"))
