@@ -63,7 +63,8 @@ def test_the_command_tells_its_run_and_takes_changes(run, capsys):
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["learning_rate"] == 1e-3 and shown["steps"] == [2, 0]
     assert main(["finetune", "--config", str(config), "-p", "steps", "[2, 0"]) == 1
-    assert "a YAML value" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "steps" in told and "Quote it for the shell." in told
 
 
 def test_the_command_adopts_full_checkpoints(clip, tmp_path, capsys):
