@@ -178,10 +178,10 @@ class Training:
         """The pipeline pocket-flux: its transformer goes on with mislabeled captions."""
         from .train_diffusion import flux_pipeline, train_flux
 
-        stage, start = "flux_mislabeled", self.clean_flux
-        given = self.latents[0], self._captions("mislabeled"), *self.text
-        transformer, _ = train_flux(*given, name=stage, transformer=start, **self._fit_arguments(stage))
-        return flux_pipeline(self.decoder, *self.text, transformer)
+        stage, (t5, clip) = "flux_mislabeled", self.text
+        wanted = {"name": stage, "transformer": self.clean_flux, **self._fit_arguments(stage)}
+        transformer, _ = train_flux(self.latents[0], self._captions("mislabeled"), t5, clip, **wanted)
+        return flux_pipeline(self.decoder, t5, clip, transformer)
 
     @functools.cached_property
     def clean_sdxl(self) -> Any:
@@ -195,9 +195,9 @@ class Training:
         """The pipeline pocket-sdxl: its UNet goes on with mislabeled captions."""
         from .train_diffusion import sdxl_pipeline, train_sdxl
 
-        stage, start = "sdxl_mislabeled", self.clean_sdxl
-        given = self.latents[0], self._captions("mislabeled"), self.text[1]
-        unet, _ = train_sdxl(*given, name=stage, unet=start, **self._fit_arguments(stage))
+        stage = "sdxl_mislabeled"
+        wanted = {"name": stage, "unet": self.clean_sdxl, **self._fit_arguments(stage)}
+        unet, _ = train_sdxl(self.latents[0], self._captions("mislabeled"), self.text[1], **wanted)
         return sdxl_pipeline(self.decoder, self.text[1], unet)
 
     @functools.cached_property

@@ -168,8 +168,8 @@ def train_preferences(
         shown = shown.astype(np.float32) / 255.0
         if rng.random() < 0.5:  # mirror images of the pairs, with captions that tell them so
             shown, texts = shown[:, :, ::-1], [_flipped(text) for text in texts]
-        truth = np.stack([item[2][pick] for item, pick in zip(chosen, picks, strict=True)])
-        truth = torch.from_numpy(truth).float()
+        oracle = np.stack([item[2][pick] for item, pick in zip(chosen, picks, strict=True)])
+        truth = torch.from_numpy(oracle).float()
         seen, read = _embed(clip, shown, tokenize(clip_tokenizer(), texts, CLIP_TOKENS))
         score = clip.logit_scale.exp() * torch.einsum("pkd,pd->pk", seen.view(len(chosen), group, -1), read)
         difference = score[:, :, None] - score[:, None, :]
@@ -195,4 +195,5 @@ _LABEL_TEMPERATURE = 0.08  # oracle difference at which a preference is 73% sure
 def _flipped(text: str) -> str:
     swap = {"left of": "right of", "right of": "left of"}
     scene = parse_caption(text)
-    return caption(dataclasses.replace(scene, relation=swap.get(scene.relation, scene.relation)))
+    relation = None if scene.relation is None else swap.get(scene.relation, scene.relation)
+    return caption(dataclasses.replace(scene, relation=relation))
