@@ -50,8 +50,8 @@ FULL = Plan(
     preference_prompts=160,
     preference_images=6,
     flawed_prompts=2000,
-    report_prompts=32,
-    report_images=8,
+    report_prompts=64,
+    report_images=16,
     fits={
         "text": Fit(700, 128, 3e-3, ema=0.99),
         "vae": Fit(1000, 32, 2e-3),
