@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-.PHONY: help setup demo test test-slow lint types coverage bench pocket lab clean
+.PHONY: help setup demo test test-slow lint types coverage docs bench pocket lab clean
 
 help:            ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -34,6 +34,9 @@ test-slow: $(STAMP) ## The long tests
 
 coverage: $(STAMP) ## Lines of the library that the quick tests do not run
 	MPLBACKEND=Agg $(BIN)/python -m pytest -q --cov --cov-report=term-missing:skip-covered
+
+docs: $(STAMP)   ## The documentation site, into site/; a warning is an error
+	$(BIN)/python -m mkdocs build --strict
 
 bench: $(STAMP)  ## The benchmarks, one table
 	$(BIN)/python -m tests.benchmarks

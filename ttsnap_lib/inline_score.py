@@ -32,7 +32,7 @@ class InlineScorer:
     ----------
     out : str or Path
         The tensor, a Zarr store: created, or gone on with.
-    rewards, noise_aware, device, dtype, compile
+    rewards, noise_aware
         As for :func:`ttsnap_lib.score.score`.
     prompts : sequence of str
         All prompts of the set.
@@ -45,7 +45,7 @@ class InlineScorer:
     attributes : mapping, optional
         Kept with the tensor: ``model``, ``source``, and ``trajectories``, a digest that tells other settings apart.
     options : Any
-        Further ones of rewards that are loaded here.
+        Of rewards that are loaded here: device, dtype, compile and their own.
     """
 
     def __init__(

@@ -28,6 +28,8 @@ def kept(n: int, keep_ratio: float) -> int:
 class Schedule:
     """Pruning steps and the fraction of candidates kept at each (the paper's alpha).
 
+    ``Schedule()`` is empty: no pruning, that is Best-of-N.
+
     Parameters
     ----------
     steps : sequence of int
@@ -35,8 +37,6 @@ class Schedule:
         forward number ``s + 1`` gives is scored.
     keep_ratios : sequence of float
         One per step, each in (0, 1].
-
-    ``Schedule()`` is empty: no pruning, that is Best-of-N.
 
     Raises
     ------

@@ -42,8 +42,15 @@ def shown(module: str) -> dict[str, str]:
     """Return the public names of a module and where each is defined, in the order of ``__all__``."""
     loaded = importlib.import_module(f"ttsnap_lib.{module}")
     lazy = getattr(loaded, "_NAMES", {})
-    return {name: f"{loaded.__name__}.{lazy[name]}.{name}" if name in lazy else f"{loaded.__name__}.{name}"
-            for name in loaded.__all__}  # fmt: skip
+
+    def target(name: str) -> str:
+        if name in lazy:
+            return f"{loaded.__name__}.{lazy[name]}.{name}"
+        origin = str(getattr(getattr(loaded, name), "__module__", ""))
+        # What a private module defines belongs to the public one that offers it.
+        return f"{origin if origin.startswith('ttsnap_lib._') else loaded.__name__}.{name}"
+
+    return {name: target(name) for name in loaded.__all__}
 
 
 def slug(title: str) -> str:
@@ -100,7 +107,7 @@ def _index() -> str:
 
 
 def _top() -> dict[str, str]:
-    return {name: f"ttsnap_lib.{module}.{name}" for name, module in ttsnap_lib._NAMES.items()}
+    return {name: shown(module)[name] for name, module in ttsnap_lib._NAMES.items()}
 
 
 def _first_line(name: str) -> str:
