@@ -24,7 +24,8 @@ def test_shipped_configurations_load():
     assert {"pocket-flux", "pocket-sdxl"} <= set(names)
     for name in names:
         config = load_config(name)
-        assert config.steps == tuple(range(5 if name.startswith("pocket") else 14, -1, -1)), name
+        first = {"pocket-flux": 5, "pocket-sdxl": 7}.get(name, 14)
+        assert config.steps == tuple(range(first, -1, -1)), name
         assert config.reward == ("pocket-clip" if name.startswith("pocket") else name.split("-", 1)[1])
 
 

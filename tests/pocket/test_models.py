@@ -66,7 +66,7 @@ def test_pictures_show_their_captions(drawn):
     texts = np.repeat(prompts, pictures.shape[1]).tolist()
     scores = oracle_score(texts, pictures[:, :, -1].reshape(-1, 32, 32, 3))
     others = oracle_score(texts[6:] + texts[:6], pictures[:, :, -1].reshape(-1, 32, 32, 3))
-    assert scores.mean() > {"pocket-flux": 0.55, "pocket-sdxl": 0.4}[name]
+    assert scores.mean() > {"pocket-flux": 0.4, "pocket-sdxl": 0.5}[name]
     assert scores.mean() > others.mean() + 0.2
     within = scores.reshape(len(prompts), -1).std(axis=1).mean()
     assert within > 0.03  # seeds differ in how well they do: what a reward has to find
