@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-.PHONY: help setup demo test test-slow lint bench pocket lab clean
+.PHONY: help setup demo test test-slow lint bench docs figures pocket lab clean
 
 help:            ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -31,6 +31,12 @@ test-slow: $(STAMP) ## The long tests
 
 bench: $(STAMP)  ## The benchmarks, one table
 	$(BIN)/python -m tests.benchmarks
+
+docs: $(STAMP)   ## The documentation site, into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+figures: $(STAMP) ## The figures of README and documentation (VALUES=folder for the published one)
+	MPLBACKEND=Agg $(BIN)/python docs/figures/make.py $(if $(VALUES),--values "$(VALUES)")
 
 pocket: $(STAMP) ## Train the pocket models again (about two hours on two cores)
 	$(BIN)/python -m ttsnap_lib.pocket.train --all
