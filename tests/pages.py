@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -89,7 +90,7 @@ def make_world(folder: Path, page: Path) -> dict[str, str]:
             _published(folder, f"{model}_{short}", synthetic_rewards(4, 120, 20, rng=seed))
     prompts = ["a small red ring on a green background", "a large blue square", "a red cross", "a small white circle"]
     for name in ("validation.json", "prompts.json"):
-        (folder / name).write_text(yaml.safe_dump(prompts, default_flow_style=True, width=10_000))
+        (folder / name).write_text(json.dumps(prompts))
     save_rewards(synthetic_rewards(8, 120, 20), folder / "tensor.zarr")
     grid = next(
         (code for source in (page, ROOT / "README.md") for language, code in blocks(source) if language == "yaml")
