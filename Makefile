@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-.PHONY: help setup demo test test-slow lint bench docs figures pocket lab clean
+.PHONY: help setup demo test test-slow lint types coverage docs figures bench pocket lab clean
 
 help:            ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -19,9 +19,12 @@ setup: $(STAMP)  ## Make the virtual environment
 demo: $(STAMP)   ## The main job on the embedded default, headless
 	$(BIN)/python -m ttsnap_lib demo $(if $(VALUES),--values "$(VALUES)")
 
-lint: $(STAMP)   ## Ruff over code and notebooks
+lint: types      ## Ruff over code and notebooks, mypy over the library
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy over the library
+	$(BIN)/mypy
 
 test: lint       ## All quick tests
 	MPLBACKEND=Agg $(BIN)/python -m pytest -q
@@ -29,14 +32,17 @@ test: lint       ## All quick tests
 test-slow: $(STAMP) ## The long tests
 	MPLBACKEND=Agg $(BIN)/python -m pytest -q -m slow
 
-bench: $(STAMP)  ## The benchmarks, one table
-	$(BIN)/python -m tests.benchmarks
+coverage: $(STAMP) ## Lines of the library that the quick tests do not run
+	MPLBACKEND=Agg $(BIN)/python -m pytest -q --cov --cov-report=term-missing:skip-covered
 
 docs: $(STAMP)   ## The documentation site, into site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 figures: $(STAMP) ## The figures of README and documentation (VALUES=folder for the published one)
 	MPLBACKEND=Agg $(BIN)/python docs/figures/make.py $(if $(VALUES),--values "$(VALUES)")
+
+bench: $(STAMP)  ## The benchmarks, one table
+	$(BIN)/python -m tests.benchmarks
 
 pocket: $(STAMP) ## Train the pocket models again (about two hours on two cores)
 	$(BIN)/python -m ttsnap_lib.pocket.train --all
@@ -45,5 +51,5 @@ lab: $(STAMP)    ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
 
 clean:           ## Remove caches, keep data_cache
-	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis htmlcov *.egg-info
+	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis htmlcov .coverage .coverage.* *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from tests.curriculum_world import make_bank, make_clip, small
+from tests.launch import environment, launcher
 from ttsnap_lib.curriculum import CurriculumConfig, finetune, metrics_table, own_targets, validate
 from ttsnap_lib.curriculum import loop as loop_module
 from ttsnap_lib.curriculum.targets import score_step
 from ttsnap_lib.errors import CurriculumError
 from ttsnap_lib.rewards import load_reward
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(autouse=True)
-def _small_world(monkeypatch, tmp_path):
-    monkeypatch.setenv("TTSNAP_DATA_CACHE", str(tmp_path / "cache"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -288,54 +279,22 @@ def test_a_state_that_was_being_written_does_not_harm_the_one_before(clip, bank,
 
 
 SCRIPT = """
-import os, signal, sys
+import sys
 import torch
 torch.set_num_threads(1)
 from tests.curriculum_world import make_bank, small
 from ttsnap_lib.curriculum import finetune
 from pathlib import Path
-clip, folder, stop = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-count = 0
-def listener(event):
-    global count
-    count += event["event"] == "update"
-    if count == stop:
-        os.kill(os.getpid(), signal.SIGKILL)
-changes = dict(pair.split("=") for pair in sys.argv[4:])
-changes = {name: int(value) for name, value in changes.items()}
-finetune(make_bank(), folder, small(clip, **changes), device="cpu", listener=listener)
+clip, folder = Path(sys.argv[1]), sys.argv[2]
+finetune(make_bank(), folder, small(clip, accumulation=1, validation_prompts=1), device="cpu")
 """
-
-
-def launched(script: Path, *arguments: object, processes: int = 1) -> subprocess.CompletedProcess:
-    import os
-
-    start = [sys.executable]
-    if processes > 1:
-        # On CPUs accelerate's own launcher wants MPI; this one starts processes, and the run asks for the CPU.
-        start += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        start += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        start += ["--main_process_port", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*start, str(script), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
-
-
-def test_a_process_killed_by_the_system_resumes(clip, bank, tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    killed = launched(script, clip, tmp_path / "cut", 5, "save_every=2")
-    assert killed.returncode == -9, killed.stderr
-    assert (tmp_path / "cut" / "step_02").is_dir() and not (tmp_path / "cut" / "step_00").exists()
-    finetune(bank, tmp_path / "cut", small(clip, save_every=2), device="cpu")
-    finetune(bank, tmp_path / "whole", small(clip), device="cpu")
-    assert same(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_two_processes_train_as_one(clip, bank, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
-    done = launched(script, clip, tmp_path / "two", -1, "accumulation=1", "validation_prompts=1", processes=2)
+    command = [*launcher(2), str(script), str(clip), str(tmp_path / "two")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     finetune(bank, tmp_path / "one", small(clip, validation_prompts=1), device="cpu")
     losses = [pd.read_csv(tmp_path / name / "losses.csv")["loss"].to_numpy() for name in ("one", "two")]

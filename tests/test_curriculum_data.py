@@ -27,14 +27,7 @@ from ttsnap_lib.errors import CheckpointError, CurriculumError, TrajectoryError
 from ttsnap_lib.generate import generate
 from ttsnap_lib.rewards import load_reward
 
-
-@pytest.fixture(autouse=True)
-def _small_world(monkeypatch, tmp_path):
-    monkeypatch.setenv("TTSNAP_DATA_CACHE", str(tmp_path / "cache"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,7 @@ ONE_UPDATE = {"steps": (1,), "batch_size": 2, "group_size": 2, "max_updates_per_
               "lora_rank": 2, "validation_prompts": 0, "keep": "last"}  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _small_world(monkeypatch, tmp_path):
-    monkeypatch.setenv("TTSNAP_DATA_CACHE", str(tmp_path / "cache"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 
 
 def check_one_update(make, folder, **changes):

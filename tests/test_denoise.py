@@ -32,12 +32,7 @@ NAMES = list(tiny.PIPELINES)
 RELATIVE = 1e-5  # of the largest latent, in fp32, where the batch shape differs
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from ttsnap_lib.synthetic import synthetic_rewards
 COST = CostModel.preset("flux-512+image_reward")
 ONE = COST.total(1)
 BUDGETS = tuple(multiple * ONE for multiple in (2, 4, 8, 12))
-LATER = Schedule((4, 9), (0.5, 0.3))
+EARLY, LATER = Schedule((2, 6, 11), (0.4, 0.4, 0.5)), Schedule((4, 9), (0.5, 0.3))
 
 
 @pytest.fixture(scope="module")
@@ -148,23 +149,25 @@ def pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
 
 
-def test_updating_in_place_gives_the_picture_of_a_fresh_drawing(pool):
-    first, second = compute(state(), pool, 1), compute(state(schedule=LATER, budget=4 * ONE), pool, 1)
+def test_updating_in_place_gives_the_picture_of_a_full_drawing(pool):
+    """Bit for bit, after every move: panels are drawn one by one, and nothing of the move before may stay."""
     moved = Panels()
-    moved.update(first)
-    before = pixels(moved.png())
-    moved.update(second)
-    after = pixels(moved.png())
-    assert before.shape == after.shape and np.abs(before - after).max() > 100
-    moved.update(first)
-    moved.update(second)
-    fresh = Panels(moved.axes)  # the same limits: a fresh one may choose tighter ones
-    limits = {name: (ax.get_xlim(), ax.get_ylim()) for name, ax in moved.axes.items()}
-    fresh.update(second)
-    for name, (x, y) in limits.items():
-        moved.axes[name].set(xlim=x, ylim=y)
-    fresh._background = None
-    assert (np.abs(pixels(fresh.png()) - after).max(-1) > 8).mean() < 0.001
+    seen = []
+    for schedule, budget in ((EARLY, 4), (LATER, 4), (LATER, 8), (Schedule((3, 4, 5, 9), (0.7,) * 4), 6), (EARLY, 4)):
+        moved.update(compute(state(schedule=schedule, budget=budget * ONE), pool, 1))
+        seen.append(pixels(moved.png()))
+        moved._background, moved._touched, moved._stale = None, set(PANELS), set(PANELS)
+        np.testing.assert_array_equal(seen[-1], pixels(moved.png()))
+    assert all(np.abs(one - other).max() > 100 for one, other in itertools.pairwise(seen))
+
+
+def test_panels_that_show_the_same_are_not_drawn_again(pool):
+    moved = Panels()
+    for keep in (0.4, 0.41):
+        moved.update(compute(state(schedule=Schedule((2, 6), (keep, 0.4))), pool, 1))
+        touched = set(moved._touched)
+        moved.png()
+    assert "reward" in touched and "tau" not in touched  # the steps are where they were
 
 
 def test_draw_fills_the_given_axes_and_saves_what_moves(pool, tmp_path):

@@ -3,15 +3,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +16,7 @@ import torch
 from PIL import Image
 
 from tests import tiny
+from tests.launch import environment, launcher
 from ttsnap_lib import _image_writer
 from ttsnap_lib._plan import Blocks, blocks_for, parse_shard, shard_lock
 from ttsnap_lib.denoise import Settings, image_seed
@@ -215,84 +212,17 @@ def test_an_interrupt_keeps_whole_images_and_the_next_run_goes_on(whole, pipelin
     assert digests(tmp_path) == digests(whole)
 
 
-def _child(folder, log):
-    """Run in a process of its own: fill `folder`, and log each image as its last step is made."""
-
-    def note(prompt, images, step, pictures):
-        if step == SETTINGS.n_steps - 1:
-            with open(log, "a") as file:
-                file.writelines(f"{os.getpid()} {prompt} {image}\n" for image in images)
-
-    with open(log, "a") as file:
-        file.write(f"{os.getpid()} start\n")
-    generate(tiny.build("sdxl"), PROMPTS, folder, on_batch=note, **OPTIONS)
-
-
-def _kill_and_resume(folder, kills, seed):
-    """Kill generation `kills` times at random moments, then let it end; return what each process made."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_generate"])
-    chance = random.Random(seed)
-    log = folder.parent / "log"
-    killed = 0
-    while True:
-        child = context.Process(target=_child, args=(folder, log))
-        child.start()
-        if killed < kills:
-            start = f"{child.pid} start"
-            while child.is_alive() and (not log.exists() or start not in log.read_text()):
-                time.sleep(0.002)
-            time.sleep(chance.uniform(0.0, 0.35))
-            if child.is_alive():
-                os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        killed += child.exitcode == -signal.SIGKILL
-        if child.exitcode == 0:
-            break
-        assert child.exitcode == -signal.SIGKILL
-    made = {}
-    for line in log.read_text().splitlines():
-        if not line.endswith("start"):
-            pid, *image = line.split()
-            made.setdefault(pid, set()).add(tuple(image))
-    return killed, list(made.values())
-
-
-def _check_kills(whole, folder, kills, seed):
-    killed, made = _kill_and_resume(folder, kills, seed)
-    assert digests(folder) == digests(whole)
-    assert verify(folder).ok
-    # Nothing is made twice but the batch that was under way (and not yet written) when a process was killed.
-    twice = sum(len(images) for images in made) - len(set.union(*made))
-    assert twice <= killed * OPTIONS["batch_size"]
-    return killed
-
-
-def test_kill_and_resume_gives_the_same_bytes(whole, tmp_path):
-    assert _check_kills(whole, tmp_path / "set", kills=3, seed=1) >= 1
-
-
-@pytest.mark.slow
-def test_twenty_kills(whole, tmp_path):
-    killed = 0
-    for k in range(20):
-        folder = tmp_path / str(k) / "set"
-        folder.mkdir(parents=True)
-        killed += _check_kills(whole, folder, kills=2, seed=100 + k)
-    assert killed >= 20
-
-
 @pytest.mark.slow
 def test_accelerate_launch_gives_the_same_bytes(tmp_path):
     model = tiny.save("sdxl", tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     arguments = ["--model", model, "--prompts", tmp_path / "prompts.txt", "--images", 3, "--steps", 3, "--size", 32]
-    arguments = [str(part) for part in (*arguments, "--batch-size", 4, "--seed", 7, "--quiet", "--out")]
-    python = [sys.executable, "-m"]
-    launch = [*python, "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
-    for kind, head in (("one", python), ("two", launch)):
-        command = [*head, "ttsnap_lib", "generate", *arguments, str(tmp_path / kind)]
-        subprocess.run(command, check=True, capture_output=True, timeout=300, cwd=Path(__file__).parent.parent)
+    arguments = [
+        str(part) for part in (*arguments, "--batch-size", 4, "--seed", 7, "--device", "cpu", "--quiet", "--out")
+    ]
+    for kind, head in (("one", [sys.executable]), ("two", launcher(2))):
+        command = [*head, "-m", "ttsnap_lib", "generate", *arguments, str(tmp_path / kind)]
+        subprocess.run(command, check=True, capture_output=True, timeout=300, env=environment())
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     assert len(digests(tmp_path / "one")) == N_IMAGES * 3
     assert len(list((tmp_path / "two" / ".ttsnap" / "checksums").iterdir())) == 2

@@ -13,13 +13,7 @@ from ttsnap_lib.denoise import Denoiser, image_generator
 from ttsnap_lib.errors import ConfigError, RewardError
 from ttsnap_lib.measure import count_tflops, measure_costs
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,7 @@ STEPS = 6
 ALWAYS = {"start": 1000, "end": 0}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def plain_loop(tokens, group_size, alpha, threshold, matching):

@@ -7,18 +7,18 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.faults.drill import alive, wait_for
+from ttsnap_lib._reading import parse_yaml
 from ttsnap_lib.errors import ConfigError, RunError
 from ttsnap_lib.parameters import (
     cell_source,
     declared_parameters,
     from_text,
     injected_source,
-    load_yaml,
     read_notebook,
     resolve,
 )
@@ -158,12 +158,12 @@ def test_values_of_the_command_line_follow_the_declared_type():
 
 
 def test_yaml_is_read_strictly():
-    assert load_yaml("a: 1e-3\nb: [1, 2e5]") == {"a": 0.001, "b": [1, 200000.0]}
+    assert parse_yaml("a: 1e-3\nb: [1, 2e5]", "text", remedy="x") == {"a": 0.001, "b": [1, 200000.0]}
     for bad in ("a: 1\na: 2", "a: [", "a: !!python/object/apply:os.system [ls]", "? [1, 2]\n: 3"):
-        with pytest.raises(ConfigError, match="YAML"):
-            load_yaml(bad)
-    with pytest.raises(ConfigError, match="20 levels"):
-        resolve(declared_parameters(read_notebook(TYPES)), load_yaml("steps: &a [*a]"))
+        with pytest.raises(ConfigError, match="text"):
+            parse_yaml(bad, "text", remedy="x")
+    with pytest.raises(ConfigError, match="inside itself"):
+        parse_yaml("steps: &a [*a]", "text", remedy="x")
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------
@@ -278,27 +278,13 @@ def test_a_killed_run_is_run_again_and_leaves_no_kernel(tmp_path):
     mark = tmp_path / "mark"
     code = "import sys; from ttsnap_lib.runner import run; run(sys.argv[1], {'label': sys.argv[2]})"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "long.ipynb"), str(mark)])
-    _wait(lambda: mark.exists() and mark.read_text())
+    wait_for(lambda: mark.exists() and mark.read_text())
     kernel = int(mark.read_text())
     process.send_signal(signal.SIGKILL)
     process.wait(10)
     result = run(tmp_path / "long.ipynb", {"label": str(mark), "x": 2.0})
     assert not result.reused and result.table()["x"].tolist() == [2.0]
-    _wait(lambda: not _alive(kernel))
-
-
-def _wait(condition, limit_s: float = 60.0) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+    wait_for(lambda: not alive(kernel))
 
 
 def test_current_run_serves_plain_jupyter_as_well(cache, monkeypatch, capsys):
@@ -339,7 +325,7 @@ def test_a_notebook_that_is_none_is_refused(tmp_path):
     for name, text in {"empty": "", "json": "[]", "old": '{"nbformat": 3, "cells": []}'}.items():
         path = tmp_path / f"{name}.ipynb"
         path.write_text(text)
-        with pytest.raises(ConfigError, match="notebook cannot be read"):
+        with pytest.raises(ConfigError, match="notebook"):
             run(path)
     with pytest.raises(ConfigError, match="notebook"):
         run("no_such_notebook")

@@ -5,19 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from tests.conftest import ROOT
+from tests.launch import environment, launcher
 from tests.rewards.conftest import PROMPTS, make_images, save_clip
 from tests.rewards.test_steps import write_adapters
-from ttsnap_lib import open_rewards
+from ttsnap_lib import Schedule, open_rewards, simulate
 from ttsnap_lib._image_writer import ImageWriter
 from ttsnap_lib.errors import (
     CheckpointError,
@@ -29,6 +27,7 @@ from ttsnap_lib.errors import (
 )
 from ttsnap_lib.rewards import load_reward
 from ttsnap_lib.score import score
+from ttsnap_lib.tensors import drop_missing
 from ttsnap_lib.trajectories import Trajectories, extend
 
 N_STEPS, SIZE = 4, (24, 32)
@@ -54,12 +53,7 @@ def fill(folder, n_prompts=3, n_images=3, identity=IDENTITY, done=()):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -204,23 +198,19 @@ def test_a_folder_that_grows(clip, tmp_path):
 REWARD = "tests.test_score:brightness"
 
 
-def child(folder, out, shard: str, *, pause_s: float, killed_after_s: float = 0.0) -> subprocess.Popen:
-    """Start a process that scores; it pauses after each batch and kills itself some time after the first."""
+def child(folder, out, shard: str, *, pause_s: float) -> subprocess.Popen:
+    """Start a process that scores, and pauses after each batch."""
     code = (
-        "import os, signal, sys, threading, time\nfrom ttsnap_lib.score import score\n"
-        "folder, reward, out, shard, pause, end = sys.argv[1:]\n"
+        "import sys, time\nfrom ttsnap_lib.score import score\n"
+        "folder, reward, out, shard, pause = sys.argv[1:]\n"
         "def progress(done, total):\n"
-        "    if done == 0 and float(end):\n"
-        "        threading.Timer(float(end), os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
         "    print(done, flush=True)\n"
         "    time.sleep(float(pause))\n"
         "score(folder, reward, out, batch_size=7, shard=shard, progress=progress)\n"
     )
-    arguments = [folder, REWARD, out, shard, pause_s, killed_after_s]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    arguments = [folder, REWARD, out, shard, pause_s]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
 
 
 @pytest.fixture(scope="module")
@@ -238,33 +228,6 @@ def test_shards_equal_one_process(long_folder, clip, tmp_path):
     assert pending.pictures == 25 * 2 * 4
     status = open_rewards(tmp_path / "half.zarr")["status"].values
     assert (status[25:50] == "scored").all() and (status[:25] == "pending").all()
-
-
-def kill_and_resume(folder, tmp_path, rounds: int, pause_s: float) -> None:
-    """Two shards killed by signal 9 at random moments, then resumed: the bytes of one quiet run."""
-    score(folder, REWARD, tmp_path / "quiet.zarr", batch_size=7)
-    out = tmp_path / "killed.zarr"
-    rng = np.random.default_rng(0)
-    for _ in range(rounds):
-        after = rng.uniform(pause_s, 20 * pause_s, 2)
-        running = [child(folder, out, f"{k}/2", pause_s=pause_s, killed_after_s=after[k]) for k in range(2)]
-        for process in running:
-            process.communicate()
-        assert [process.returncode for process in running] == [-signal.SIGKILL] * 2
-    left = open_rewards(out)["status"].values
-    assert (left == "pending").any() and (left == "scored").any()
-    for shard in ("0/2", "1/2"):
-        score(folder, REWARD, out, batch_size=7, shard=shard)
-    assert store_hash(out) == store_hash(tmp_path / "quiet.zarr")
-
-
-def test_killed_and_resumed_equals_uninterrupted(long_folder, tmp_path):
-    kill_and_resume(long_folder, tmp_path, rounds=1, pause_s=0.05)
-
-
-@pytest.mark.slow
-def test_killed_ten_times(long_folder, tmp_path):
-    kill_and_resume(long_folder, tmp_path, rounds=5, pause_s=0.01)
 
 
 def test_two_processes_do_not_share_a_shard(long_folder, tmp_path):
@@ -288,11 +251,10 @@ def test_accelerate_launch_equals_one_process(long_folder, clip, tmp_path):
         "import sys, torch\ntorch.set_num_threads(1)\nfrom ttsnap_lib.score import score\n"
         "score(*sys.argv[1:4], device='cpu', batch_size=7)\n"
     )
-    subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script),
-         str(long_folder), str(clip), str(tmp_path / "two.zarr")],
-        check=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
+    command = [*launcher(2), str(script), str(long_folder), str(clip), str(tmp_path / "two.zarr")]
+    subprocess.run(command, check=True, env=environment())
+    locks = tmp_path / ".two.zarr" / ".ttsnap" / "locks"
+    assert len(list(locks.glob("shard-*-of-2.lock"))) == 2  # there were two processes indeed
     score(long_folder, clip, tmp_path / "one.zarr", device="cpu", batch_size=7)
     assert store_hash(tmp_path / "two.zarr") == store_hash(tmp_path / "one.zarr")
 
@@ -327,6 +289,17 @@ def test_a_damaged_picture(broken, tmp_path):
     assert not score(broken, brightness, out, batch_size=4, on_error="skip").skipped
     assert not np.isnan(open_rewards(out)["base"].values).any()
     assert not (tmp_path / "r.zarr.skipped.json").exists()
+
+
+def test_what_was_skipped_is_listed_by_the_simulation_or_dropped_on_demand(broken, tmp_path):
+    score(broken, brightness, tmp_path / "r.zarr", on_error="skip")
+    tensor = open_rewards(tmp_path / "r.zarr")
+    schedule = Schedule((2,), (0.5,))
+    with pytest.raises(TensorError, match=r"1 scores are missing.*brightness: prompt 1, image 1, step 2.*drop_missing"):
+        simulate(tensor, "ttsp", n=2, schedule=schedule)
+    kept = drop_missing(tensor)
+    assert kept["image"].values.tolist() == [0, 2]
+    assert np.isfinite(simulate(kept, "ttsp", n=2, schedule=schedule).mean).all()
 
 
 def test_skipping_changes_no_other_score(broken, folder, clip, tmp_path):

@@ -32,7 +32,7 @@ from ttsnap_lib.errors import (
 )
 from ttsnap_lib.measure import count_tflops, measure_costs
 from ttsnap_lib.negtome import NegToMe
-from ttsnap_lib.plots_search import LiveGallery, gallery
+from ttsnap_lib.plots_search import LiveGallery, gallery, winners
 from ttsnap_lib.rewards import load_reward
 from ttsnap_lib.search_record import SearchRecord
 
@@ -40,12 +40,7 @@ COST = CostModel(step=1.0, verify=0.25, decode=0.5, preview_decode=0.125, per_pr
 FULL = dataclasses.replace(COST, preview_decode=None)  # without a tiny decoder
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -456,7 +451,7 @@ def test_the_picture_carries_its_origin(whole, tmp_path):
 
 
 def test_a_record_that_cannot_be_read(tmp_path):
-    with pytest.raises(SearchError, match="FileNotFoundError"):
+    with pytest.raises(SearchError, match="No such file"):
         SearchRecord.load(tmp_path)
     (tmp_path / "record.json").write_text('{"prompt": 1}')
     with pytest.raises(SearchError, match="cannot be read"):
@@ -477,6 +472,17 @@ def test_the_gallery_dims_the_pruned_and_frames_the_winner(whole):
         framed = [k for k, ax in enumerate(row) if ax.spines["left"].get_linewidth() == 3]
         assert len(framed) == 1 and framed[0] < kept
     assert "winner: candidate" in figure.get_suptitle()
+    plt.close(figure)
+
+
+def test_winners_stand_side_by_side(whole):
+    import matplotlib.pyplot as plt
+
+    figure = winners({"ttsp": whole, "best_of_n": whole})
+    (name, score), *_ = whole.scores.items()
+    for ax, method in zip(figure.axes, ("TTSp", "Best-of-N"), strict=True):
+        np.testing.assert_array_equal(ax.images[0].get_array(), np.asarray(whole.image))
+        assert ax.get_title() == f"{method}\n{name} {score:.3f}, {len(whole.record.seeds)} candidates"
     plt.close(figure)
 
 

@@ -8,7 +8,6 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
 
 from tests import tiny
@@ -16,8 +15,8 @@ from tests.rewards.conftest import save_clip
 from tests.search_world import SCHEDULE, make_clip, settings
 from ttsnap_lib import CostModel, Schedule
 from ttsnap_lib.__main__ import main
+from ttsnap_lib._plan import shard_lock
 from ttsnap_lib.errors import CheckpointError, ConfigError, DiskError, SearchError
-from ttsnap_lib.paths import lock
 from ttsnap_lib.rewards import load_reward
 from ttsnap_lib.search_many import collect, compare, search_many
 from ttsnap_lib.search_models import find_adapters
@@ -26,12 +25,7 @@ from ttsnap_lib.search_record import SearchRecord
 PROMPTS = ["a red circle", "the cat", "a blue square above a green circle", "circle"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +151,9 @@ def test_a_deadline_ends_each_prompt_not_the_run(search_all, tmp_path, flux):
 
 
 def test_a_shard_is_one_process_at_a_time(search_all, tmp_path):
-    with lock(tmp_path / ".shard-0-of-1.lock"), pytest.raises(DiskError, match="another process"):
+    with shard_lock(tmp_path, (0, 1)) as held:
+        pass
+    with held, pytest.raises(DiskError, match="another process"):
         search_all(tmp_path)
     with pytest.raises(ConfigError, match="shard"):
         search_all(tmp_path, shard=(2, 2))

@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from tests.faults.drill import alive, below, wait_for
 from ttsnap_lib._sweep_table import collect, draw, main_metric
 from ttsnap_lib._sweep_view import SweepView
 from ttsnap_lib.errors import ConfigError, DiskError, RunError
@@ -119,7 +119,7 @@ def test_the_same_parameters_are_run_once():
         ({"exclude": [{"case": "a"}]}, "unknown key"),
         ({"exclude": [{"x": 2.0}]}, "leave a run"),
         ({"grid": [1]}, "a mapping"),
-        ({"name": "../up"}, "plain folder name"),
+        ({"name": "../up"}, "plain name"),
         ({"metric": 3}, "expected text"),
         ({"notebook": 3}, "name or path"),
         ({"notebook": "no_such"}, "notebook"),
@@ -137,7 +137,7 @@ def test_a_grid_file_finds_its_notebook_beside_it(tmp_path):
     spec = load_grid(tmp_path / "budgets.yaml")
     assert (spec.name, spec.notebook, len(spec.runs)) == ("budgets", tmp_path / "mine.ipynb", 2)
     (tmp_path / "bad.yaml").write_text("notebook: mine.ipynb\ngrid:\n  x: [1]\n  x: [2]\n")
-    with pytest.raises(ConfigError, match="stands twice"):
+    with pytest.raises(ConfigError, match="twice"):
         load_grid(tmp_path / "bad.yaml")
     (tmp_path / "bad.yaml").write_text("just text")
     with pytest.raises(ConfigError, match="a mapping"):
@@ -269,43 +269,13 @@ def _start(grid: Path, *words: str) -> subprocess.Popen:
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"  # tests in the background ignore it
     )
-    code += "import sys; from ttsnap_lib.commands.run import add; import argparse; p = argparse.ArgumentParser();"
-    code += "add(p.add_subparsers()); a = p.parse_args(sys.argv[1:]); sys.exit(a.func(a))"
+    code += "import sys; from ttsnap_lib.__main__ import run; sys.exit(run())"
     return subprocess.Popen(
         [sys.executable, "-c", code, "sweep", str(grid), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def _wait(condition, limit_s: float = 300.0) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
-
-
-def _descendants(pid: int) -> list[int]:
-    """Return the processes below `pid`."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-        except (OSError, IndexError):
-            continue
-    found, layer = [], [pid]
-    while layer:
-        layer = [child for child, parent in parents.items() if parent in layer]
-        found += layer
-    return found
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -328,13 +298,13 @@ def test_an_interrupted_sweep_is_taken_up_and_gives_the_same_table(how, straight
     (straight / "log").unlink(missing_ok=True)
     grid = straight / "logs.yaml"
     process = _start(grid, "-j", "2")
-    _wait(lambda: completed(cache))
-    below = _descendants(process.pid)
-    assert below
+    wait_for(lambda: completed(cache))
+    children = below(process.pid)
+    assert children
     process.send_signal(how)
     code = process.wait(120)
     assert code == (130 if how == signal.SIGINT else -signal.SIGKILL)
-    _wait(lambda: not any(_alive(pid) for pid in below))  # neither worker nor kernel is left
+    wait_for(lambda: not any(alive(pid) for pid in children))  # neither worker nor kernel is left
     before = completed(cache)
     assert 1 <= before < 4
     ended_before = len(executions(straight))
@@ -413,13 +383,13 @@ def test_a_dask_cluster_survives_the_loss_of_a_worker(straight, tmp_path, cache)
     words = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)]
     started = [subprocess.Popen([*dask, "scheduler", *words], **options)]
     try:
-        _wait(lambda: file.exists() and file.read_text())
+        wait_for(lambda: file.exists() and file.read_text())
         address = json.loads(file.read_text())["address"]
         worker = [*dask, "worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard", "--host", "127.0.0.1"]
         started += [subprocess.Popen(worker, **options) for _ in range(2)]
         sweep = _start(straight / "logs.yaml", "--scheduler", address)
         # A worker dies as soon as one run has ended and another one is at work on it.
-        _wait(lambda: completed(cache) or sweep.poll() is not None)
+        wait_for(lambda: completed(cache) or sweep.poll() is not None)
         started[1].kill()
         out, err = sweep.communicate(timeout=400)
         assert sweep.returncode == 0, err

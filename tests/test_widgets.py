@@ -195,21 +195,21 @@ def test_changes_are_drawn_together_and_settle_later(timed, clock):
     clock.pass_time(10)
     assert timed.result.complete
     drawn.clear()
-    for index in (3, 4, 5):  # one drag
+    for index in (3, 4, 5):  # one drag: its first move at once, the others together
         timed.controls.steps[0].index = index
         clock.pass_time(0.005)
-    assert drawn == []
+        assert drawn == [1] and timed.result.state.schedule.steps[0] == 3
     clock.pass_time(0.02)
-    assert drawn == [1]
+    assert drawn == [1, 1]
     assert timed.result.state.schedule.steps[0] == 5
     assert not timed.result.complete and "a preview" in timed.numbers.value
     clock.pass_time(0.1)
-    assert drawn == [1]  # still waiting whether it goes on
+    assert drawn == [1, 1]  # still waiting whether it goes on
     timed.controls.steps[0].index = 4
     clock.pass_time(0.1)
-    assert drawn == [1, 1]
+    assert drawn == [1, 1, 1]
     clock.pass_time(10)
-    assert timed.result.complete and drawn[2:] == sorted(drawn[2:]) and "a preview" not in timed.numbers.value
+    assert timed.result.complete and drawn[3:] == sorted(drawn[3:]) and "a preview" not in timed.numbers.value
 
 
 def test_a_drag_that_goes_on_is_followed(timed, clock):

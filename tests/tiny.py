@@ -32,6 +32,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from ttsnap_lib.pocket.tokens import as_clip, as_t5
+
 __all__ = ["PIPELINES", "SIZE", "build", "flux", "save", "sd", "sd3", "sdxl", "tiny_decoder"]
 
 SIZE = 32  # pixels; the VAE is 4x down
@@ -54,25 +56,11 @@ def _letters(template: str) -> Tokenizer:
 
 
 def clip_tokenizer() -> CLIPTokenizerFast:
-    return CLIPTokenizerFast(
-        tokenizer_object=_letters("<s> $A </s>"),
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        model_max_length=TOKENS,
-    )
+    return as_clip(_letters("<s> $A </s>"), TOKENS)
 
 
 def t5_tokenizer() -> T5TokenizerFast:
-    return T5TokenizerFast(
-        tokenizer_object=_letters("$A </s>"),
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        extra_ids=0,
-        model_max_length=TOKENS,
-    )
+    return as_t5(_letters("$A </s>"), TOKENS)
 
 
 def _clip_text(projection: bool) -> CLIPTextModel | CLIPTextModelWithProjection:

@@ -9,12 +9,15 @@ import argparse
 import importlib
 import os
 import pkgutil
+import signal
 import sys
 
 from . import __version__, commands
 from .errors import TTSnapError
+from .paths import disk_error
+from .progress import close_bars
 
-__all__ = ["main", "parser"]
+__all__ = ["main", "parser", "run"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,18 +36,44 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
         return given.func(given) or 0
-    except TTSnapError as error:
-        if given.traceback:
-            raise
-        print(f"ttsnap: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print("ttsnap: interrupted; what was finished is kept", file=sys.stderr)
+        close_bars()
+        print("ttsnap: interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `ttsnap ... | head`: nothing is wrong, and Python's own flush must not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        # A disk that fills up or refuses may be met by a library, far from where we write.
+        ours = error if isinstance(error, TTSnapError) else disk_error(error, _file_of(error), "open or write")
+        close_bars()
+        if ours is None or given.traceback:
+            raise
+        print(f"ttsnap: {ours}", file=sys.stderr)
+        return 1
+
+
+def _file_of(error: BaseException) -> str:
+    """Return the file that an error of the system, or the one it came from, names."""
+    link: BaseException | None = error
+    while link is not None:
+        name = getattr(link, "filename", None)
+        if name:
+            return str(name)
+        link = link.__cause__ or link.__context__
+    return "a file"
+
+
+def run() -> int:
+    """Run the command of ``sys.argv`` as the whole of this process."""
+    try:
+        return main()
+    except KeyboardInterrupt:  # while the message was being printed, or before the command began
+        return 130
+    finally:
+        # What is left is Python's own end: an impatient second Ctrl-C there would print a traceback and change nothing.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -222,6 +222,7 @@ def adapter_of(pipeline: Any) -> Adapter:
         raise PipelineError(
             f"pipeline {name} is not supported; what is missing: {missing}",
             bound=f"one of {list(ADAPTERS)}",
+            value=name,
             remedy="Use the text-to-image pipeline of one of these model families.",
         )
     component = found.component(pipeline)
@@ -229,6 +230,7 @@ def adapter_of(pipeline: Any) -> Adapter:
         raise PipelineError(
             f"pipeline {name} has no {found.model if component is None else 'vae'}",
             bound="a pipeline with all its components",
+            value=name,
             remedy="Load the whole pipeline with load_pipeline().",
         )
     channels, latent = found.latent_shape(pipeline, 8, 8)[0], getattr(pipeline.vae.config, "latent_channels", None)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -150,7 +151,7 @@ def hand_over_to(
             if writer is not None:
                 pixels = host_pixels(images)
                 for place in (place for found in places.values() for place in found):
-                    writer.put(*rows[place], step, lambda place=place: pixels(place))
+                    writer.put(*rows[place], step, partial(pixels, place))
             if on_batch is not None and step in chosen:
                 for prompt, found in places.items():
                     on_batch(prompt, [rows[place][1] for place in found], step, images[found])

@@ -76,9 +76,8 @@ class Candidates:
                 bound="parts that have run to one step",
                 remedy="Run them to the same step first.",
             )
-        history = parts[0].history
-        if history is not None:
-            history = {name: _joined([part.history[name] for part in parts]) for name in history}
+        kept = [part.history or {} for part in parts]
+        history = None if parts[0].history is None else {name: _joined([one[name] for one in kept]) for name in kept[0]}
         return cls(torch.cat([part.latents for part in parts]), steps[0], history)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._reading import read_json
+from .checks import plain_name
 from .errors import ConfigError, DiskError, RunError
 from .paths import atomic_write, data_cache, write_json
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     import matplotlib.figure
     import pandas as pd
 
-__all__ = ["FOLDER_VARIABLE", "TOKEN_VARIABLE", "Run", "current_run", "read_json"]
+__all__ = ["FOLDER_VARIABLE", "TOKEN_VARIABLE", "Run", "current_run", "read_if_whole"]
 
 FOLDER_VARIABLE, TOKEN_VARIABLE = "TTSNAP_RUN_FOLDER", "TTSNAP_RUN_TOKEN"
 
@@ -61,16 +62,18 @@ class Run:
     def record(self, **facts: Any) -> None:
         """Add plain facts (the device that was used, a model's revision) to the manifest under ``recorded``."""
         path = self._path("recorded", ".json")
-        write_json(path, {**(read_json(path) or {}), **facts})
+        write_json(path, {**(read_if_whole(path) or {}), **facts})
 
     def _path(self, name: str, suffix: str) -> Path:
-        if not isinstance(name, str) or not name or name[0] == "." or set(name) & set('/\\:*?"<>|\0\n'):
-            raise ConfigError(
-                "name of a result", value=name, bound="a plain file name without suffix", remedy="Use letters and _."
-            )
+        plain_name("name of a result", name)
         # A notebook whose runner was killed may live on for a moment, while the run has begun again.
-        if self.headless and (read_json(self.folder / "manifest.json") or {}).get("token") != self._token:
-            raise RunError(f"{self.folder} belongs to a newer run", remedy="Nothing to do: this process is a remnant.")
+        if self.headless and (read_if_whole(self.folder / "manifest.json") or {}).get("token") != self._token:
+            raise RunError(
+                f"{self.folder} belongs to a newer run",
+                value=self._token,
+                bound="the token of the run that is going on",
+                remedy="Nothing to do: this process is a remnant.",
+            )
         return self.folder / f"{name}{suffix}"
 
     @staticmethod
@@ -89,6 +92,11 @@ def current_run(name: str | None = None) -> Run:
     ----------
     name : str, optional
         Name of the notebook for interactive use; else JupyterLab's own, else ``"notebook"``.
+
+    Raises
+    ------
+    DiskError
+        The interactive folder cannot be made.
     """
     given = os.environ.get(FOLDER_VARIABLE)
     if given:
@@ -99,15 +107,17 @@ def current_run(name: str | None = None) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(
-            f"cannot make {folder}", value=error.strerror, remedy="Set TTSNAP_DATA_CACHE to a folder you may write to."
+            f"cannot make {folder}",
+            value=error.strerror,
+            bound="a folder that can be made",
+            remedy="Set TTSNAP_DATA_CACHE to a folder you may write to.",
         ) from error
     return Run(folder)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_if_whole(path: Path) -> dict[str, Any] | None:
     """Return the JSON mapping in `path`, or None when there is none to read."""
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, "record", remedy="")
+    except ConfigError:
         return None
-    return content if isinstance(content, dict) else None

@@ -42,6 +42,10 @@ def available_mark(state: State, pool: Pool) -> int:
 def compute(state: State, pool: Pool, mark: int | None = None) -> Result:
     """Compute what the explorer shows after `mark` blocks of iterations; after all of them by default.
 
+    Returns
+    -------
+    Result
+
     Raises
     ------
     BudgetError
@@ -58,10 +62,9 @@ def compute(state: State, pool: Pool, mark: int | None = None) -> Result:
     mark = pool.marks(block)[-1] if mark is None else integer("mark", mark, 1)
 
     names = ("best_of_n", "current", "pinned")
-    curves, at = {}, {}
-    for name, (method, plan) in zip(names, _plans(state), strict=True):
-        at[name] = _curve(state, pool, method, plan, (state.budget,), shown, block, mark)
-        curves[name] = _curve(state, pool, method, plan, state.budgets, shown, block, mark)
+    wanted = [(method, plan, budgets) for budgets in ((state.budget,), state.budgets) for method, plan in _plans(state)]
+    found = _curves(state, pool, wanted, shown, block, mark)
+    at, curves = dict(zip(names, found[:3], strict=True)), dict(zip(names, found[3:], strict=True))
     pinned = curves["pinned"] if len(at["pinned"].n) else None
     change_budgets = np.intersect1d(curves["current"].budgets, curves["pinned"].budgets)
     gains = _gains(curves["best_of_n"], curves["current"], pinned)
@@ -124,20 +127,28 @@ def _check_budget(state: State, pool: Pool) -> None:
             )
 
 
-def _curve(state, pool: Pool, method: str, plan: Schedule, budgets, shown: int, block: int, mark: int) -> Curve:
-    table = _candidates(state, plan, method, budgets)
-    fits = [k for k, n in enumerate(table) if 1 <= n <= pool.n_images]
-    n = tuple(table[k] for k in fits)
-    per_prompt = np.empty((0, pool.n_prompts))
-    if n:
-        selecting = tuple(pool.names.index(name) for name in state.rewards)
-        job = Job(_VARIABLE[method] if plan.steps else "base", plan, selecting, state.combine, n)
-        per_prompt = pool.per_prompt(job, block, mark)[:, :, shown]
-    boot = pool.resample(per_prompt)
-    low, high = _interval(boot)
-    spent = np.array([state.cost.total(k, _costed(method, plan)) for k in n])
-    at = np.array([budgets[k] for k in fits])
-    return Curve(method, at, np.array(n, np.int64), spent, per_prompt.mean(1), low, high, per_prompt, boot)
+def _curves(state: State, pool: Pool, wanted, shown: int, block: int, mark: int) -> list[Curve]:
+    """Return a curve for each (method, plan, budgets); resampled together: one product is quicker than six."""
+    selecting = tuple(pool.names.index(name) for name in state.rewards)
+    parts = []
+    for method, plan, budgets in wanted:
+        table = _candidates(state, plan, method, budgets)
+        fits = [k for k, n in enumerate(table) if 1 <= n <= pool.n_images]
+        n = tuple(table[k] for k in fits)
+        per_prompt = np.empty((0, pool.n_prompts))
+        if n:
+            job = Job(_VARIABLE[method] if plan.steps else "base", plan, selecting, state.combine, n)
+            per_prompt = pool.per_prompt(job, block, mark)[:, :, shown]
+        spent = np.array([state.cost.total(k, _costed(method, plan)) for k in n])
+        parts.append((method, np.array([budgets[k] for k in fits]), np.array(n, np.int64), spent, per_prompt))
+    boot = pool.resample(np.concatenate([part[-1] for part in parts]))
+    bounds = _interval(boot)
+    ends = np.cumsum([len(part[2]) for part in parts])[:-1]
+    split = [np.split(table, ends, axis=-1) for table in (*bounds, boot)]
+    return [
+        Curve(method, at, n, spent, per_prompt.mean(1), low, high, per_prompt, samples)
+        for (method, at, n, spent, per_prompt), low, high, samples in zip(parts, *split, strict=True)
+    ]
 
 
 def _interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -244,5 +244,6 @@ class Pool:
             every = slice(None, None, -(-self.n_prompts // _TAU_PROMPTS))
             final = self.values[every, :, reward]
             scores = [np.moveaxis(self._arrays[name][:, reward, every], 0, -1) for name in ("base", "noise_aware")]
-            self._taus[reward] = tuple(metrics.kendall_tau(score, final) for score in scores)
+            base, aware = (metrics.kendall_tau(score, final) for score in scores)
+            self._taus[reward] = base, aware
         return self._taus[reward]

@@ -6,7 +6,7 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import tensors
 from ._explore_controls import Controls
@@ -109,9 +109,10 @@ class Sources:
 
     def choose_rewards(self, rewards: Sequence[str], shown: str) -> None:
         """Set which rewards select (all when none is named) and which one is drawn."""
+        names = cast("Pool", self.pool).names
         for name in [*rewards, *([shown] if shown else [])]:
-            choice("rewards", name, self.pool.names)
-        self._controls.rewards.value = tuple(rewards or self.pool.names)
+            choice("rewards", name, names)
+        self._controls.rewards.value = tuple(rewards or names)
         self._controls.shown.value = shown or self._controls.rewards.value[0]
 
     @property

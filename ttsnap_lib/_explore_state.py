@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -111,9 +111,9 @@ class Curve:
 class Change:
     """A value with its 95% interval; floats or arrays (budget,)."""
 
-    value: float | np.ndarray
-    low: float | np.ndarray
-    high: float | np.ndarray
+    value: np.ndarray | Any
+    low: np.ndarray | Any
+    high: np.ndarray | Any
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Draws what the explorer shows: five panels whose artists are updated in place, and a quick way to PNG.
 
 Everything that a slider moves is an animated artist: the rest (axes, ticks, labels, legends) is drawn once and kept as
-a picture, so that a move costs the moving artists alone. A saved figure holds both.
+a picture. Each panel has a tile of the picture to itself, so that a move costs the moving artists of the panels that
+changed, and new limits cost the ticks of one panel. A saved figure holds all.
 """
 
 from __future__ import annotations
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 __all__ = ["PANELS", "Panels", "draw", "new_figure"]
 
 PANELS = ("reward", "tau", "funnel", "gain", "change")
+_TILES = {  # left, bottom, right, top in parts of the figure: an axes with its title, ticks and labels
+    "reward": (0.0, 0.49, 0.605, 1.0),
+    "tau": (0.605, 0.49, 1.0, 1.0),
+    "funnel": (0.0, 0.255, 1.0, 0.49),
+    "gain": (0.0, 0.0, 0.46, 0.255),
+    "change": (0.46, 0.0, 1.0, 0.255),
+}
 _MAX_STAGES = 5
 _GREY, _INK = "0.35", "0.15"
 _PINNED = {"linestyle": ":", "marker": "D"}
@@ -49,6 +57,10 @@ def draw(result: Result, ax: Mapping[str, Axes] | None = None) -> dict[str, Axes
     """Draw a result onto five axes, named as in :data:`PANELS`; on a new figure when none are given.
 
     Source of the measures: reward against budget and relative gain, paper section 4; Kendall tau, its appendix.
+
+    Returns
+    -------
+    dict of str to Axes
     """
     axes = dict(ax) if ax is not None else new_figure(200)[1]
     Panels(axes).update(result)
@@ -68,7 +80,12 @@ class Panels:
         self.axes = dict(axes) if axes is not None else new_figure()[1]
         self.figure = self.axes["reward"].figure
         self._context: Any = None
-        self._background: Any = None
+        self._background: np.ndarray | None = None  # the parts that stay, (height, width, RGBA)
+        self._stale = set(PANELS)  # panels whose part that stays has to be drawn anew
+        self._touched = set(PANELS)  # panels whose moving artists have to be drawn anew
+        self._drawn: dict[str, Any] = {}  # what the moving artists of a panel show
+        self._fitted: set[str] = set()  # panels whose limits are ours
+        self._own = axes is None
 
     # -- following a result -------------------------------------------------------------------------------------
 
@@ -79,31 +96,48 @@ class Panels:
         if context != self._context:
             self._build(result)
             self._context = context
-        self._reward(result)
-        self._tau(result)
-        self._funnel(result)
-        self._gain(result)
-        self._change(result)
+        for name in PANELS:
+            shows = getattr(self, f"_{name}")(result)
+            if name not in self._drawn or self._drawn[name] != shows:
+                self._drawn[name] = shows
+                self._touched.add(name)
 
     def png(self) -> bytes:
-        """Return the picture; only moving artists are drawn when nothing else has changed."""
-        canvas = self.figure.canvas
+        """Return the picture; only what has changed is drawn. The figure must be one of :func:`new_figure`."""
+        canvas: Any = self.figure.canvas  # Agg
         if self._background is None:
             canvas.draw()  # leaves the animated artists out
-            self._background = canvas.copy_from_bbox(self.figure.bbox)
+        picture = np.asarray(canvas.buffer_rgba())
+        tiles = {name: self._tile(name) for name in self._touched | self._stale}
+        if self._background is None:
+            self._background = picture.copy()
         else:
-            canvas.restore_region(self._background)
-        for ax, artist in self._moving:
-            if artist.get_visible():
-                ax.draw_artist(artist)
-        return _png(np.asarray(canvas.buffer_rgba()))
+            for name in self._stale:
+                picture[tiles[name]] = 255
+                self.axes[name].draw(canvas.get_renderer())
+                self._background[tiles[name]] = picture[tiles[name]]
+        for name, tile in tiles.items():
+            picture[tile] = self._background[tile]
+            for artist in self._moving[name]:
+                if artist.get_visible():
+                    self.axes[name].draw_artist(artist)
+        self._stale, self._touched = set(), set()
+        return _png(picture)
+
+    def _tile(self, name: str) -> tuple[slice, slice]:
+        left, bottom, right, top = _TILES[name]
+        width, height = self.figure.canvas.get_width_height(physical=True)
+        rows = slice(round((1 - top) * height), round((1 - bottom) * height))
+        return rows, slice(round(left * width), round(right * width))
 
     # -- the parts that stay ------------------------------------------------------------------------------------
 
     def _build(self, result: Result) -> None:
         state = result.state
-        self._moving: list[tuple[Axes, Any]] = []
-        self._background = None
+        self._moving: dict[str, list[Any]] = {name: [] for name in PANELS}
+        self._names = {ax: name for name, ax in self.axes.items()}
+        self._background, self._drawn, self._fitted = None, {}, set()
+        self._stale = set(PANELS)
         for name, ax in self.axes.items():
             ax.clear()
             ax.set_facecolor("white")
@@ -144,7 +178,7 @@ class Panels:
         tau.set(ylim=(lowest, 1.03), xlim=(result.steps[0] - 0.5, result.steps[-1] + 0.5))
         tau.set_xlabel("denoising step (lines: pruning; dotted: pinned)", fontsize=9)
         tau.set_ylabel("Kendall tau", fontsize=9)
-        tau.xaxis.get_major_locator().set_params(integer=True)
+        tau.locator_params(axis="x", integer=True)
         tau.legend(frameon=False, fontsize=8.5, loc="lower right")
         _title(tau, "Agreement with the final reward")
         color = method_style(state.method)["color"]
@@ -199,28 +233,38 @@ class Panels:
 
     def _move(self, ax: Axes, artist: Any) -> Any:
         artist.set_animated(True)
-        self._moving.append((ax, artist))
+        name = self._names[ax]
+        self._moving[name].append(artist)
+        if self._own and not artist.get_clip_on():  # text may not reach into another panel's tile: it would stay there
+            from matplotlib.transforms import Bbox, TransformedBbox
+
+            artist.set_clip_box(TransformedBbox(Bbox(np.reshape(_TILES[name], (2, 2))), self.figure.transFigure))
+            artist.set_clip_on(True)
         return artist
 
     # -- the parts that move ------------------------------------------------------------------------------------
 
-    def _reward(self, result: Result) -> None:
+    # Each returns what it shows, to be compared with what stood there before.
+
+    def _reward(self, result: Result) -> Any:
         curves = {"best_of_n": result.best_of_n, "current": result.current, "pinned": result.pinned}
         drawn = [curve for curve in curves.values() if curve is not None and len(curve.n)]
         for name, curve in curves.items():
             _follow(self._curves[name], curve)
         self._at.set_xdata([result.state.budget] * 2)
         self._fit("reward", min(c.low.min() for c in drawn), max(c.high.max() for c in drawn))
+        return object()  # every change of the state shows here
 
-    def _tau(self, result: Result) -> None:
+    def _tau(self, result: Result) -> Any:
         state = result.state
         for lines, steps in ((self._steps, state.plan.steps), (self._pinned_steps, state.pinned_plan.steps)):
             for k, line in enumerate(lines):
                 line.set_visible(k < len(steps))
                 if k < len(steps):
                     line.set_xdata([steps[k]] * 2)
+        return state.plan.steps, state.pinned_plan.steps
 
-    def _funnel(self, result: Result) -> None:
+    def _funnel(self, result: Result) -> Any:
         state, stages = result.state, result.stages
         total = sum(stage.total for stage in stages)
         first = max(stage.candidates for stage in stages)
@@ -242,8 +286,9 @@ class Panels:
                 f"{stage.candidates:.4g} at {steps}: {cost} {state.cost.unit} ({stage.total / total:.0%}), {then}"
             )
             text.set_x(0.45)
+        return stages, state.plan.keep_ratios
 
-    def _gain(self, result: Result) -> None:
+    def _gain(self, result: Result) -> Any:
         found = [result.gain, result.pinned_gain]
         for (bar, dot, text), gain in zip(self._dots, found, strict=True):
             for artist in (bar, dot, text):
@@ -255,19 +300,23 @@ class Panels:
                 text.set_x(gain.value)
         known = [gain for gain in found if gain is not None]
         if known:
-            self._fit("gain", min(0.0, *(g.low for g in known)), max(0.0, *(g.high for g in known)), "x", 0.25)
+            low, high = min([0.0, *(float(g.low) for g in known)]), max([0.0, *(float(g.high) for g in known)])
+            self._fit("gain", low, high, "x", 0.25)
+        return found
 
-    def _change(self, result: Result) -> None:
+    def _change(self, result: Result) -> Any:
         change = result.change
-        known = change is not None and len(result.change_budgets) > 0
-        same = known and not np.any(change.value) and not np.any(change.high)
+        known = same = False
         curve = None
-        if known:
+        if change is not None and len(result.change_budgets) > 0:
+            known, same = True, not np.any(change.value) and not np.any(change.high)
             curve = _Plain(result.change_budgets, change)
             reach = max(np.abs(change.low).max(), np.abs(change.high).max(), 1e-3)
             self._fit("change", -reach, reach)
         _follow(self._differences, curve)
-        self._no_change.set_text("" if known and not same else "the same schedule" if known else "nothing to compare")
+        words = "" if known and not same else "the same schedule" if known else "nothing to compare"
+        self._no_change.set_text(words)
+        return words or object()
 
     def _fit(self, name: str, low: float, high: float, axis: str = "y", margin: float = 0.08) -> None:
         """Widen or tighten an axis, but not at every move: ticks that jump cannot be read, and cost a full drawing."""
@@ -275,11 +324,12 @@ class Panels:
         now = ax.get_ylim() if axis == "y" else ax.get_xlim()
         fits = now[0] <= low and high <= now[1] and (high - low) > 0.4 * (now[1] - now[0])
         # The limits right after a build are matplotlib's own and mean nothing.
-        if fits and self._background is not None:
+        if fits and name in self._fitted:
             return
         space = margin * max(high - low, 1e-9)
         (ax.set_ylim if axis == "y" else ax.set_xlim)(low - space, high + space)
-        self._background = None
+        self._fitted.add(name)
+        self._stale.add(name)
 
 
 class _Plain:
@@ -291,10 +341,9 @@ class _Plain:
 
 def _follow(artists: tuple[Any, Any], curve: Curve | _Plain | None) -> None:
     band, line = artists
-    there = curve is not None and len(curve.budgets) > 0
-    band.set_visible(there)
-    line.set_visible(there)
-    if there:
+    for artist in artists:
+        artist.set_visible(curve is not None and len(curve.budgets) > 0)
+    if curve is not None and len(curve.budgets) > 0:
         line.set_data(curve.budgets, curve.mean)
         band.set_data(curve.budgets, curve.low, curve.high)
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from ._images import encode_image
 from ._layout import Journal, checksum, image_name, prompt_name, step_name
-from .paths import _typed_os_errors, atomic_write
+from .errors import DiskError
+from .paths import atomic_write, typed_disk_errors
 
 __all__ = ["ImageWriter", "remove_leftovers"]
 
@@ -66,7 +67,7 @@ class ImageWriter:
         self._room = threading.BoundedSemaphore(4 * workers)  # bounds the memory of pictures that wait
         self._error: BaseException | None = None
         self.bytes_written = self.files_written = self.images_written = 0
-        with _typed_os_errors(folder):
+        with typed_disk_errors(folder):
             self._journal = Journal(folder, journal)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="ttsnap-write")
 
@@ -79,7 +80,7 @@ class ImageWriter:
     def start(self, prompt: int, image: int, steps: Iterable[int]) -> None:
         """Announce an image and the steps that will come for it."""
         folder = self._folder / prompt_name(prompt) / image_name(image)
-        with _typed_os_errors(folder):
+        with typed_disk_errors(folder):
             self._open[prompt, image] = _Image(folder, steps)
 
     def put(self, prompt: int, image: int, step: int, pixels: Callable[[], np.ndarray]) -> None:
@@ -104,11 +105,15 @@ class ImageWriter:
     def close(self, *, discard: bool = False) -> None:
         """Wait for what is under way (drop it, when `discard`), tidy up, and raise the first error."""
         self._pool.shutdown(wait=True, cancel_futures=discard)
-        self._journal.close()
         for entry in self._open.values():
             if entry.part is not None:
                 shutil.rmtree(entry.part, ignore_errors=True)
         self._open.clear()
+        try:
+            with typed_disk_errors(self._folder):
+                self._journal.close()
+        except DiskError as error:
+            self._error = self._error or error
         if not discard:
             self._raise()
 
@@ -133,9 +138,9 @@ class ImageWriter:
             with atomic_write(entry.folder / name) as file:
                 file.write(content)
         else:
-            with _typed_os_errors(entry.folder), open(entry.part / name, "wb") as file:
+            with typed_disk_errors(entry.folder), open(entry.part / name, "wb") as file:
                 file.write(content)
-        with self._lock, _typed_os_errors(entry.folder):
+        with self._lock, typed_disk_errors(entry.folder):
             entry.checksums[step] = checksum(content)
             self.bytes_written += len(content)
             self.files_written += 1

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ._reading import as_path
 from .errors import TrajectoryError
 
 __all__ = ["IMAGE_FORMATS", "MAX_PIXELS", "RAW_SHARE", "encode_image", "read_image"]
 
 # Speed over size: on a 512 px photograph PNG level 1 takes 29 ms and 55% of the raw bytes, level 6 takes 108 ms and
 # 52%; lossless WebP takes 18 ms and 39%, at its slowest 412 ms and 33%. Both encoders release the interpreter lock.
-_OPTIONS = {
+_OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG", "compress_level": 1},
     "webp": {"format": "WEBP", "lossless": True, "quality": 20, "method": 0},
 }
@@ -52,7 +56,12 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None, content: b
         A file that is missing, truncated, no image, too large, of another size or not RGB.
     """
     remedy = "Run `ttsnap verify --repair` on the trajectory folder."
+    path = as_path("image", path, error=TrajectoryError)
     try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):  # a link may lead anywhere, and a pipe never ends
+            raise TrajectoryError(
+                f"image {path} is not a file", value=str(path), bound="a regular file, no link", remedy=remedy
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # Only the two formats in use: the others' parsers never see the file.
@@ -78,11 +87,14 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None, content: b
     except TrajectoryError:
         raise
     except FileNotFoundError as error:
-        raise TrajectoryError(f"image {path} is missing", remedy=remedy) from error
+        raise TrajectoryError(
+            f"image {path} is missing", value=str(path), bound="an existing file", remedy=remedy
+        ) from error
     except UnidentifiedImageError as error:
-        raise TrajectoryError(f"{path} is no PNG or WebP image", remedy=remedy) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        # Pillow reports truncation as OSError or SyntaxError, depending on where the file ends.
+        raise TrajectoryError(
+            f"{path} is no PNG or WebP image", value=str(path), bound="a PNG or WebP file", remedy=remedy
+        ) from error
+    except Exception as error:  # Pillow reports damage in many ways, depending on where the file ends
         raise TrajectoryError(
             f"image {path} is truncated or damaged", value=str(error), bound="a whole image file", remedy=remedy
         ) from error

@@ -9,7 +9,7 @@ import numpy as np
 
 from .checks import choice, integer, real
 from .costs import CostModel
-from .errors import BudgetError, ConfigError, CostError, ScheduleError, TensorError
+from .errors import BudgetError, ConfigError, CostError, ScheduleError, TensorError, TTSnapError
 from .schedule import Schedule
 
 __all__ = [
@@ -20,6 +20,9 @@ __all__ = [
     "check_subsets",
     "checks_array",
     "final_array",
+    "missing_scores",
+    "numbers_array",
+    "random_generator",
     "selecting_rewards",
     "step_positions",
 ]
@@ -29,6 +32,10 @@ COMBINE = ("rank_sum", "z_score", "weighted_sum")
 
 def candidates_table(methods, budgets, numbers, cost, schedule, pool: int) -> tuple[np.ndarray, np.ndarray]:
     """Return candidates and cost, both (method, budget), or raise when a budget buys none or more than the pool."""
+    if budgets is not None and not np.iterable(budgets):
+        raise BudgetError(
+            "budgets", value=budgets, bound="a list of numbers", remedy="Write it as a list, even of one."
+        )
     amounts = [real("budget", budget, 0) for budget in budgets] if budgets is not None else list(numbers)
     if not amounts:
         raise BudgetError("budgets", value=amounts, bound="at least one", remedy="Name one budget or more.")
@@ -97,6 +104,39 @@ def check_combine(combine: str, weights: Sequence[float] | None, n_rewards: int)
     return checked
 
 
+def numbers_array(name: str, value: Any, error: type[TTSnapError]) -> np.ndarray:
+    """Return `value` as an array of real numbers."""
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError) as failure:  # rows of different lengths
+        raise error(name, value=value, bound="numbers in rows of equal length", remedy="Fill the rows up.") from failure
+    if array.dtype.kind not in "fiu":
+        raise error(
+            name,
+            value=f"shape {array.shape} of {array.dtype}",
+            bound="numbers, integers where indices are meant",
+            remedy="Convert it with .astype(float) or .astype(int) where that is meant.",
+        )
+    return array
+
+
+def missing_scores(dataset: Any) -> list[str]:
+    """Return the scores that a reward tensor lacks, as text."""
+    base, aware = (dataset[name].transpose("reward", "prompt", "image", "step") for name in ("base", "noise_aware"))
+    rewards, prompts, images, steps = (base[dim].values for dim in base.dims)
+    return [
+        f"{rewards[r]}: prompt {prompts[p]}, image {images[i]}, step {steps[s]}"
+        for r, p, i, s in np.argwhere(np.isnan(base.values) | np.isnan(aware.values)).tolist()
+    ]
+
+
+def random_generator(rng: Any) -> np.random.Generator:
+    """Return `rng` as a generator; None is 0."""
+    if isinstance(rng, np.random.Generator):
+        return rng
+    return np.random.default_rng(integer("rng (a seed, or a numpy.random.Generator)", 0 if rng is None else rng, 0))
+
+
 def check_n_steps(cost: CostModel | None, steps: np.ndarray) -> None:
     if cost is not None and cost.n_steps != int(steps[-1]) + 1:
         raise CostError(
@@ -138,7 +178,7 @@ def checks_array(rewards: Any) -> tuple[np.ndarray, np.ndarray]:
         if "step" in rewards.coords:
             steps = rewards["step"].values
         rewards = rewards.transpose(*(dim for dim in known if dim in rewards.dims)).values
-    array = np.asarray(rewards)
+    array = numbers_array("rewards", rewards, TensorError)
     if array.ndim == 3:
         array = array[:, :, :, None]
     if array.ndim != 4 or 0 in array.shape or array.dtype.kind not in "fiu":
@@ -154,7 +194,7 @@ def checks_array(rewards: Any) -> tuple[np.ndarray, np.ndarray]:
 def final_array(final: Any, shape: tuple[int, ...]) -> np.ndarray:
     if hasattr(final, "dims"):
         final = final.transpose(*(dim for dim in ("prompt", "image", "reward") if dim in final.dims)).values
-    final = np.asarray(final)
+    final = numbers_array("final", final, TensorError)
     if final.ndim == 2:
         final = final[:, :, None]
     if final.shape != (shape[0], shape[1], shape[3]):
@@ -168,7 +208,7 @@ def final_array(final: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def check_subsets(subsets: Any, pool: int) -> np.ndarray:
-    array = np.asarray(subsets)
+    array = numbers_array("subsets", subsets, BudgetError)
     bound = f"integers of shape (iteration, n), distinct within a row, in [0, {pool - 1}]"
     remedy = "Draw them with rng.permuted(np.tile(np.arange(pool), (iterations, 1)), axis=1)[:, :n]."
     if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "iu":

@@ -73,6 +73,9 @@ def scan_prompt(folder: Path, n_steps: int, image_format: str) -> PromptState:
     """List one prompt's folder; hidden names other than our own leftovers are left to the operating system."""
     state = PromptState()
     expected = {step_name(step, image_format): step for step in range(n_steps)}
+    if folder.is_symlink():  # what stands behind a link is not ours to fill or to read
+        state.foreign.append(folder)
+        return state
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except FileNotFoundError:
@@ -137,7 +140,7 @@ def read_journals(folder: Path, prompts: Iterable[int] | None = None) -> dict[tu
                 entry = json.loads(line)
                 prompt, image = entry["prompt"], entry["image"]
                 sums = {int(step): int(value) for step, value in entry["crc32"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
             if wanted is None or prompt in wanted:
                 for step, value in sums.items():

@@ -8,7 +8,9 @@ from typing import Any
 
 from .errors import ConfigError
 
-__all__ = ["MismatchError", "fit", "kind_of", "require_literal"]
+__all__ = ["MismatchError", "fit", "kind_of", "require_annotation", "require_literal"]
+
+_MOST_BITS = 128  # whole numbers beyond are no parameter, and past 4300 digits Python does not even show them
 
 
 class MismatchError(Exception):
@@ -36,6 +38,13 @@ def require_literal(label: str, value: Any, depth: int = 0) -> None:
             require_literal(label, item, depth + 1)
         return
     good = value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
+    if type(value) is int and value.bit_length() > _MOST_BITS:
+        raise ConfigError(
+            label,
+            value=f"an integer of {value.bit_length()} bits",
+            bound=f"integers of at most {_MOST_BITS} bits",
+            remedy="Write it in text.",
+        )
     if good and isinstance(value, str):
         good = not any(0xD800 <= ord(character) <= 0xDFFF for character in value)
     if not good:
@@ -45,6 +54,22 @@ def require_literal(label: str, value: Any, depth: int = 0) -> None:
             bound="a literal: a finite number, text, true or false, null, a list or a mapping",
             remedy="Put text in quotes (a date too), and convert arrays with .tolist().",
         )
+
+
+def require_annotation(kind: str) -> None:
+    """Raise SyntaxError, ValueError or TypeError when `kind` is an annotation that :func:`fit` cannot follow."""
+    if not kind:
+        return
+    for node in ast.walk(ast.parse(kind, mode="eval")):
+        if isinstance(node, ast.Subscript) and _last_name(node.value) == "Literal":
+            for option in node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]:
+                ast.literal_eval(option)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not _in_literal(kind):
+            require_annotation(node.value)
+
+
+def _in_literal(kind: str) -> bool:
+    return "Literal" in kind  # its options may be any text
 
 
 def fit(value: Any, kind: ast.expr) -> Any:

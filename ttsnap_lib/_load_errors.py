@@ -41,11 +41,14 @@ def explain(source: str, is_folder: bool, error: Exception) -> PipelineError:
         return PipelineError(
             f"folder {source} cannot be loaded: {what} ({type(error).__name__}: {_first_line(error)})",
             bound="a whole folder written by save_pretrained",
+            value=source,
             remedy="Save the pipeline again, or download it whole.",
         )
     if "GatedRepoError" in names or "gated" in text.lower():
         return PipelineError(
             f"{source} is gated: its owner wants a licence accepted first",
+            value=source,
+            bound="a model that you may download",
             remedy=f"Log in and accept the licence at https://huggingface.co/{source}, make an access token, and set it as HF_TOKEN "
             "(or run `hf auth login`).",
         )
@@ -59,6 +62,7 @@ def explain(source: str, is_folder: bool, error: Exception) -> PipelineError:
         return PipelineError(
             f"the hub has no {source}, or not that revision",
             bound="an existing model",
+            value=source,
             remedy=f"{hint} A private model needs HF_TOKEN.",
         )
     offline = {
@@ -72,11 +76,15 @@ def explain(source: str, is_folder: bool, error: Exception) -> PipelineError:
     if offline & names or "connect" in text.lower() or "offline" in text.lower():
         return PipelineError(
             f"{source} is not on this machine and cannot be downloaded",
+            value=source,
+            bound="a model in the cache, a folder, or a network",
             remedy=f"Where there is a network, run `hf download {source}`, and give the folder it prints as the model, or "
             "copy the cache (HF_HOME). The pocket models need no download.",
         )
     return PipelineError(
         f"{source} cannot be loaded ({type(error).__name__}: {_first_line(error)})",
+        value=source,
+        bound="a whole model of the diffusers library",
         remedy="See the error above this one; `hf download` it again if a file is broken.",
     )
 

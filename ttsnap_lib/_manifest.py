@@ -8,16 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ._images import IMAGE_FORMATS, MAX_PIXELS
 from ._layout import is_prompt_name
-from .checks import integer
-from .errors import TrajectoryError
+from ._reading import as_path, read_json
+from .checks import choice, integer
+from .errors import PromptError, TrajectoryError
 from .paths import write_json
+from .prompts import check_prompts
 
-__all__ = ["MANIFEST", "Manifest", "extend"]
+__all__ = ["MANIFEST", "MAX_IMAGES", "MAX_STEPS", "Manifest", "extend"]
 
 MANIFEST = "manifest.json"
 _SCHEMA = 1
-_IDENTITY_KEYS = ("n_steps", "height", "width", "image_format", "seed")
+MAX_IMAGES = 1_000_000
+"""Most images per prompt: beyond, a number is a mistake, and lists of it would fill the memory."""
+MAX_STEPS = 10_000
+"""Most steps per image, likewise."""
+_IDENTITY_BOUNDS = {"n_steps": MAX_STEPS, "height": None, "width": None, "seed": None}
 _PROVENANCE_KEPT = 100
 
 
@@ -45,7 +52,7 @@ class Manifest:
     @property
     def n_steps(self) -> int:
         """Number of denoising steps, and of files per image."""
-        return self.identity["n_steps"]
+        return int(self.identity["n_steps"])
 
     @property
     def size(self) -> tuple[int, int]:
@@ -79,33 +86,41 @@ class Manifest:
         TrajectoryError
             When there is none, or it is broken or of a newer schema.
         """
-        path = Path(folder) / MANIFEST
+        path = as_path("trajectory folder", folder, error=TrajectoryError) / MANIFEST
         remedy = "Name a folder that `ttsnap generate` wrote."
-        try:
-            content = json.loads(path.read_text("utf-8"))
-        except (FileNotFoundError, NotADirectoryError) as error:
+        if not path.exists():
+            raise TrajectoryError("no trajectory folder", value=str(folder), bound=f"a {MANIFEST} in it", remedy=remedy)
+        content = read_json(path, "manifest", error=TrajectoryError, remedy=remedy)
+        if content.get("schema") != _SCHEMA:
             raise TrajectoryError(
-                "no trajectory folder", value=str(folder), bound=f"a {MANIFEST} in it", remedy=remedy
-            ) from error
-        except (OSError, ValueError) as error:
-            raise TrajectoryError(f"{path} cannot be read", value=str(error), bound="JSON", remedy=remedy) from error
-        try:
-            if content["schema"] != _SCHEMA:
-                raise TrajectoryError(
-                    f"{path} has another schema", value=content["schema"], bound=str(_SCHEMA), remedy="Update ttsnap."
-                )
-            manifest = cls(
-                content["identity"],
-                tuple(content["prompts"]),
-                integer("images_per_prompt", content["images_per_prompt"], 1, error=TrajectoryError),
-                tuple(content["provenance"]),
+                f"{path} has another schema", value=content.get("schema"), bound=str(_SCHEMA), remedy="Update ttsnap."
             )
-            missing = [key for key in _IDENTITY_KEYS if key not in manifest.identity]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise TrajectoryError(f"{path} lacks {error}", remedy=remedy) from error
-        if missing:
-            raise TrajectoryError(f"{path} lacks {missing[0]} in its identity", remedy=remedy)
-        return manifest
+        for key, kind in (("identity", dict), ("prompts", list), ("provenance", list)):
+            if not isinstance(content.get(key), kind):
+                raise TrajectoryError(
+                    f"{path}: {key}", value=content.get(key), bound=f"a {kind.__name__}", remedy=remedy
+                )
+        identity = content["identity"]
+        for key, high in _IDENTITY_BOUNDS.items():
+            integer(f"{path}: {key}", identity.get(key), 0 if key == "seed" else 1, high, error=TrajectoryError)
+        integer(f"{path}: height x width", identity["height"] * identity["width"], 1, MAX_PIXELS, error=TrajectoryError)
+        choice(f"{path}: image_format", identity.get("image_format"), IMAGE_FORMATS, error=TrajectoryError)
+        batch = identity.get("batch", {"size": 1})
+        sizes = list(batch.values()) if isinstance(batch, dict) and "size" in batch else [None]
+        for size in sizes:
+            integer(f"{path}: batch", size, 1, MAX_IMAGES, error=TrajectoryError)
+        if not all(isinstance(entry, dict) for entry in content["provenance"]):
+            raise TrajectoryError(
+                f"{path}: provenance", value=content["provenance"], bound="a list of mappings", remedy=remedy
+            )
+        try:
+            prompts = check_prompts(content["prompts"], f"{path}: prompts")
+        except PromptError as error:
+            raise TrajectoryError(error.problem, value=error.value, bound=error.bound, remedy=remedy) from error
+        images = integer(
+            f"{path}: images_per_prompt", content.get("images_per_prompt"), 1, MAX_IMAGES, error=TrajectoryError
+        )
+        return cls(identity, tuple(prompts), images, tuple(content["provenance"]))
 
     def differences(self, identity: Mapping[str, Any]) -> list[str]:
         """Return one line per setting in which `identity` differs from this one's.
@@ -148,6 +163,11 @@ def extend(
     Counts only ever grow: asking for fewer leaves the manifest as it is. Call it under a lock when several
     processes may start at once.
 
+    Returns
+    -------
+    Manifest
+        As it is now.
+
     Raises
     ------
     TrajectoryError
@@ -162,6 +182,8 @@ def extend(
         if different:
             raise TrajectoryError(
                 f"{folder} was made with other settings ({'; '.join(different)})",
+                value=str(folder),
+                bound="the settings of what is there already",
                 remedy="Choose another output folder, or give the settings that it was made with.",
             )
         both = min(len(old.prompts), len(prompts))
@@ -189,6 +211,7 @@ def extend(
         raise TrajectoryError(
             f"{folder} holds images but no {MANIFEST}",
             bound="a folder of `ttsnap generate`, or an empty one",
+            value=str(folder),
             remedy="Choose another output folder; these images cannot be told apart from others.",
         )
     manifest = Manifest(identity, tuple(prompts), images_per_prompt, (entry,) if entry else ())

@@ -108,7 +108,12 @@ def checked_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise DiskError(f"{there} is not a folder", value=str(folder), remedy="Choose another output folder.")
+        raise DiskError(
+            f"{there} is not a folder",
+            value=str(folder),
+            bound="a folder, or a place for one",
+            remedy="Choose another output folder.",
+        )
     return folder
 
 

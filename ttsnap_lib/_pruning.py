@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,13 +22,14 @@ _CHUNK = 64  # prompts ranked at a time: bounds the memory beside the tensor
 class NaNRead(TensorError):
     """A NaN that a pruning run would have read; ``.prompt`` and ``.stage`` say where."""
 
-    def __init__(self, prompt: int, stage: int) -> None:
+    def __init__(self, prompt: int, stage: int, missing: Sequence[str] = ()) -> None:
         self.prompt, self.stage = prompt, stage
+        listed = f"; {len(missing)} scores are missing in all" if missing else ""
         super().__init__(
-            f"reward of prompt {prompt} at stage {stage} of the schedule",
-            value=float("nan"),
+            f"reward of prompt {prompt} at stage {stage} of the schedule{listed}",
+            value=list(missing) or float("nan"),
             bound="a number for every candidate that is scored there",
-            remedy="Score the missing images, or drop them with tensors.drop_missing().",
+            remedy="Score the missing images, or drop them: tensors.drop_missing(), or `-p missing drop` of simulate.ipynb.",
         )
 
 
@@ -95,29 +97,15 @@ def prune_levels(
     NaNRead
         When a candidate that is scored somewhere has no value there.
     """
-    from . import _kernels
+    from ._kernels import single_reward
 
     n_prompts, pool = levels[0].rank.shape
     moves = np.empty((n_prompts, len(levels) - 1, pool), np.int32)
     for k in range(len(levels) - 1):
         moves[:, k] = np.take_along_axis(levels[k + 1].rank, levels[k].order, axis=1)
-    sums = np.zeros((len(counts), n_prompts, values.shape[2]))
-    fault = np.full(2, -1, np.int64)
-    _kernels.single_reward(
-        levels[0].rank if labels is None else np.take_along_axis(levels[0].rank, labels, axis=1),
-        moves,
-        levels[-1].order,
-        np.stack([level.valid for level in levels], axis=1),
-        subsets,
-        counts,
-        values,
-        np.empty((0, 0, 0), np.int32) if winners is None else winners,
-        sums,
-        fault,
-    )
-    if fault[0] >= 0:
-        raise NaNRead(int(fault[0]), int(fault[1]))
-    return sums
+    first = levels[0].rank if labels is None else np.take_along_axis(levels[0].rank, labels, axis=1)
+    valid = np.stack([level.valid for level in levels], axis=1)
+    return _run(single_reward, (first, moves, levels[-1].order, valid), values, subsets, counts, winners)
 
 
 def prune_columns(
@@ -169,7 +157,7 @@ def prune_columns(
                 sums[:, part] = _prune_multi(chunk, part_values, subsets, counts, combine, won, part_labels)
         except NaNRead as error:
             raise NaNRead(error.prompt + part.start, error.stage) from None
-        if winners is not None:
+        if winners is not None and won is not None:
             winners[:, :, part] = won
 
     parts = [slice(start, min(start + _CHUNK, n_prompts)) for start in range(0, n_prompts, _CHUNK)]
@@ -181,7 +169,7 @@ def run_threads(work, items: Sequence) -> list:
     """Return ``[work(item) for item in items]``, in threads when there is more than one core."""
     from numba import config  # honours CPU affinity and NUMBA_NUM_THREADS
 
-    threads = min(config.NUMBA_NUM_THREADS, len(items))
+    threads = min(config.NUMBA_NUM_THREADS, len(items))  # type: ignore[attr-defined]  # set when numba is imported
     if threads <= 1:
         return [work(item) for item in items]
     with ThreadPoolExecutor(threads) as pool:
@@ -194,23 +182,20 @@ def _prune_multi(columns, values, subsets, counts, combine, winners, labels) -> 
     scores = np.stack([np.moveaxis(column, 2, 1) for column in columns], axis=1).astype(np.float64)
     n_prompts, n_levels, n_rewards, pool = scores.shape
     flat = rank_level(scores.reshape(-1, pool))
-    sums = np.zeros((len(counts), n_prompts, values.shape[2]))
-    fault = np.full(2, -1, np.int64)
     if labels is None:
         labels = np.broadcast_to(np.arange(pool), (n_prompts, pool))
-    _kernels.multi_reward(
-        _kernels.RANK_SUM if combine == "rank_sum" else _kernels.Z_SCORE,
-        flat.rank.reshape(scores.shape),
-        scores,
-        flat.valid.reshape(n_prompts, n_levels, n_rewards),
-        np.ascontiguousarray(labels, np.int32),
-        subsets,
-        counts,
-        values,
-        np.empty((0, 0, 0), np.int32) if winners is None else winners,
-        sums,
-        fault,
-    )
+    mode = _kernels.RANK_SUM if combine == "rank_sum" else _kernels.Z_SCORE
+    valid = flat.valid.reshape(n_prompts, n_levels, n_rewards)
+    ranks, labels = flat.rank.reshape(scores.shape), np.ascontiguousarray(labels, np.int32)
+    return _run(_kernels.multi_reward, (mode, ranks, scores, valid, labels), values, subsets, counts, winners)
+
+
+def _run(kernel: Any, given: tuple, values, subsets, counts, winners) -> np.ndarray:
+    """Return the sums that a kernel fills in from what is `given` to it alone and what all take."""
+    sums = np.zeros((len(counts), len(values), values.shape[2]))
+    fault = np.full(2, -1, np.int64)
+    winners = np.empty((0, 0, 0), np.int32) if winners is None else winners
+    kernel(*given, subsets, counts, values, winners, sums, fault)
     if fault[0] >= 0:
         raise NaNRead(int(fault[0]), int(fault[1]))
     return sums

@@ -49,6 +49,8 @@ class ScoreReport:
         return self.pictures / self.elapsed_s if self.elapsed_s else 0.0
 
     def __str__(self) -> str:
+        if not self.pictures:
+            return f"{self.path}: nothing left to score"
         text = f"{self.path}: {self.pictures} pictures, {self.scores} scores, {self.images_per_s:.1f} images/s"
         if self.skipped:
             text += f", {len(self.skipped)} scores skipped"
@@ -144,6 +146,8 @@ class ScoreRun:
         detail = str(error) if isinstance(error, TTSnapError) else f"{type(error).__name__}: {error}"
         return RewardError(
             f"reward {call.reward.name} failed on {first} and the {len(rows) - 1} after it in the batch ({detail})",
+            value=str(first),
+            bound="a picture that the reward can score",
             remedy="Mend the reward; scores that are written stay, and the same command goes on.",
         )
 

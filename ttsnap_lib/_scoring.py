@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ class Selection:
 
 def balanced_subsets(pool: int, iterations: int, rng: np.random.Generator) -> np.ndarray:
     """Return permutations of the pool, int64 (iteration, pool), in blocks of rotations of one random order."""
-    rows = []
+    rows: list[np.ndarray] = []
     while len(rows) < iterations:
         order = rng.permutation(pool)
         turns = min(_BLOCK, iterations - len(rows))
@@ -100,7 +101,7 @@ class Scorer:
                 self._scores[step] = score
                 self._ranks[step] = flat.rank.reshape(score.shape)
                 self._valid[step] = flat.valid.reshape(score.shape[:2])
-            self.exact = None
+            self.exact: Any = None  # no closed form
             return
         weights = np.ones(1) if selection.weights is None else selection.weights
         scores = {step: column.astype(np.float64) @ weights for step, column in columns.items()}
@@ -145,11 +146,11 @@ class Scorer:
         path = (*steps, -1)
         if self._selection.joint:
             mode = _kernels.RANK_SUM if self._selection.combine == "rank_sum" else _kernels.Z_SCORE
-            stacks = [
+            ranks, scores, valid = (
                 np.stack([table[s][prompts] for s in path], 1) for table in (self._ranks, self._scores, self._valid)
-            ]
+            )
             labels = self._labels[prompts]
-            _kernels.multi_reward(mode, *stacks, labels, subsets, counts, values, no_winners, sums, fault)
+            _kernels.multi_reward(mode, ranks, scores, valid, labels, subsets, counts, values, no_winners, sums, fault)
         else:
             levels = [self._levels[s] for s in path]
             moves = np.empty((values.shape[0], len(steps), self.pool), np.int32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from .checks import choice, integer
 from .costs import CostModel
@@ -11,6 +11,7 @@ from .errors import BudgetError, ConfigError, CostError, ScheduleError
 from .negtome import NegToMe
 from .schedule import Schedule
 from .simulate import METHODS
+from .trajectories import MAX_IMAGES
 
 __all__ = ["candidates_for", "check_negtome", "check_schedule", "method_for", "variants_for"]
 
@@ -64,7 +65,7 @@ def candidates_for(
             remedy=f"Use a cost model with n_steps={n_steps}, or Settings(n_steps={cost.n_steps}).",
         )  # fmt: skip
     if candidates is not None:
-        n = integer("candidates", candidates, 1, error=BudgetError)
+        n = integer("candidates", candidates, 1, MAX_IMAGES, error=BudgetError)
         if n % group:
             raise BudgetError(
                 "candidates with NegToMe", value=n, bound=f"a multiple of its group_size, {group}",
@@ -76,7 +77,12 @@ def candidates_for(
             "budget without a cost model", value=cost, bound="a CostModel",
             remedy="Measure one with `ttsnap cost`, name a preset, or give candidates instead.",
         )  # fmt: skip
-    n = cost.candidates(budget, schedule) // group * group
+    n = cost.candidates(cast("float", budget), schedule) // group * group
+    if n > MAX_IMAGES:
+        raise BudgetError(
+            "budget", value=budget, bound=f"at most {cost.total(MAX_IMAGES, schedule):.6g} {cost.unit}, {MAX_IMAGES} "
+            "candidates", remedy="Check the unit of the cost model.",
+        )  # fmt: skip
     if n < 1:
         what = "one candidate" if group == 1 else f"one group of {group} candidates"
         raise BudgetError(

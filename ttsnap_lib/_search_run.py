@@ -207,6 +207,7 @@ def _check(
     while start < len(rows):
         part = list(range(start, min(start + plan.check_size, len(rows))))
         begin = time.perf_counter()
+        pixels: Any = None
         try:
             if is_final:
                 pixels = plan.denoiser.final(moved.take(part))

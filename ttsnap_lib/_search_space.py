@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -161,7 +161,7 @@ def _unit_costs(cost: CostModel, steps: tuple[int, ...]) -> np.ndarray:
     return np.array([stage.total for stage in cost.stages(1, Schedule(steps, (1.0,) * len(steps)))])
 
 
-def _make(steps: Sequence[int], ratios: Sequence[float]) -> Schedule:
+def _make(steps: Iterable[int], ratios: Iterable[float]) -> Schedule:
     return Schedule(
         tuple(int(step) for step in steps), tuple(round(float(min(max(r, _LOW), _HIGH)), _DIGITS) for r in ratios)
     )

@@ -115,10 +115,11 @@ def schedulable(scheduler: Any) -> Schedulable:
         lacks = next((lack for part, lack in _KNOWN_LACKS.items() if part in name), "a rule to read x0 from a step")
     else:
         lacks = known.refuse(scheduler.config)
-    if lacks:
+    if known is None or lacks:
         raise PipelineError(
             f"scheduler {name} cannot be stopped and continued; what is missing is {lacks}",
             bound=f"one of {[cls.__name__ for cls in SCHEDULABLE]}",
+            value=name,
             remedy="Load with load_pipeline(..., scheduler='euler'), 'ddim', 'dpm++' or 'unipc' instead.",
         )
     if getattr(scheduler.config, "clip_sample", False):
@@ -142,6 +143,7 @@ def _segment_class(base: Any) -> Any:
         _on_x0: Callable[[int, torch.Tensor], None] | None = None
         _resume: History | None = None
         _known: Schedulable
+        timesteps: Any
 
         @functools.wraps(base.set_timesteps)  # pipelines inspect the signature
         def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -192,7 +194,8 @@ def _segment_class(base: Any) -> Any:
 def prepare(scheduler: Any) -> Any:
     """Return a fresh segment scheduler with the configuration of `scheduler`."""
     known = schedulable(scheduler)
-    segment = _segment_class(type(scheduler)).from_config(scheduler.config)
+    base: Any = type(scheduler)
+    segment = _segment_class(base).from_config(scheduler.config)
     if hasattr(scheduler, "set_shift"):
         segment.set_shift(scheduler.shift)  # set at run time, it is not in the configuration
     segment._known = known

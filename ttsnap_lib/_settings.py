@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ._adapters import adapter_of
+from ._images import MAX_PIXELS
+from ._manifest import MAX_STEPS
 from .checks import integer, known_keys, real
 from .errors import ConfigError
 
-__all__ = ["Settings", "resolve"]
+__all__ = ["Settings", "as_settings", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "n_steps", integer("n_steps", self.n_steps, 1))
+        put(self, "n_steps", integer("n_steps", self.n_steps, 1, MAX_STEPS))
         for name in ("height", "width"):
             if getattr(self, name) is not None:
-                put(self, name, integer(name, getattr(self, name), 1))
+                put(self, name, integer(name, getattr(self, name), 1, MAX_PIXELS))
+        if self.height is not None and self.width is not None:
+            integer("height x width", self.height * self.width, 1, MAX_PIXELS)
         if self.max_sequence_length is not None:
             put(self, "max_sequence_length", integer("max_sequence_length", self.max_sequence_length, 1, 512))
         for name in ("guidance", "true_guidance"):
@@ -63,6 +67,15 @@ class Settings:
                 "negative_prompt", value=self.negative_prompt, bound="text or None", remedy="Give one text for all."
             )
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels, of settings that :func:`resolve` has filled in."""
+        if self.height is None or self.width is None:
+            raise ConfigError(
+                "size", value=(self.height, self.width), bound="two numbers", remedy="Resolve them first."
+            )
+        return self.height, self.width
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary."""
         return asdict(self)
@@ -72,6 +85,21 @@ class Settings:
         """Build from :meth:`to_dict`'s form; unknown keys are an error."""
         known_keys("settings", content, [field.name for field in fields(cls)])
         return cls(**content)
+
+
+def as_settings(value: Any) -> Settings:
+    """Return `value` when it is a Settings; None is the default ones.
+
+    Raises
+    ------
+    ConfigError
+        Anything else.
+    """
+    if value is not None and not isinstance(value, Settings):
+        raise ConfigError(
+            "settings", value=value, bound="a Settings or None", remedy="Pass Settings(...) or Settings.from_dict(...)."
+        )
+    return value or Settings()
 
 
 def resolve(settings: Settings, pipeline: Any) -> Settings:
@@ -91,7 +119,9 @@ def resolve(settings: Settings, pipeline: Any) -> Settings:
         "width": width,
         "max_sequence_length": adapter.default_sequence_length(pipeline),
     }
-    found = {name: brought.get(name, value) for name, value in standard.items() if getattr(settings, name) is None}
+    found: dict[str, Any] = {
+        name: brought.get(name, value) for name, value in standard.items() if getattr(settings, name) is None
+    }
     resolved = replace(settings, **found)
     multiple = adapter.size_multiple(pipeline)
     for name in ("height", "width"):
@@ -122,6 +152,7 @@ def resolve(settings: Settings, pipeline: Any) -> Settings:
         raise ConfigError(
             "negative_prompt has no effect without classifier-free guidance",
             value=settings.negative_prompt,
+            bound="None, or guidance above 1",
             remedy=f"Set {'true_guidance' if adapter.embedded_guidance(pipeline) else 'guidance'} above 1, or leave it out.",
         )
     return resolved

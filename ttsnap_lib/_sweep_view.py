@@ -108,8 +108,9 @@ class SweepView:
             self._drawn_lines = 0
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        if self._stream is not None:
+            self._stream.write(text)
+            self._stream.flush()
 
 
 def _clock(seconds: float) -> str:

@@ -90,6 +90,10 @@ def held_out(
         tail = (1 - level) / 2
         return np.nanquantile(samples, [tail, 1 - tail], axis=0)
 
+    def pair(samples: np.ndarray) -> tuple[float, float]:
+        low, high = interval(samples)
+        return float(low), float(high)
+
     def gains(k: int, column: int) -> tuple[float, np.ndarray]:
         point = goals.overall(mean[k][:, column], mean[0][:, column])
         return float(point), goals.overall(boot[k][:, :, column], boot[0][:, :, column])
@@ -99,19 +103,19 @@ def held_out(
     if published is not None:
         published_gain, published_samples = gains(2, 0)
         over = gain - published_gain
-        over_interval = tuple(map(float, interval(samples - published_samples)))
-    rows = []
+        over_interval = pair(samples - published_samples)
+    table: list[tuple] = []
     for r, name in enumerate(names):
         point, spread = gains(1, 1 + r)
-        rows.append((name, r in selection.selecting, point, *interval(spread)))
+        table.append((name, r in selection.selecting, point, *pair(spread)))
     low, high = interval(boot[1][:, :, 0] - boot[0][:, 1:, 0])
     return HeldOut(
         gain=gain,
-        interval=tuple(map(float, interval(samples))),
+        interval=pair(samples),
         published_gain=published_gain,
         over_published=over,
         over_published_interval=over_interval,
-        rewards=pd.DataFrame(rows, columns=["reward", "selects", "gain", "low", "high"]),
+        rewards=pd.DataFrame(table, columns=["reward", "selects", "gain", "low", "high"]),
         mean=mean[1][:, 0],
         best_of_n=mean[0][1:, 0],
         low=low,

@@ -17,6 +17,7 @@ from .checks import choice, integer, real
 from .costs import CostModel
 from .errors import BudgetError, ConfigError, CostError, ScheduleError, TensorError
 from .schedule import PUBLISHED_SCHEDULE, Schedule
+from .simulate import MOST_DRAWS
 
 __all__ = ["Setup", "allowed_steps", "make_setup", "split_prompts"]
 
@@ -49,7 +50,7 @@ class Setup:
 def make_setup(
     dataset: Any,
     cost: CostModel,
-    budgets: Sequence[float] | float,
+    budgets: Sequence[float] | np.ndarray | float,
     method: str,
     *,
     tune: Sequence[int] | None,
@@ -73,13 +74,13 @@ def make_setup(
     n_trials = integer("n_trials", _TRIALS[objective] if n_trials is None else n_trials, 1)
     if time_limit_s is not None:
         real("time_limit_s", time_limit_s, 0, open_low=True)
-    iterations = integer("iterations", iterations, 1)
+    iterations = integer("iterations", iterations, 1, MOST_DRAWS)
     max_stages = integer("max_stages", max_stages, 0)
     amounts = np.array([real("budget", b, 0, error=BudgetError) for b in np.atleast_1d(np.asarray(budgets, object))])
     check_budgets(objective, amounts)
     tensors.check_rewards(dataset)
     names = [str(name) for name in dataset["reward"].values]
-    selecting, weights = selecting_rewards(names, report, combine, weights)
+    selecting, shares = selecting_rewards(names, report, combine, weights)
     scored = [int(step) for step in dataset["step"].values]
     check_n_steps(cost, dataset["step"].values)
     pool = dataset.sizes["image"]
@@ -91,9 +92,10 @@ def make_setup(
             bound=f"at least {cost.total(2):.6g} {cost.unit}, two Best-of-N candidates",
             remedy="Raise the budget: the gain is told in percent of what Best-of-N gains over one candidate.",
         )
-    tune_at = test_at = prompts
     if prompts is None:
         tune_at, test_at = split_prompts(dataset.sizes["prompt"], tune, test)
+    else:
+        tune_at = test_at = prompts
     allowed = allowed_steps(dataset, method, selecting, copied_steps)
     space = SearchSpace(tuple(allowed), max_stages, cost, amounts, pool)
     published = _published(scored, space)
@@ -111,8 +113,8 @@ def make_setup(
                 remedy="Score the missing images, or drop them with tensors.drop_missing().",
             )
     merit = np.zeros(len(names))
-    if weights is not None:
-        merit[selecting] = weights
+    if shares is not None:
+        merit[selecting] = shares
     else:  # in units of the spread within a prompt, so that no reward counts for more by its scale
         spread = final[tune_at].std(axis=1).mean(0)[selecting]
         merit[selecting] = 1 / np.where(spread > 0, spread, 1.0) / len(selecting) if len(selecting) > 1 else 1.0
@@ -123,7 +125,7 @@ def make_setup(
         names=tuple(names),
         tune=tune_at,
         test=test_at,
-        selection=Selection(tuple(selecting), combine, weights, merit),
+        selection=Selection(tuple(selecting), combine, shares, merit),
         goals=Goals(objective, amounts, n),
         space=space,
         published=published,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
 import operator
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ._reading import as_path, read_json, read_yaml
 from .checks import choice, integer, known_keys, real, text
 from .errors import CostError
 from .schedule import Schedule
@@ -191,22 +191,10 @@ class CostModel:
         """Return the preset named `source`, or the model in the JSON or YAML file `source`."""
         if isinstance(source, str) and source in PRESETS:
             return cls.preset(source)
-        path = Path(source)
-        try:
-            raw = path.read_text("utf-8")
-            if path.suffix == ".json":
-                content = json.loads(raw)
-            else:
-                import yaml
-
-                content = yaml.safe_load(raw)
-        except Exception as error:  # any parser may raise its own kind
-            raise CostError(
-                f"cost file cannot be read ({error.__class__.__name__})",
-                value=str(source),
-                bound="a JSON or YAML file of CostModel fields, or a preset's name",
-                remedy=f"Write it with CostModel.save(), or use one of {sorted(PRESETS)}.",
-            ) from error
+        path = as_path("cost", source, error=CostError)
+        remedy = f"Write it with CostModel.save(), or use one of {sorted(PRESETS)}."
+        read = read_json if path.suffix == ".json" else read_yaml
+        content = read(path, "cost file", error=CostError, remedy=remedy)
         # A file of `ttsnap cost` carries more than the model; the model stands under its own key there.
         if isinstance(content, Mapping) and isinstance(content.get("cost"), Mapping):
             content = content["cost"]

@@ -29,7 +29,7 @@ import torch
 from ._adapters import adapter_of
 from ._candidates import Candidates, Conditioning, image_generator, image_seed
 from ._segments import history_of, make_segment, noise_levels, prepare
-from ._settings import Settings, resolve
+from ._settings import Settings, as_settings, resolve
 from .checks import integer
 from .errors import ConfigError, DeviceError, PipelineError
 
@@ -65,7 +65,7 @@ class Denoiser:
         self.pipeline = pipeline
         self._adapter = adapter_of(pipeline)
         self._scheduler = prepare(pipeline.scheduler)
-        self.settings = resolve(settings if settings is not None else Settings(), pipeline)
+        self.settings = resolve(as_settings(settings), pipeline)
         # A dry run: the pipeline checks its inputs and asks for its schedule, and is given no timestep to run.
         dry = make_segment(self._scheduler, 0, -1)
         blank = self._adapter.blank_embeds(pipeline, self.settings)
@@ -77,6 +77,7 @@ class Denoiser:
             raise PipelineError(
                 f"{type(pipeline).__name__} refuses these settings: {error}",
                 value=self.settings.to_dict(),
+                bound="settings that this pipeline takes",
                 remedy="Change the setting it names, or leave it to the pipeline's default.",
             ) from error
         self.timesteps: torch.Tensor = dry._whole.cpu()
@@ -104,7 +105,7 @@ class Denoiser:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image's latents as the decoder takes them."""
-        return self._adapter.latent_shape(self.pipeline, self.settings.height, self.settings.width)
+        return self._adapter.latent_shape(self.pipeline, *self.settings.size)
 
     @property
     def ends_clean(self) -> bool:
@@ -181,6 +182,7 @@ class Denoiser:
             raise ConfigError(
                 f"conditioning of {len(conditioning)} rows for {len(candidates)} candidates",
                 bound="one row per candidate",
+                value=len(conditioning),
                 remedy="Use Conditioning.repeat(n) for several seeds of a prompt, and take() the same survivors of both.",
             )
         outside = [step for step in record if not first <= step <= last_step]
@@ -241,7 +243,7 @@ class Denoiser:
             raise ConfigError(
                 "decoder", value=type(vae).__name__, bound="a diffusers autoencoder", remedy="Pass an AutoencoderTiny."
             )
-        latents = self._adapter.unpack(self.pipeline, latents, self.settings.height, self.settings.width)
+        latents = self._adapter.unpack(self.pipeline, latents, *self.settings.size)
         # fp16 overflows in the SDXL VAE; stock pipelines decode in fp32 then.
         upcast = decoder is None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
         if upcast:
@@ -284,5 +286,7 @@ def _readable_memory_errors(n: int) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise DeviceError(
             f"out of memory with {n} images at once",
+            value=n,
+            bound="as many as the memory holds",
             remedy="Use a smaller batch, a smaller size, or load_pipeline(..., offload='model').",
         ) from error

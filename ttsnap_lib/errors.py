@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from pathlib import Path
 
 __all__ = [
     "BudgetError",
@@ -25,6 +26,7 @@ __all__ = [
 
 _short = reprlib.Repr()  # its limits are attributes: Python 3.11 takes no keywords here
 _short.maxstring, _short.maxother, _short.maxlist, _short.maxtuple, _short.maxdict = 200, 200, 8, 8, 8
+_short.maxlevel = 3  # with eight items a level, each level more makes a message eight times as long
 _UNSET = object()
 
 
@@ -46,13 +48,20 @@ class TTSnapError(Exception):
     def __init__(self, problem: str, *, value: object = _UNSET, bound: str = "", remedy: str) -> None:
         self.problem, self.bound, self.remedy = problem, bound, remedy
         self.value = None if value is _UNSET else value
-        shown = "" if value is _UNSET else f"got {_short.repr(value)}"
+        shown = "" if value is _UNSET else f"got {_shown(value)}"
         expected = f"expected {bound}" if bound else ""
         facts = ", ".join(part for part in (shown, expected) if part)
         super().__init__(f"{problem}{': ' + facts if facts else ''}. {remedy}")
 
     def __reduce__(self):  # keyword-only arguments do not survive the default pickling (worker processes)
         return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _shown(value: object) -> str:
+    try:
+        return _short.repr(value)
+    except Exception:  # noqa: BLE001 - an integer of too many digits, an object whose own __repr__ fails
+        return f"a value of {type(value).__name__} that cannot be shown"
 
 
 def _rebuild(cls: type[TTSnapError], args: tuple, state: dict) -> TTSnapError:
@@ -111,7 +120,19 @@ class SearchError(TTSnapError):
 
 
 class RunError(TTSnapError):
-    """A notebook run or sweep that failed."""
+    """A notebook run or sweep that failed.
+
+    Attributes
+    ----------
+    cell, last_line : str
+        Which cell failed and the last line of its error; empty when the run failed in another way.
+    folder : Path or None
+        The run folder.
+    """
+
+    cell: str = ""
+    last_line: str = ""
+    folder: Path | None = None
 
 
 class DeviceError(TTSnapError):

@@ -50,7 +50,7 @@ def execute(
 
     _register_engine()
     total = sum(cell.cell_type == "code" for cell in node.cells)
-    at = {"cell": "", "code": 0}
+    at: dict[str, Any] = {"cell": "", "code": 0}
 
     def on_cell(cell: Any) -> None:
         at["code"] += 1
@@ -146,7 +146,11 @@ def _manager_class(scratch: Path, environment: Mapping[str, str], log: Any, serv
     class Provisioner(LocalProvisioner):
         """Launches by forking the server, and in the ordinary way when the server is gone."""
 
+        process: Any  # a Popen or a Forked
+
         async def launch_kernel(self, cmd: list[str], **options: Any) -> Any:
+            if server is None:
+                return await super().launch_kernel(cmd, **options)
             folder = options.get("cwd") or os.getcwd()
             try:
                 self.process = server.start(cmd[cmd.index("-f") :], env, str(folder), log.name)

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from .parameters import cell_source
 
@@ -61,9 +61,9 @@ class Forked:
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end of the kernel."""
-        end = None if timeout is None else time.monotonic() + timeout
+        begin = time.monotonic()
         while self.poll() is None:
-            if end is not None and time.monotonic() > end:
+            if timeout is not None and time.monotonic() > begin + timeout:
                 raise subprocess.TimeoutExpired("kernel", timeout)
             time.sleep(0.02)
         return 0
@@ -104,6 +104,7 @@ class ForkServer:
             env=dict(environment),
             start_new_session=True,
         )
+        self._input, self._output = cast("IO[str]", self._process.stdin), cast("IO[str]", self._process.stdout)
         timer = threading.Timer(_PRELOAD_S, self._process.kill)
         timer.start()
         try:
@@ -130,19 +131,19 @@ class ForkServer:
         """End the server; kernels that still run end by themselves within a second."""
         self.usable = False
         with contextlib.suppress(OSError):
-            self._process.stdin.close()
+            self._input.close()
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
+        self._output.close()
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
         with self._guard:
-            self._process.stdin.write(json.dumps(question) + "\n")
-            self._process.stdin.flush()
-            return json.loads(self._process.stdout.readline())
+            self._input.write(json.dumps(question) + "\n")
+            self._input.flush()
+            return json.loads(self._output.readline())
 
 
 # -- inside the server ---------------------------------------------------------------------------------------------

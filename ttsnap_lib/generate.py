@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,11 +26,11 @@ from .errors import ConfigError
 from .negtome import NegToMe
 from .pipelines import load_pipeline
 from .prompts import read_prompts
-from .trajectories import MANIFEST, Manifest, VerifyReport, extend, verify
+from .trajectories import MANIFEST, MAX_IMAGES, Manifest, VerifyReport, extend, verify
 
 __all__ = ["GenerateReport", "OnBatch", "generate", "pipeline_of", "repair"]
 
-_DEFAULTS = {"image_format": "png", "batch": {"size": 8}}
+_DEFAULTS: dict[str, Any] = {"image_format": "png", "batch": {"size": 8}}
 
 
 @dataclass
@@ -147,8 +148,10 @@ def generate(
         Out of memory.
     """
     if folder is None and on_batch is None:
-        raise ConfigError("generate without folder and on_batch", remedy="Say where the pictures go.")
-    images_per_prompt = integer("images_per_prompt", images_per_prompt, 1)
+        raise ConfigError(
+            "generate without folder and on_batch", value=None, bound="one of them", remedy="Say where the pictures go."
+        )
+    images_per_prompt = integer("images_per_prompt", images_per_prompt, 1, MAX_IMAGES)
     seed, workers = integer("seed", seed, 0), integer("workers", workers, 1, 256)
     index, count = parse_shard(shard)
     source = str(prompts) if source is None and isinstance(prompts, str | Path) else source
@@ -158,7 +161,7 @@ def generate(
     made_with = Manifest.read(folder).identity if folder is not None and (folder / MANIFEST).exists() else _DEFAULTS
     image_format = choice("image_format", image_format or made_with["image_format"], IMAGE_FORMATS)
     group = 1 if negtome is None else negtome.group_size
-    blocks = blocks_for(batch_size, made_with["batch"], len(prompts), images_per_prompt, group)
+    blocks = blocks_for(batch_size, made_with.get("batch", _DEFAULTS["batch"]), len(prompts), images_per_prompt, group)
     denoiser = Denoiser(pipeline, settings)
     n_steps = denoiser.settings.n_steps
     chosen = {integer("steps", step, 0, n_steps - 1) for step in (range(n_steps) if steps is None else steps)}
@@ -184,7 +187,7 @@ def generate(
             stack.enter_context(held)
             if not isinstance(only, Mapping):
                 wanted = missing_rows(folder, wanted, n_steps, image_format)
-            require_disk(folder, wanted, image_format, denoiser.settings.height * denoiser.settings.width * 3)
+            require_disk(folder, wanted, image_format, math.prod(denoiser.settings.size) * 3)
             writer = stack.enter_context(ImageWriter(folder, image_format, f"shard-{index}-of-{count}", workers))
         report.found = total - len(wanted)
         stack.enter_context(threads_of_torch(threads))
@@ -226,10 +229,20 @@ def repair(
 
     Parameters
     ----------
+    pipeline : diffusers pipeline
+        The one the folder was made with.
+    folder : str or Path
     report : VerifyReport, optional
         What was found before; verified now when not given.
     options
         What cannot be read from the manifest: ``decoder``, ``workers``.
+    progress : callable, optional
+        ``progress(done, total)`` in images.
+
+    Returns
+    -------
+    VerifyReport
+        What is still wrong.
     """
     manifest = Manifest.read(folder)
     report = report if report is not None else verify(folder)
@@ -259,10 +272,16 @@ def pipeline_of(folder: str | Path, model: str | None = None, **options: Any) ->
 
     Parameters
     ----------
+    folder : str or Path
+        A trajectory folder.
     model : str, optional
         Where the model is now, when its name in the manifest does not say.
     options
         Of :func:`ttsnap_lib.pipelines.load_pipeline`; those that are None or ``dtype="auto"`` come from the manifest.
+
+    Returns
+    -------
+    diffusers pipeline
     """
     import diffusers
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checks import integer, known_keys, real
+from ._reading import as_path, read_yaml
+from .checks import integer, known_keys, plain_name, real
 from .errors import ConfigError
-from .parameters import Parameter, declared_parameters, load_yaml, parameter_hash, read_notebook, resolve
+from .parameters import Parameter, declared_parameters, parameter_hash, read_notebook, resolve
 from .runner import find_notebook
 
 __all__ = ["GridSpec", "axis_values", "expand", "load_grid", "parse_grid"]
@@ -48,23 +49,37 @@ class GridSpec:
 def load_grid(path: str | Path) -> GridSpec:
     """Read a sweep from the YAML file `path`; a notebook's path in it is relative to the file.
 
+    Returns
+    -------
+    GridSpec
+
     Raises
     ------
     ConfigError
         Anything in the file that is unknown, of the wrong kind, or that the notebook does not accept.
     """
-    path = Path(path)
-    content = load_yaml(path, str(path))
+    path = as_path("sweep", path)
+    content = read_yaml(path, "sweep", remedy="Indent with spaces, and write `name: value`.")
     if not isinstance(content, dict):
         raise ConfigError(str(path), value=content, bound="a mapping", remedy="Write notebook: and grid: lines.")
     notebook = content.get("notebook")
-    if isinstance(notebook, str) and (path.parent / notebook).is_file():
+    if isinstance(notebook, str) and (path.parent / as_path("sweep: notebook", notebook or " ")).is_file():
         content = {**content, "notebook": str(path.parent / notebook)}
     return parse_grid(content, default_name=path.stem)
 
 
 def parse_grid(content: Mapping[str, Any], default_name: str = "sweep") -> GridSpec:
-    """Check a sweep given as a mapping with the keys of the YAML file, and expand it."""
+    """Check a sweep given as a mapping with the keys of the YAML file, and expand it.
+
+    Returns
+    -------
+    GridSpec
+
+    Raises
+    ------
+    ConfigError
+        An unknown key, a bad value, or an unknown notebook.
+    """
     known_keys("sweep", content, _KEYS)
     if not isinstance(content.get("notebook"), str):
         raise ConfigError(
@@ -77,8 +92,8 @@ def parse_grid(content: Mapping[str, Any], default_name: str = "sweep") -> GridS
         if key in content and not (isinstance(content[key], str) and content[key].strip()):
             raise ConfigError(f"sweep: {key}", value=content[key], bound="text", remedy=f"Write `{key}: some_name`.")
     name = content.get("name", default_name)
-    if name[0] == "." or set(name) & set('/\\:*?"<>|\0\n'):
-        raise ConfigError("sweep: name", value=name, bound="a plain folder name", remedy="Use letters, digits and _.")
+    plain_name("sweep: name", name)
+    plain_name("sweep: table", content.get("table", "results"))
     notebook = find_notebook(content["notebook"])
     declared = declared_parameters(read_notebook(notebook), notebook.name)
     sets = expand(content, declared, notebook.name)
@@ -96,7 +111,13 @@ def parse_grid(content: Mapping[str, Any], default_name: str = "sweep") -> GridS
 def expand(
     content: Mapping[str, Any], declared: Mapping[str, Parameter], name: str = "notebook"
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Return (case, resolved parameters) for every point of the grid, first axis slowest, duplicates dropped."""
+    """Return (case, resolved parameters) for every point of the grid, first axis slowest, duplicates dropped.
+
+    Raises
+    ------
+    ConfigError
+        An axis or case that names no parameter, or a grid without a point.
+    """
     parts = {key: content.get(key) or {} for key in ("parameters", "grid", "cases")}
     for key, value in parts.items():
         if not isinstance(value, dict):
@@ -194,6 +215,11 @@ def axis_values(label: str, axis: Any) -> tuple[dict[str, Any], list[Any]]:
 
     Forms: a list; ``{start, stop, step}`` with both ends; ``{linspace: [first, last, count]}``;
     ``{logspace: [first, last, count]}`` (the values themselves, not exponents); ``{values: ..., when: {...}}``.
+
+    Raises
+    ------
+    ConfigError
+        Another form, or an axis without values.
     """
     if isinstance(axis, dict) and "values" in axis:
         known_keys(label, axis, ("values", "when"))
@@ -237,7 +263,7 @@ def _range_values(label: str, axis: dict[str, Any]) -> list[Any]:
         raise ConfigError(
             f"{label}.step", value=step, bound="a step from start towards stop", remedy="Change its sign."
         )
-    count = integer(f"{label}: number of values", math.floor((stop - start) / step + 1e-9) + 1, 1, _MOST_RUNS)
+    count = math.floor(real(f"{label}: number of values", (stop - start) / step + 1, 1, _MOST_RUNS) + 1e-9)
     if all(isinstance(axis[key], int) for key in axis):
         return [axis["start"] + k * axis["step"] for k in range(count)]
     return [float(f"{start + k * step:.12g}") for k in range(count)]

@@ -32,7 +32,7 @@ class InlineScorer:
     ----------
     out : str or Path
         The tensor, a Zarr store: created, or gone on with.
-    rewards, noise_aware, device, dtype, compile
+    rewards, noise_aware
         As for :func:`ttsnap_lib.score.score`.
     prompts : sequence of str
         All prompts of the set.
@@ -44,6 +44,8 @@ class InlineScorer:
         Prompts in whole chunks of 25 for each shard. Run `generate` itself unsharded, with ``only=scorer.only``.
     attributes : mapping, optional
         Kept with the tensor: ``model``, ``source``, and ``trajectories``, a digest that tells other settings apart.
+    options : Any
+        Of rewards that are loaded here: device, dtype, compile and their own.
     """
 
     def __init__(
@@ -171,10 +173,17 @@ def generate_scores(
         As for :func:`ttsnap_lib.score.score`.
     reward_options : mapping, optional
         Device, dtype and so on of rewards that are loaded here.
+    progress : callable, optional
+        ``progress(done, total)`` in images.
 
     Returns
     -------
     ScoreReport
+
+    Raises
+    ------
+    ConfigError
+        A folder among `generate_options`: images are not kept.
     """
     import time
 
@@ -185,6 +194,7 @@ def generate_scores(
         raise ConfigError(
             "folder",
             value=generate_options["folder"],
+            bound="no folder: images that are scored as they are made are not kept",
             remedy="To keep the images, generate first and score the folder.",
         )
     prompts = read_prompts(prompts)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .checks import integer, text
+from ._reading import read_yaml
+from .checks import integer, plain_name
 from .errors import TensorError
 from .paths import atomic_write
-from .published import SHORT_NAMES
+from .published import SHORT_NAMES, as_float32
 from .tensors import FINETUNED, check_rewards
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def export_published(
         Missing values, steps that are not 0, 1, 2, ..., an unknown reward.
     """
     check_rewards(dataset)
-    text("model", model, error=TensorError)
+    plain_name("model", model, error=TensorError)
     names = [str(name) for name in dataset["reward"].values]
     chosen = names if rewards is None else list(rewards)
     steps = dataset["step"].values
@@ -74,10 +75,7 @@ def export_published(
     source = dataset.get("noise_aware_source")
     for name in chosen:
         short = SHORT_NAMES.get(name, (name,))[0]
-        if re.fullmatch(r"[\w.-]+", short) is None:
-            raise TensorError(
-                "reward name", value=name, bound="letters, digits, _ - and .", remedy="Rename it with assign_coords."
-            )
+        plain_name("reward name", short, error=TensorError)
         for step in range(len(steps)):
             file = f"{stem}_s{step:02d}.yaml"
             jobs.append((name, "base", step, Path(folder) / f"{model}_{short}_val_base" / file))
@@ -108,6 +106,16 @@ def export_ground_truth(dataset: xr.Dataset, path: str | Path, *, reward: str | 
         Which reward; the only one when not given.
     step : int
         Position on the step axis; the last one is the clean image.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    TensorError
+        A reward or step that the tensor lacks, or a missing value.
     """
     check_rewards(dataset)
     names = [str(name) for name in dataset["reward"].values]
@@ -144,15 +152,9 @@ def import_ground_truth(path: str | Path) -> xr.DataArray:
         A file that is not of this layout, or whose prompts have different images; prompt and image are named.
     """
     import xarray as xr
-    import yaml
 
     remedy = 'Write lines "p0000:" and below each "  id000: 1.25", or export again with `ttsnap export`.'
-    try:
-        content = yaml.load(Path(path).read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise TensorError(
-            f"ground truth cannot be read ({type(error).__name__})", value=str(path), bound="a YAML file", remedy=remedy
-        ) from error
+    content = read_yaml(path, "ground truth", error=TensorError, remedy=remedy, fast=True)
     if not isinstance(content, dict) or not content:
         raise TensorError(f"{path}", value=content, bound="a mapping from prompts to images", remedy=remedy)
     table: dict[int, dict[int, float]] = {}
@@ -162,9 +164,16 @@ def import_ground_truth(path: str | Path) -> xr.DataArray:
             raise TensorError(f"{path}: {key}", value=images, bound="a mapping from images to rewards", remedy=remedy)
         row: dict[int, float] = {}
         for name, value in images.items():
-            if type(value) not in (float, int) or not np.isfinite(value):
-                raise TensorError(f"{path}: {key}, {name}", value=value, bound="a finite number", remedy=remedy)
-            row[_index(path, "id", name, remedy)] = float(value)
+            if type(value) not in (float, int) or not np.isfinite(as_float32([value])[0]):
+                raise TensorError(
+                    f"{path}: {key}, {name}", value=value, bound="a finite number of 32 bits", remedy=remedy
+                )
+            image = _index(path, "id", name, remedy)
+            if image in row:  # id7 and id007
+                raise TensorError(f"{path}: {key}, image {image}", value=name, bound="each image once", remedy=remedy)
+            row[image] = float(value)
+        if prompt in table:
+            raise TensorError(f"{path}: prompt {prompt}", value=key, bound="each prompt once", remedy=remedy)
         table[prompt] = dict(sorted(row.items()))
     prompts, columns = sorted(table), list(next(iter(table.values())))
     for prompt in prompts:
@@ -198,7 +207,7 @@ def _finite(block: np.ndarray, what: str) -> None:
 
 
 def _index(path: str | Path, prefix: str, key: Any, remedy: str) -> int:
-    match = re.fullmatch(prefix + r"(\d+)", str(key))
+    match = re.fullmatch(prefix + r"(\d{1,9})", key) if isinstance(key, str) else None
     if match is None:
-        raise TensorError(f"{path}: key", value=key, bound=f"{prefix} and digits", remedy=remedy)
+        raise TensorError(f"{path}: key", value=key, bound=f"{prefix} and digits, nine at most", remedy=remedy)
     return int(match[1])

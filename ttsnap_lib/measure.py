@@ -101,6 +101,15 @@ def measure_costs(
         Runs per number, after one to warm up; medians are taken.
     prompt : str
         Text to measure with; its length does not matter where prompts are padded.
+
+    Returns
+    -------
+    Measurement
+
+    Raises
+    ------
+    ConfigError
+        No batch size, or a number out of its range.
     """
     import pandas as pd
     import torch
@@ -154,9 +163,9 @@ def measure_costs(
 
     single = parts(1)
     single["verify"][0]()  # the prompt's embedding is kept from here on, as in a search
-    tflops = {name: count_tflops(function) / units for name, (function, units) in single.items()}
+    tflops: dict[str, Any] = {name: count_tflops(function) / units for name, (function, units) in single.items()}
     rows = []
-    latest: dict[str, float] = {}
+    latest: dict[str, Any] = {}
     for size in sizes:
         for name, (function, units) in parts(size).items():
             times = seconds(function, units)

@@ -6,12 +6,10 @@ bootstraps over prompts, since prompts are what a result should carry over to.
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass
-
 import numpy as np
 
-from .checks import integer, real
+from ._intervals import Estimate, bootstrap_means
+from .checks import real
 from .errors import ConfigError, TensorError
 
 __all__ = [
@@ -29,78 +27,6 @@ __all__ = [
 
 TOP_SELECT_RATIOS = tuple(round(0.05 * k, 2) for k in range(1, 20))
 """0.05 to 0.95, the ratios that the released evaluation averages over."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over prompts with its interval; fields are floats or equally shaped arrays.
-
-    Attributes
-    ----------
-    mean, low, high : float or ndarray
-    per_prompt : ndarray (prompt, ...)
-    """
-
-    mean: np.ndarray | float
-    low: np.ndarray | float
-    high: np.ndarray | float
-    per_prompt: np.ndarray
-
-    @classmethod
-    def over_prompts(
-        cls,
-        per_prompt: np.ndarray,
-        rng: np.random.Generator | int | None = None,
-        *,
-        level: float = 0.95,
-        resamples: int = 1000,
-    ) -> Estimate:
-        """Average over the first axis, with a percentile bootstrap; prompts that are NaN throughout a cell drop out."""
-        values = np.asarray(per_prompt, dtype=np.float64)
-        valid = ~np.isnan(values)
-        # A ratio of bootstrap sums keeps the mean right where prompts drop out (a constant reward has no tau).
-        stacked = np.stack([np.where(valid, values, 0.0), valid.astype(np.float64)], axis=-1)
-        boot = bootstrap_means(stacked, rng, resamples)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            samples = boot[..., 0] / boot[..., 1]
-            mean = stacked[..., 0].sum(0) / stacked[..., 1].sum(0)
-        tail = (1 - real("level", level, 0, 1, open_low=True)) / 2
-        # A resample of dropped prompts alone has no mean; the few of them are left out.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # a cell without any value stays NaN
-            low, high = np.nanquantile(samples, [tail, 1 - tail], axis=0)
-        return cls(mean, low, high, values)
-
-
-def bootstrap_means(
-    values: np.ndarray, rng: np.random.Generator | int | None = None, resamples: int = 1000
-) -> np.ndarray:
-    """Return means over resampled prompts; all cells of a resample share its prompts, so differences are paired.
-
-    Parameters
-    ----------
-    values : (prompt, ...)
-    rng : numpy.random.Generator or int, optional
-        0 by default. A Generator is advanced.
-    resamples : int
-
-    Returns
-    -------
-    float64 (resample, ...)
-    """
-    values = np.asarray(values, dtype=np.float64)
-    n_prompts = values.shape[0]
-    rng = np.random.default_rng(0 if rng is None else rng)
-    flat = values.reshape(n_prompts, -1)
-    means = np.empty((integer("resamples", resamples, 1), flat.shape[1]))
-    block = max(1, 1_000_000 // n_prompts)  # bounds the matrix of counts
-    for start in range(0, resamples, block):
-        rows = min(block, resamples - start)
-        drawn = rng.integers(0, n_prompts, (rows, n_prompts))
-        drawn += np.arange(rows)[:, None] * n_prompts
-        counts = np.bincount(drawn.ravel(), minlength=rows * n_prompts).reshape(rows, n_prompts)
-        means[start : start + rows] = counts @ flat / n_prompts
-    return means.reshape(resamples, *values.shape[1:])
 
 
 def relative_gain(budgets: np.ndarray, rewards: np.ndarray, baseline: np.ndarray) -> float:
@@ -149,6 +75,17 @@ def relative_gain_of(
     """Return :func:`relative_gain` of each curve of a stack, (..., budget) to (...).
 
     With ``strict=False`` a baseline without area gives NaN instead of an error.
+
+    Parameters
+    ----------
+    budgets : (budget,)
+    rewards, baseline : (..., budget)
+    strict : bool
+
+    Raises
+    ------
+    ConfigError
+        Shapes or budgets that do not fit, or, when `strict`, a baseline without area.
     """
     from scipy.integrate import simpson
 
@@ -216,6 +153,8 @@ def top_select(
     scores : (prompt, image, step)
     final : (prompt, image)
     ratios : float or tuple of float, each in (0, 1]
+    rng, options
+        Of the intervals, see :meth:`Estimate.over_prompts`.
 
     Returns
     -------
@@ -225,8 +164,8 @@ def top_select(
     from .schedule import kept
 
     scores, final = _scores(scores, final)
-    ratios = (ratios,) if np.isscalar(ratios) else tuple(ratios)
-    keeps = [kept(final.shape[1], real("ratio", ratio, 0, 1, open_low=True)) for ratio in ratios]
+    shares = np.atleast_1d(np.asarray(ratios, object))
+    keeps = [kept(final.shape[1], real("ratio", share, 0, 1, open_low=True)) for share in shares]
     order = np.argsort(-scores, axis=1, kind="stable")
     running = np.maximum.accumulate(np.take_along_axis(final[:, :, None], order, axis=1), axis=1)
     best = final.max(1)[:, None]
@@ -241,6 +180,14 @@ def perfect_verifier(final: np.ndarray, n: int, rng: np.random.Generator | int |
     """Return the ceiling of a schedule that starts with `n` candidates: no check ever drops the best one.
 
     A perfect verifier knows the final reward at every check, so it ends with Best-of-n at the price of the schedule.
+
+    Parameters
+    ----------
+    final : (prompt, image)
+    n : int
+        Candidates at the start.
+    rng, options
+        Of the interval, see :meth:`Estimate.over_prompts`.
     """
     from .simulate import best_of_n
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch.nn.functional import normalize
@@ -27,7 +27,7 @@ __all__ = ["Installed", "NegToMe", "merge"]
 
 MATCHINGS = ("paper", "released")
 
-_PUBLISHED: dict[str, dict[str, float]] = {
+_PUBLISHED: dict[str, dict[str, Any]] = {
     "FluxPipeline": {"alpha": 1.2, "threshold": 0.65, "start": 1000, "end": 900, "min_features": 1},
     "StableDiffusionXLPipeline": {"alpha": 2.5, "threshold": 0.7, "start": 950, "end": 800, "min_features": 32},
 }
@@ -112,6 +112,7 @@ class NegToMe:
             raise PipelineError(
                 f"NegToMe is not made for {type(pipeline).__name__}",
                 bound=f"one of {list(_PUBLISHED)}",
+                value=type(pipeline).__name__,
                 remedy="Leave it out.",
             )
         filled = {name: value for name, value in _PUBLISHED[family].items() if getattr(self, name) is None}
@@ -135,7 +136,8 @@ class NegToMe:
         return Installed(self.resolved(pipeline), pipeline)
 
     def _covers(self, timestep: float) -> bool:
-        return self.end - _ROUNDING <= timestep <= self.start + _ROUNDING
+        start, end = cast("float", self.start), cast("float", self.end)  # filled in by resolved()
+        return end - _ROUNDING <= timestep <= start + _ROUNDING
 
 
 class Installed:
@@ -159,6 +161,7 @@ class Installed:
             raise PipelineError(
                 f"NegToMe is installed on this {type(pipeline).__name__} already",
                 bound="one at a time",
+                value=type(pipeline).__name__,
                 remedy="Call remove() on the first one, or leave its with block.",
             )
         self._model._negtome = self
@@ -260,7 +263,8 @@ class Installed:
         self.merges += 1
         settings = self.settings
         # Groups are consecutive images, so those of the two guidance halves never mix.
-        return merge(tokens, settings.group_size, settings.alpha, settings.threshold, settings.matching)
+        alpha, threshold = cast("float", settings.alpha), cast("float", settings.threshold)  # filled in by resolved()
+        return merge(tokens, settings.group_size, alpha, threshold, settings.matching)
 
 
 def merge(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,7 @@ from .checks import integer, real
 from .costs import CostModel
 from .errors import BudgetError
 from .schedule import Schedule
+from .simulate import MOST_DRAWS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,7 +97,7 @@ class OptimizedSchedule:
     def __str__(self) -> str:
         low, high = self.test_interval
         text = f"{self.schedule}: {self.test_gain:+.1f}% over Best-of-N on test prompts [{low:+.1f}, {high:+.1f}]"
-        if self.over_published is not None:
+        if self.over_published is not None and self.over_published_interval is not None:
             low, high = self.over_published_interval
             text += f", {self.over_published:+.1f} points over the published schedule [{low:+.1f}, {high:+.1f}]"
         return text + ("" if self.complete else " (search cut short)")
@@ -104,7 +106,7 @@ class OptimizedSchedule:
 def optimize_schedule(
     dataset: xr.Dataset,
     cost: CostModel,
-    budgets: Sequence[float] | float,
+    budgets: Sequence[float] | np.ndarray | float,
     method: str = "ttsnap",
     *,
     tune: Sequence[int] | None = None,
@@ -158,6 +160,10 @@ def optimize_schedule(
     progress : callable, optional
         Called with (schedules tried, schedules in all).
 
+    Returns
+    -------
+    OptimizedSchedule
+
     Raises
     ------
     ConfigError, BudgetError, CostError, ScheduleError, TensorError
@@ -170,14 +176,14 @@ def optimize_schedule(
         report=report, copied_steps=copied_steps,
     )  # fmt: skip
     level = real("level", level, 0, 1, open_low=True)
-    resamples = integer("resamples", resamples, 1)
+    resamples = integer("resamples", resamples, 1, MOST_DRAWS)
     goals, space = setup.goals, setup.space
     streams = [np.random.default_rng(child) for child in np.random.SeedSequence(integer("seed", seed, 0)).spawn(5)]
     # In random order: the first round of the race takes the first half of the tune prompts.
     tuning = Scorer(*setup.arrays(streams[0].permutation(setup.tune)), setup.selection, setup.iterations, streams[0])
     from numba import config
 
-    threads = max(1, config.NUMBA_NUM_THREADS)
+    threads = max(1, config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]  # set when numba is imported
     race = Race(space, tuning, goals, streams[1], threads)
     if np.isnan(goals.overall(race.baselines[-1][1:], race.baselines[-1])):
         raise BudgetError(
@@ -238,10 +244,11 @@ def _choose(
     *others, overall_best = race.elites(_FINALISTS)
     elites = [*(best[:3] for best in others), overall_best]
     finalists = list({id(trial): trial for best in elites for trial in best}.values())
-    sums, done, size = 0.0, [], -(-final.iterations // _FINAL_ITERATIONS)
+    sums: np.ndarray | float = 0.0
+    done, size = [], -(-final.iterations // _FINAL_ITERATIONS)
     for first in range(0, final.iterations, size):
         block = (slice(0, final.n_prompts), first, min(final.iterations, first + size))
-        sums = sums + np.array(race.map(lambda trial, block=block: race.sums(trial, [block], final), finalists))
+        sums = sums + np.array(race.map(partial(race.sums, blocks=[block], scorer=final), finalists))
         done.append([block])
         if time.monotonic() > deadline():
             break

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._literals import MismatchError, fit, kind_of, require_literal
+from ._literals import MismatchError, fit, kind_of, require_annotation, require_literal
+from ._reading import parse_yaml, read_json
 from .checks import known_keys
 from .errors import ConfigError
 
@@ -19,7 +20,6 @@ __all__ = [
     "declared_parameters",
     "from_text",
     "injected_source",
-    "load_yaml",
     "parameter_hash",
     "read_notebook",
     "resolve",
@@ -44,19 +44,33 @@ def read_notebook(path: str | Path) -> dict[str, Any]:
     ConfigError
         When the file is missing or is no notebook of format 4.
     """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        if content["nbformat"] != 4 or not isinstance(content["cells"], list):
-            raise ValueError("not of format 4")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"notebook cannot be read ({error.__class__.__name__})",
-            value=str(path),
-            bound="an existing .ipynb file of notebook format 4",
-            remedy="Check the spelling; a shipped notebook goes by its name alone, for example simulate.",
-        ) from error
+    remedy = "Check the spelling; a shipped notebook goes by its name alone, for example simulate."
+    content = read_json(path, "notebook", remedy=remedy, strict=False)  # outputs of other programs may hold NaN
+    cells = content.get("cells")
+    bad = ("cells", cells) if not isinstance(cells, list) else ("nbformat", content.get("nbformat"))
+    if bad[0] == "cells" or content.get("nbformat") != 4 or isinstance(content["nbformat"], bool):
+        raise ConfigError(f"notebook {path}: {bad[0]}", value=bad[1], bound="notebook format 4", remedy=remedy)
+    for number, cell in enumerate(cells):
+        if not _is_cell(cell):
+            raise ConfigError(
+                f"notebook {path}: cell {number}",
+                value=cell,
+                bound="a cell of notebook format 4: cell_type, metadata, source as text or lines",
+                remedy="Open it in JupyterLab and save it again.",
+            )
     return content
+
+
+def _is_cell(cell: Any) -> bool:
+    if not isinstance(cell, dict) or cell.get("cell_type") not in ("code", "markdown", "raw"):
+        return False
+    metadata, source = cell.get("metadata", {}), cell.get("source", "")
+    tags = metadata.get("tags", []) if isinstance(metadata, dict) else None
+    return (
+        isinstance(tags, list)
+        and all(isinstance(tag, str) for tag in tags)
+        and (isinstance(source, str) or (isinstance(source, list) and all(isinstance(line, str) for line in source)))
+    )
 
 
 def cell_source(cell: Mapping[str, Any]) -> str:
@@ -90,24 +104,28 @@ def declared_parameters(content: Mapping[str, Any], name: str = "notebook") -> d
         tree = ast.parse(source)
     except SyntaxError as error:
         raise _bad_cell(name, error.lineno or 1, error.text or "") from error
+    except (ValueError, RecursionError, MemoryError) as error:  # a NUL; nesting too deep for Python's parser
+        raise _bad_cell(name, 1, source[:200]) from error
     lines = source.splitlines()
     found: dict[str, Parameter] = {}
     for node in tree.body:
         text = lines[node.lineno - 1]
+        value: ast.expr
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             continue  # a docstring
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
-            target, annotation = node.target.id, ast.unparse(node.annotation)
+            target, annotation, value = node.target.id, ast.unparse(node.annotation), node.value
         elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            target, annotation = node.targets[0].id, ""
+            target, annotation, value = node.targets[0].id, "", node.value
         else:
             raise _bad_cell(name, node.lineno, text)
         try:
-            default = ast.literal_eval(node.value)
-        except (ValueError, TypeError, SyntaxError) as error:
+            default = ast.literal_eval(value)
+            require_annotation(annotation)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
             raise _bad_cell(name, node.lineno, text) from error
         # The comment stands behind the value, on its last line.
-        tail = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().strip()
+        tail = lines[(node.end_lineno or 1) - 1].encode()[node.end_col_offset :].decode().strip()
         found[target] = Parameter(target, annotation, default, tail.lstrip("# ") if tail.startswith("#") else "")
     return found
 
@@ -167,10 +185,22 @@ def _json_key(value: Any) -> Any:
 
 
 def injected_source(parameters: Mapping[str, Any]) -> str:
-    """Return the source of the cell that sets `parameters`: one literal a line, proved by reading it back."""
+    """Return the source of the cell that sets `parameters`: one literal a line, proved by reading it back.
+
+    Raises
+    ------
+    ConfigError
+        Values that do not come back from the source as they were.
+    """
     lines = ["# Parameters", *(f"{name} = {value!r}" for name, value in parameters.items())]
     source = "\n".join(lines) + "\n"
-    read_back = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}
+    read_back = {
+        target.id: ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
     if len(source.splitlines()) != len(lines) or read_back != dict(parameters):
         raise ConfigError(
             "parameters",
@@ -195,44 +225,8 @@ def from_text(text: str, parameter: Parameter | None = None) -> Any:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         pass
     try:
-        value = load_yaml(text)
+        value = parse_yaml(text, "value", remedy="Quote it.")
         require_literal("value", value)
     except ConfigError:
         return text
     return value
-
-
-def load_yaml(source: str | Path, what: str = "YAML") -> Any:
-    """Read YAML from a file (a ``Path``) or from text, strictly: a repeated key is an error, 1e-3 is a number.
-
-    Raises
-    ------
-    ConfigError
-        A file that is missing or no YAML, or a mapping that names a key twice.
-    """
-    import re
-
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = [key for key in keys if keys.count(key) > 1]
-            if twice:
-                raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
-            return super().construct_mapping(node, deep)
-
-    # YAML 1.1 reads 1e-3 as text; nobody who writes it means text.
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
-    try:
-        text = source.read_text("utf-8") if isinstance(source, Path) else source
-        return yaml.load(text, Loader=Loader)  # Loader is a SafeLoader
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{what} cannot be read ({' '.join(str(error).split())[:160]})",
-            value=str(source),
-            bound="YAML with each key once",
-            remedy="Correct the file; indent with spaces, and write `name: value`.",
-        ) from error

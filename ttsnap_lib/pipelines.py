@@ -9,7 +9,6 @@ dtype="bf16", fp8=True, offload="model")`` (about 12 GB for the transformer). Wi
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,12 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.utils import logging
 
 from ._adapters import ADAPTERS, adapter_of
+from ._devices import as_device
 from ._load_errors import KNOWN_IDS, POCKET_MODELS, explain
+from ._reading import as_path
 from ._segments import schedulable
 from .checks import choice
 from .errors import ConfigError, DeviceError, PipelineError
@@ -89,7 +91,7 @@ def load_pipeline(
     ConfigError
         A bad option.
     """
-    place = _device(device)
+    place = as_device(device)
     number = _dtype(dtype, place)
     choice("offload", offload, ("none", "model", "sequential"))
     if offload != "none" and place.type == "cpu":
@@ -105,12 +107,19 @@ def load_pipeline(
         raise PipelineError(
             f"{model} is a {kind}, which is not supported",
             bound=f"one of {list(ADAPTERS)}",
+            value=kind,
             remedy="Use a text-to-image model of one of these families.",
         )
+    bar = logging.is_progress_bar_enabled()
+    if is_folder:  # nothing is fetched: a bar would only be in the way
+        logging.disable_progress_bar()
     try:
         pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=number, variant=variant, **options)
     except Exception as error:  # many libraries below, each with its own errors
         raise explain(source, is_folder, error) from error
+    finally:
+        if bar:
+            logging.enable_progress_bar()
     adapter = adapter_of(pipeline)
     if scheduler is not None:
         pipeline.scheduler = _scheduler(scheduler, pipeline.scheduler)
@@ -132,28 +141,6 @@ def pipeline_source(pipeline: Any) -> dict[str, str | None]:
     """Return ``{"model": ..., "revision": ...}`` of a pipeline, for a manifest."""
     found = getattr(pipeline, "ttsnap_source", None)
     return dict(found) if found else {"model": getattr(pipeline, "name_or_path", "") or "unnamed", "revision": None}
-
-
-def _device(name: Any) -> torch.device:
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        place = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise DeviceError(
-            "device", value=name, bound="'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'", remedy="Use one of those."
-        ) from error
-    there: dict[str, Callable[[], bool]] = {
-        "cpu": lambda: True,
-        "cuda": lambda: torch.cuda.is_available() and (place.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available,
-    }
-    if not there.get(place.type, lambda: False)():
-        raise DeviceError(
-            f"device {place} is not there", bound="a device of this machine", remedy="Use device='auto' or 'cpu'."
-        )
-    return place
 
 
 def _dtype(name: Any, place: torch.device) -> torch.dtype:
@@ -181,10 +168,11 @@ def _source(model: Any) -> tuple[str, bool]:
             raise PipelineError(
                 f"{model} is not in {folder}",
                 bound="the folder that the repository and the wheel bring",
+                value=str(folder),
                 remedy="Install the package again, or train the pocket models with `make pocket`.",
             )
         return str(folder), True
-    path = Path(model).expanduser()
+    path = as_path("model", model).expanduser()
     if path.is_dir():
         return str(path), True
     named = str(model)
@@ -203,7 +191,8 @@ def _source(model: Any) -> tuple[str, bool]:
 def _class_name(source: str, is_folder: bool, options: dict[str, Any]) -> str:
     """Return the pipeline's class from model_index.json, before any weights are fetched."""
     try:
-        return DiffusionPipeline.load_config(source, **options).get("_class_name", "pipeline without a class name")
+        # A list names a class in a file of the folder: code that is not run.
+        return str(DiffusionPipeline.load_config(source, **options).get("_class_name", "pipeline without a class name"))
     except Exception as error:
         raise explain(source, is_folder, error) from error
 

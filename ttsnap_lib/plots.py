@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ._axes import axes_or_new, tidy
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ _REWARD_LABELS = {
     "pickscore": "PickScore",
     "hpsv2": "HPSv2",
     "clipscore": "CLIPScore",
-    "pocket-clip": "pocket PickScore",
+    "pocket-clip": "pocket CLIP",
+    "oracle_score": "oracle",
 }
 
 
@@ -61,9 +63,13 @@ def reward_against_budget(
     unit : str
         Of the budget.
     ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
     """
     frame, reward = _one_reward(frame, reward)
-    ax = _axes(ax, (5.2, 3.6))
+    ax = axes_or_new(ax, (5.2, 3.6))
     for method, rows in frame.groupby("method", sort=False):
         rows = rows.sort_values("budget")
         style = method_style(method)
@@ -73,11 +79,16 @@ def reward_against_budget(
         )
     ax.set(xlabel=f"budget per prompt ({unit})", ylabel=f"mean {reward_label(reward)} of the chosen image")
     ax.legend(frameon=False)
-    return _finish(ax)
+    return tidy(ax)
 
 
 def reward_panels(frame: pd.DataFrame, *, unit: str = "TFLOPs", title: str | None = None) -> Figure:
-    """Draw :func:`reward_against_budget` for every reward of the frame, side by side, and return the figure."""
+    """Draw :func:`reward_against_budget` for every reward of the frame, side by side, and return the figure.
+
+    Returns
+    -------
+    Figure
+    """
     import matplotlib.pyplot as plt
 
     rewards = list(dict.fromkeys(frame["reward"]))
@@ -97,8 +108,12 @@ def gain_bars(gains: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     gains : pandas.DataFrame
         Columns method, reward, relative_gain, low, high, as :meth:`Curves.relative_gains` returns it.
     ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
     """
-    ax = _axes(ax, (4.2, 3.2))
+    ax = axes_or_new(ax, (4.2, 3.2))
     methods = list(dict.fromkeys(gains["method"]))
     rewards = list(dict.fromkeys(gains["reward"]))
     width = 0.8 / len(methods)
@@ -118,7 +133,7 @@ def gain_bars(gains: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_xticks(range(len(rewards)), [reward_label(name) for name in rewards])
     ax.set_ylabel("relative gain over Best-of-N (%)")
     ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(methods), borderaxespad=0)
-    return _finish(ax)
+    return tidy(ax)
 
 
 def tau_per_step(
@@ -133,8 +148,12 @@ def tau_per_step(
     steps : (step,), optional
         Denoising step of each position.
     ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
     """
-    ax = _axes(ax, (5.2, 3.4))
+    ax = axes_or_new(ax, (5.2, 3.4))
     drawn = [(base, "base reward", "ttsp"), (noise_aware, "noise-aware reward", "ttsnap")]
     for estimate, label, like in drawn:
         if estimate is None:
@@ -144,9 +163,9 @@ def tau_per_step(
         ax.fill_between(x, estimate.low, estimate.high, color=style["color"], alpha=0.18, linewidth=0)
         ax.plot(x, estimate.mean, label=label, markersize=4, linewidth=1.6, **style)
     ax.set(xlabel="denoising step", ylabel="Kendall tau with the final reward", ylim=(min(0, ax.get_ylim()[0]), 1.03))
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     ax.legend(frameon=False, loc="lower right")
-    return _finish(ax)
+    return tidy(ax)
 
 
 def survivor_funnel(cost: CostModel, schedule: Schedule, n: int, *, ax: Axes | None = None) -> Axes:
@@ -159,8 +178,12 @@ def survivor_funnel(cost: CostModel, schedule: Schedule, n: int, *, ax: Axes | N
     n : int
         Candidates at the start.
     ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
     """
-    ax = _axes(ax, (5.2, 0.9 + 0.55 * (len(schedule) + 1)))
+    ax = axes_or_new(ax, (5.2, 0.9 + 0.55 * (len(schedule) + 1)))
     stages = cost.stages(n, schedule)
     total = cost.total(n, schedule)
     color = method_style("ttsnap")["color"]
@@ -190,18 +213,3 @@ def _one_reward(frame: pd.DataFrame, reward: str | None) -> tuple[pd.DataFrame, 
     if reward not in rewards:
         raise ConfigError("reward", value=reward, bound=f"one of {rewards}", remedy="Name a reward of the frame.")
     return frame[frame["reward"] == reward], reward
-
-
-def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    if ax is not None:
-        return ax
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=size, layout="constrained")[1]
-
-
-def _finish(ax: Axes) -> Axes:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="0.9", linewidth=0.8)
-    ax.set_axisbelow(True)
-    return ax

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ._axes import axes_or_new
 from .trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ def contact_sheet(
     max_pixels : int
         Larger pictures are shown with every k-th pixel only.
     ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
     """
     found = folder if isinstance(folder, Trajectories) else Trajectories(folder)
     rows = list(range(found.images_per_prompt) if images is None else images)
@@ -60,7 +65,7 @@ def contact_sheet(
             top, left = i * (height + gap), j * (width + gap)
             sheet[top : top + height, left : left + width] = pixels[i, j]
     size = _CELL_INCHES * len(columns) + 0.6, _CELL_INCHES * len(rows) * height / width + 0.8
-    ax = _axes(ax, (max(size[0], 3.2), size[1]))
+    ax = axes_or_new(ax, (max(size[0], 3.2), size[1]))
     ax.imshow(sheet, interpolation="nearest")
     ax.set_xticks([j * (width + gap) + width / 2 for j in range(len(columns))], [str(step) for step in columns])
     ax.set_yticks([i * (height + gap) + height / 2 for i in range(len(rows))], [str(image) for image in rows])
@@ -82,11 +87,15 @@ def diversity_bars(frame: pd.DataFrame, *, label: str = "mean pairwise pixel dis
     label : str
         What the distance is.
     ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
     """
     import seaborn as sns
 
     settings = list(dict.fromkeys(frame["setting"]))
-    ax = _axes(ax, (1.2 + 1.1 * len(settings), 3.4))
+    ax = axes_or_new(ax, (1.2 + 1.1 * len(settings), 3.4))
     colors = sns.color_palette("colorblind")
     table = frame.pivot(index="prompt", columns="setting", values="distance")[settings]
     means = table.mean()
@@ -100,11 +109,3 @@ def diversity_bars(frame: pd.DataFrame, *, label: str = "mean pairwise pixel dis
     ax.set_title(f"within a prompt, {len(table)} prompts", fontsize=9)
     sns.despine(ax=ax)
     return ax
-
-
-def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    if ax is not None:
-        return ax
-    from matplotlib import pyplot as plt
-
-    return plt.subplots(figsize=size, layout="constrained")[1]

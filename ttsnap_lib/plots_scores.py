@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ._axes import axes_or_new
 from .plots import reward_label
 from .trajectories import Trajectories
 
@@ -22,7 +23,7 @@ __all__ = ["correlation_heatmap", "extreme_images", "reward_histograms"]
 
 
 def reward_histograms(
-    dataset: xr.Dataset, *, reward: str | None = None, steps: Sequence[int] | None = None, bins: int = 40
+    dataset: xr.Dataset, *, reward: str | None = None, steps: Sequence[int] | None = None, bins: int | None = None
 ) -> Figure:
     """Draw the distribution of a reward over all images, one row per step: base filled, noise-aware as a line.
 
@@ -34,8 +35,12 @@ def reward_histograms(
         Which one; the first when not given.
     steps : sequence of int, optional
         Which steps (their coordinates); up to six of them, evenly spread, when not given.
-    bins : int
-        Of equal width over all steps.
+    bins : int, optional
+        Of equal width over all steps; so many that some images fall into each, 40 at most, when not given.
+
+    Returns
+    -------
+    Figure
     """
     import seaborn as sns
     from matplotlib import pyplot as plt
@@ -47,6 +52,8 @@ def reward_histograms(
     chosen = dataset.sel(reward=name, step=list(steps))
     values = np.concatenate([chosen[variant].values.ravel() for variant in ("base", "noise_aware")])
     values = values[np.isfinite(values)]
+    if bins is None:
+        bins = int(np.clip(2 * np.sqrt(chosen["base"].isel(step=0).size), 8, 40))
     edges = np.linspace(values.min(), values.max() + 1e-9, bins + 1)
     colors = sns.color_palette("colorblind")
     figure, axes = plt.subplots(
@@ -79,13 +86,17 @@ def correlation_heatmap(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     frame : pandas.DataFrame
         As :func:`ttsnap_lib.score_report.rank_correlation` returns it.
     ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
     """
     import seaborn as sns
 
     steps = [str(step) for _, step in frame.index]
     rewards = [reward for reward, _ in frame.index]
     side = 1.6 + 0.27 * len(frame)
-    ax = _axes(ax, (side + 0.9, side))
+    ax = axes_or_new(ax, (side + 0.9, side))
     sns.heatmap(
         frame.to_numpy(), vmin=-1, vmax=1, cmap="vlag", square=True, ax=ax, xticklabels=steps, yticklabels=steps,
         cbar_kws={"label": "Spearman within a prompt, mean over prompts", "shrink": 0.8},
@@ -122,6 +133,12 @@ def extreme_images(
         Its index.
     step : int
         Which estimate to draw; the final image by default.
+    title : str
+        Stands before the prompt.
+
+    Returns
+    -------
+    Figure
     """
     from matplotlib import pyplot as plt
 
@@ -132,21 +149,14 @@ def extreme_images(
         ax.set(xticks=[], yticks=[])
         for side in ax.spines.values():
             side.set_visible(False)
+    spread = float(np.ptp(extremes["value"]))
+    decimals = int(np.clip(1 - np.floor(np.log10(spread)), 0, 6)) if spread > 0 else 3  # so that neighbours differ
     for entry in extremes.itertuples():
         ax = axes[("best", "worst").index(entry.which), entry.place - 1]
         ax.imshow(found.read(prompt, entry.image, step), interpolation="nearest")
-        ax.set_title(f"{entry.value:.3g}", fontsize=9)
-        ax.set_xlabel(f"image {entry.image}", fontsize=8)
+        ax.set_title(f"image {entry.image}: {entry.value:.{decimals}f}", fontsize=8)
     for row, which in enumerate(("best", "worst")):
         axes[row, 0].set_ylabel(which, fontsize=9)
     heading = textwrap.shorten(f"{prompt}: {found.prompts[prompt]}", 80, placeholder=" ...")
-    figure.suptitle(f"{title}{', ' if title else ''}{heading}", fontsize=9)
+    figure.suptitle(f"{reward_label(title)}{', ' if title else ''}{heading}", fontsize=9)
     return figure
-
-
-def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    if ax is not None:
-        return ax
-    from matplotlib import pyplot as plt
-
-    return plt.subplots(figsize=size, layout="constrained")[1]

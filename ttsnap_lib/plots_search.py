@@ -31,6 +31,10 @@ def gallery(record: SearchRecord, *, columns: int = 16, tile_in: float = 0.8) ->
         Candidates shown per check; the others are counted in the row's label.
     tile_in : float
         Side of a picture in inches.
+
+    Returns
+    -------
+    Figure
     """
     import matplotlib.pyplot as plt
     import seaborn as sns
@@ -94,7 +98,8 @@ class LiveGallery:
     """
 
     def __init__(self, **options: Any) -> None:
-        self.options, self.figure = options, None
+        self.options = options
+        self.figure: Figure | None = None
         self._handle: Any = None
 
     def __call__(self, record: SearchRecord) -> None:
@@ -111,7 +116,12 @@ class LiveGallery:
 
 
 def winners(results: Mapping[str, SearchResult], *, tile_in: float = 2.2) -> Figure:
-    """Draw the chosen images side by side, each with its method, score and candidates."""
+    """Draw the chosen images side by side, each with its method, score and candidates.
+
+    Returns
+    -------
+    Figure
+    """
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
@@ -135,6 +145,11 @@ def per_prompt(frames: Mapping[str, pd.DataFrame], reward: str, *, ax: Axes | No
         Method to the table of :func:`ttsnap_lib.search_many.search_many`.
     reward : str
         Column to plot.
+    ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
     """
     import matplotlib.pyplot as plt
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
-__all__ = ["progress_bar"]
+__all__ = ["close_bars", "progress_bar"]
+
+_open: list[Any] = []
 
 
 def progress_bar(what: str = "images", *, quiet: bool = False) -> Callable[[int, int], None] | None:
@@ -27,9 +30,17 @@ def progress_bar(what: str = "images", *, quiet: bool = False) -> Callable[[int,
         nonlocal bar
         if bar is None:
             bar = tqdm(total=total, initial=done, unit=what.rstrip("s"), desc=what, mininterval=0.5)
+            _open.append(bar)
         bar.update(done - bar.n)
         if done >= total:
             bar.close()
+            _open.remove(bar)
             bar = None
 
     return show
+
+
+def close_bars() -> None:
+    """End the lines of bars that an error or an interruption has left open."""
+    while _open:
+        _open.pop().close()

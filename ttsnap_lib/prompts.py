@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ._reading import as_path
 from .checks import integer, text
 from .errors import PromptError
 
@@ -51,7 +52,7 @@ def read_prompts(source: str | Path | Sequence[str], *, limit: int | None = None
     if limit is not None:
         limit = integer("limit", limit, 1, error=PromptError)
     if isinstance(source, str | Path):
-        name = str(source)
+        name = str(as_path("prompts", source, error=PromptError))
         if name == "pocket" or name.startswith("pocket:"):
             found = _pocket(name)
         else:
@@ -65,10 +66,18 @@ def read_prompts(source: str | Path | Sequence[str], *, limit: int | None = None
 
 
 def check_prompts(prompts: Sequence[Any], name: str = "prompts") -> list[str]:
-    """Return `prompts` as a list of str, or raise a PromptError with the index of the first bad one."""
+    """Return `prompts` as a list of str, or raise a PromptError with the index of the first bad one.
+
+    Raises
+    ------
+    PromptError
+        A prompt that is no text, is blank or too long; or none at all.
+    """
     prompts = list(prompts)
     if not prompts:
-        raise PromptError(f"{name} holds no prompt", bound="at least one", remedy="Write one prompt a line.")
+        raise PromptError(
+            f"{name} holds no prompt", value=prompts, bound="at least one", remedy="Write one prompt a line."
+        )
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise PromptError(
@@ -230,7 +239,21 @@ def _parquet(path: Path) -> list[Any]:
                 field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
             ]
             column = _column(path, schema.names, textual)
-            return file.read(columns=[column]).column(0).to_pylist()
+            found: list[Any] = []
+            read = 0
+            # In parts: a few bytes of Parquet can stand for many gigabytes of repeated text.
+            for batch in file.iter_batches(batch_size=1000, columns=[column]):
+                texts = batch.column(0).to_pylist()
+                found += texts
+                read += sum(len(text) if isinstance(text, str) else 1 for text in texts) + len(texts)
+                if read > MAX_FILE_BYTES:
+                    raise PromptError(
+                        f"{path} is too large for a prompt set",
+                        value=f"more than {read / 2**20:.0f} MiB of text",
+                        bound=f"at most {MAX_FILE_BYTES // 2**20} MiB",
+                        remedy="Check that it is the right file, or split it.",
+                    )
+            return found
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
         raise PromptError(
             f"{path} is not Parquet", value=str(error)[:120], bound="a Parquet table", remedy="Write the file again."

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .checks import text
+from ._reading import as_path, read_json, read_yaml
+from .checks import plain_name
 from .errors import TensorError
 from .tensors import (
     COPIED,
@@ -23,7 +24,7 @@ from .tensors import (
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["SHORT_NAMES", "find_published", "import_published", "read_values"]
+__all__ = ["SHORT_NAMES", "as_float32", "find_published", "import_published", "read_values"]
 
 SHORT_NAMES = {"image_reward": ("imr",), "pickscore": ("pic", "pick"), "hpsv2": ("hps",)}
 """Reward names and what the published folders call them."""
@@ -84,8 +85,8 @@ def import_published(
     """
     from joblib import Parallel, delayed
 
-    root = Path(folder)
-    text("model", model, error=TensorError)
+    root = as_path("folder", folder, error=TensorError)
+    plain_name("model", model, error=TensorError)
     names = [rewards] if isinstance(rewards, str) else rewards
     names = list(names if names is not None else find_published(root).get(model, []))
     if not names:
@@ -107,7 +108,7 @@ def import_published(
         ]
 
     # Base values first: noise-aware steps that are not published start as copies of them.
-    tensor: np.ndarray | None = None
+    tensor: Any = None
     source = np.full((len(names), n_steps), COPIED, dtype=object)
     results = Parallel(n_jobs=-1, return_as="generator")(delayed(read_values)(path) for *_, path in files)
     for done, ((variable, r, step, path), values) in enumerate(zip(files, results, strict=True), start=1):
@@ -161,19 +162,13 @@ def read_values(path: str | Path) -> np.ndarray:
     TensorError
         With file, prompt, image and remedy.
     """
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     remedy = "Fetch the file again, or export it again with `ttsnap export`."
 
     def fail(problem: str, value: Any, bound: str) -> TensorError:
         return TensorError(f"{path}: {problem}", value=value, bound=bound, remedy=remedy)
 
-    try:
-        content = yaml.load(Path(path).read_bytes(), loader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise fail("cannot be read", f"{error.__class__.__name__}: {error}", "whole YAML") from error
-    if not isinstance(content, dict) or not content:
+    content = read_yaml(path, "reward file", error=TensorError, remedy=remedy, fast=True)
+    if not isinstance(content, dict) or not content or not all(type(prompt) is int for prompt in content):
         raise fail("content", type(content).__name__, "a mapping from prompt index to a list of rewards")
     width = None
     rows = []
@@ -189,12 +184,22 @@ def read_values(path: str | Path) -> np.ndarray:
         for image, value in enumerate(row):
             if type(value) not in (float, int):
                 raise fail(f"prompt {prompt}, image {image}", value, "a number")
-        values = np.array(row, dtype=np.float64)
+        values = as_float32(row)
         if not np.isfinite(values).all():
             image = int(np.argmin(np.isfinite(values)))
-            raise fail(f"prompt {prompt}, image {image}", row[image], "a finite number")
+            raise fail(f"prompt {prompt}, image {image}", row[image], "a finite number of 32 bits")
         rows.append(values)
-    return np.stack(rows).astype(np.float32)
+    return np.stack(rows)
+
+
+def as_float32(row: Sequence[float]) -> np.ndarray:
+    """Return numbers as float32; those that it cannot hold become infinite."""
+    try:
+        values = np.array(row, dtype=np.float64)
+    except OverflowError:  # an integer beyond the largest float
+        values = np.array([value if abs(value) < 2**1000 else np.inf for value in row], dtype=np.float64)
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
 
 
 def _variant_folder(root: Path, model: str, reward: str, variant: str, optional: bool = False) -> Path | None:
@@ -240,14 +245,8 @@ def _prompt_text(prompts: Sequence[str] | str | Path | None, n_prompts: int) -> 
     if prompts is None:
         return None
     if isinstance(prompts, str | Path):
-        import json
-
-        try:
-            prompts = json.loads(Path(prompts).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise TensorError(
-                "prompts", value=str(prompts), bound="a JSON list of texts", remedy="Check the file."
-            ) from error
+        remedy = "Pass the prompt file that the values were made from."
+        prompts = read_json(prompts, "prompts", error=TensorError, remedy=remedy, kind=list)
     if not isinstance(prompts, Sequence) or len(prompts) < n_prompts or not all(isinstance(p, str) for p in prompts):
         raise TensorError(
             "prompts",

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._current_run import read_json
+from ._current_run import read_if_whole
+from ._reading import as_path
 from .errors import RunError
 from .paths import atomic_write
 
@@ -48,24 +49,40 @@ def render(folder: str | Path, output: str | Path | None = None) -> Path:
     output : str or Path, optional
         The HTML file; ``report.html`` in the folder by default.
 
+    Returns
+    -------
+    Path
+        The HTML file.
+
     Raises
     ------
     RunError
         When the folder is neither.
     """
-    folder = Path(folder)
-    manifest, sweep = read_json(folder / "manifest.json"), read_json(folder / "sweep.json")
-    if sweep is not None and "runs" in sweep:
-        title, parts = _sweep_parts(folder, sweep)
-    elif manifest is not None and "notebook" in manifest:
-        title, parts = _run_parts(folder, manifest)
-    else:
+    folder = as_path("folder", folder, error=RunError)
+    manifest, sweep = read_if_whole(folder / "manifest.json"), read_if_whole(folder / "sweep.json")
+    remedy = "Give the folder that `ttsnap run` or `ttsnap sweep` printed."
+    try:
+        if sweep is not None and "runs" in sweep:
+            title, parts = _sweep_parts(folder, sweep)
+        elif manifest is not None and "notebook" in manifest:
+            title, parts = _run_parts(folder, manifest)
+        else:
+            raise RunError(
+                "nothing to report",
+                value=str(folder),
+                bound="a run folder (manifest.json of a notebook) or a sweep folder (sweep.json)",
+                remedy=remedy,
+            )
+    except RunError:
+        raise
+    except Exception as error:  # records, tables and notebooks that are not as the runner writes them
         raise RunError(
-            "nothing to report",
+            f"a file of {folder} is broken ({type(error).__name__}: {str(error)[:160]})",
             value=str(folder),
-            bound="a run folder (manifest.json of a notebook) or a sweep folder (sweep.json)",
-            remedy="Give the folder that `ttsnap run` or `ttsnap sweep` printed.",
-        )
+            bound="records, tables and notebook as the run wrote them",
+            remedy=f"Run it again with --force. {remedy}",
+        ) from error
     path = Path(output) if output is not None else folder / "report.html"
     body = "\n".join([f"<h1>{_text(title)}</h1>", *parts])
     with atomic_write(path, "w") as file:

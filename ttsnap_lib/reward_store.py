@@ -7,22 +7,22 @@ What is still NaN is what is left to do; nothing else has to be kept.
 from __future__ import annotations
 
 import contextlib
-import shutil
-import warnings
+import glob
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from ._plan import shard_lock
 from .errors import TensorError
-from .paths import atomic_folder
-from .tensors import COPIED, DIMS, FINETUNED, PROMPT_CHUNK, check_rewards, make_rewards, open_rewards
+from .paths import tidy, typed_disk_errors
+from .tensors import COPIED, DIMS, FINETUNED, PROMPT_CHUNK, check_rewards, make_rewards, open_rewards, write_zarr
 
 if TYPE_CHECKING:
     import xarray as xr
+    import zarr
 
 __all__ = ["RewardPlan", "RewardStore", "open_store"]
 
@@ -55,6 +55,10 @@ def open_store(
     Rewards, prompts, images and steps that the tensor lacks are added; values that it has stay. Steps of a
     noise-aware series that were copies of the base value become open again.
 
+    Yields
+    ------
+    RewardStore
+
     Raises
     ------
     TensorError
@@ -67,12 +71,15 @@ def open_store(
     beside = path.parent / f".{path.name}"
     with contextlib.ExitStack() as stack:
         with shard_lock(beside, shard) as held:
+            tidy(path.parent, glob.escape(path.name))
             old = open_rewards(path).load() if path.exists() else None
             new = _planned(old, path, rewards, list(prompts), n_images, sorted(steps), dict(attributes or {}))
             if old is None or not old.identical(new):
                 if shard[1] > 1 and old is not None and _others_at_work(beside, shard):
                     raise TensorError(
                         f"{path} cannot be widened while other shards write it",
+                        value=str(path),
+                        bound="one process while rewards, prompts, images or steps are added",
                         remedy="Wait for them to end, or start all shards with the same settings.",
                     )
                 _write(new, path)
@@ -107,7 +114,7 @@ class RewardStore:
 
     def read(self, variable: str, reward: str, prompt: int) -> np.ndarray:
         """Return ``base`` or ``noise_aware`` of one prompt, float32 (image, step)."""
-        return np.asarray(self._group[variable][self.rewards.index(reward), prompt])
+        return np.asarray(self._array(variable)[self.rewards.index(reward), prompt])
 
     def todo(self, reward: str, prompt: int, steps: Sequence[int], n_images: int) -> tuple[list[int], list[int]]:
         """Return the steps whose base, and whose finetuned values, are not whole yet."""
@@ -141,16 +148,21 @@ class RewardStore:
             copied = ~self._finetuned[reward]
             aware[:, copied] = base[:, copied]
             # In this order: a process that ends in between leaves a base value open, and does the prompt again.
-            self._group["noise_aware"][row, prompt] = aware
-            self._group["base"][row, prompt] = base
+            with typed_disk_errors(self.path):
+                self._array("noise_aware")[row, prompt] = aware
+                self._array("base")[row, prompt] = base
         self.settle(prompt)
 
     def settle(self, prompt: int) -> None:
         """Bring ``status`` of a prompt up to date."""
-        gaps = np.isnan(np.stack([self._group[name][:, prompt] for name in ("base", "noise_aware")]))
+        gaps = np.isnan(np.stack([np.asarray(self._array(name)[:, prompt]) for name in ("base", "noise_aware")]))
         status = _PENDING if gaps.all() else _PARTIAL if gaps.any() else _SCORED
-        if self._group["status"][prompt] != status:
-            self._group["status"][prompt] = status
+        if self._array("status")[prompt] != status:
+            with typed_disk_errors(self.path):
+                self._array("status")[prompt] = status
+
+    def _array(self, name: str) -> zarr.Array:
+        return cast("zarr.Array", self._group[name])
 
 
 def _planned(
@@ -167,7 +179,7 @@ def _planned(
     scores: dict[str, Any] = {}
     if old is not None:
         _check_same(old, path, rewards, prompts, attributes)
-        scores = {name: dict(entry) for name, entry in old.attrs.get(_ATTRIBUTE, {}).items()}
+        scores = {name: dict(entry) for name, entry in _scores(old, path).items()}
         names = [str(name) for name in old["reward"].values]
         names += [plan.name for plan in rewards if plan.name not in names]
         texts = [str(value) for value in old["prompt_text"].values] if "prompt_text" in old.coords else []
@@ -187,8 +199,8 @@ def _planned(
     columns = {step: k for k, step in enumerate(steps)}
     if old is not None:
         index = {
-            "reward": [names.index(str(name)) for name in old["reward"].values],
-            "step": [columns[int(step)] for step in old["step"].values],
+            "reward": np.array([names.index(str(name)) for name in old["reward"].values]),
+            "step": np.array([columns[int(step)] for step in old["step"].values]),
         }
         block = np.ix_(index["reward"], old["prompt"].values, old["image"].values, index["step"])
         for variable in ("base", "noise_aware"):
@@ -226,7 +238,12 @@ def _check_same(
             )
     texts = [str(value) for value in old["prompt_text"].values] if "prompt_text" in old.coords else None
     if texts is None:
-        raise TensorError(f"{path} does not say which prompts it holds", remedy=other)
+        raise TensorError(
+            f"{path} does not say which prompts it holds",
+            value=str(path),
+            bound="a tensor with prompt_text",
+            remedy=other,
+        )
     for index, (there, here) in enumerate(zip(texts, prompts, strict=False)):
         if there != here:
             raise TensorError(f"{path}: prompt {index} is another one", value=here, bound=repr(there), remedy=other)
@@ -238,17 +255,17 @@ def _check_same(
             bound=f"those of {old.attrs.get('model')} ({was})",
             remedy=other,
         )
-    scores = old.attrs.get(_ATTRIBUTE, {})
+    scores = _scores(old, path)
     for plan in rewards:
         if plan.name not in [str(name) for name in old["reward"].values]:
             continue
         remedy = f"Choose another --out, or another name for {plan.name} (name=)."
         entry = scores.get(plan.name)
-        if entry is None or entry["weights"] != plan.weights:
+        if entry is None or entry.get("weights") != plan.weights:
             raise TensorError(
                 f"{path} holds scores of {plan.name} by other weights",
                 value=plan.weights,
-                bound=str(entry["weights"]) if entry else "scores that this program made",
+                bound=str(entry.get("weights")) if entry else "scores that this program made",
                 remedy=remedy,
             )
         for step, digest in plan.noise_aware.items():
@@ -260,6 +277,21 @@ def _check_same(
                     bound=known,
                     remedy=remedy,
                 )
+
+
+def _scores(old: xr.Dataset, path: Path) -> dict[str, dict[str, Any]]:
+    """Return what the tensor says about the weights behind its scores."""
+    found = old.attrs.get(_ATTRIBUTE, {})
+    entries = list(found.values()) if isinstance(found, Mapping) else [None]
+    whole = all(isinstance(entry, Mapping) and isinstance(entry.get("noise_aware"), Mapping) for entry in entries)
+    if not whole or not {"noise_aware_source", "status"} <= set(old.variables):
+        raise TensorError(
+            f"{path} does not say how it was scored",
+            value=found,
+            bound="noise_aware_source, status, and the weights of each reward, as `ttsnap score` writes them",
+            remedy="Choose another --out, or remove the tensor.",
+        )
+    return dict(found)
 
 
 def _write(dataset: xr.Dataset, path: Path) -> None:
@@ -276,14 +308,7 @@ def _write(dataset: xr.Dataset, path: Path) -> None:
     prompts = min(PROMPT_CHUNK, sizes["prompt"])
     values = {"chunks": (1, prompts, sizes["image"], sizes["step"]), "dtype": "float32"}
     encoding = {"base": values, "noise_aware": values, "status": {"chunks": (prompts,)}}
-    with atomic_folder(path) as part:
-        store = part / "store"
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*Zarr.*|.*zarr.*|.*data type.*")
-            dataset.to_zarr(store, mode="w", encoding=encoding, consolidated=False, zarr_format=3)
-        for child in store.iterdir():
-            shutil.move(str(child), part / child.name)
-        store.rmdir()
+    write_zarr(dataset, path, encoding)
 
 
 def _others_at_work(beside: Path, shard: tuple[int, int]) -> bool:

@@ -14,13 +14,15 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import provenance
-from ._current_run import FOLDER_VARIABLE, TOKEN_VARIABLE, Run, current_run, read_json
+from ._current_run import FOLDER_VARIABLE, TOKEN_VARIABLE, Run, current_run, read_if_whole
+from ._reading import as_path
+from .checks import real
 from .errors import ConfigError, DiskError, RunError
 from .parameters import declared_parameters, injected_source, parameter_hash, read_notebook, resolve, tagged_cell
-from .paths import data_cache, git_state, lock, notebooks_folder, repository_root, write_json
+from .paths import data_cache, git_state, lock, notebooks_folder, repository_root, typed_disk_errors, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,8 +81,14 @@ class Plan:
 
 
 def find_notebook(notebook: str | Path) -> Path:
-    """Return the path of `notebook`: a path, or the name of a shipped notebook (``simulate``)."""
-    path = Path(notebook).expanduser()
+    """Return the path of `notebook`: a path, or the name of a shipped notebook (``simulate``).
+
+    Raises
+    ------
+    ConfigError
+        No such file and no such name.
+    """
+    path = as_path("notebook", notebook).expanduser()
     if path.suffix == ".ipynb" and path.exists():
         return path.resolve()
     shipped = notebooks_folder() / f"{path.stem}.ipynb"
@@ -97,6 +105,10 @@ def plan(
     notebook: str | Path, parameters: Mapping[str, Any] | None = None, *, folder: str | Path | None = None
 ) -> Plan:
     """Check `notebook` and `parameters` and return where the run will stand, without running anything.
+
+    Returns
+    -------
+    Plan
 
     Raises
     ------
@@ -149,14 +161,21 @@ def run(
         Fork the kernel from a process that has made the notebook's imports. The first run pays for that process, each
         later one saves a second and the imports; a sweep's workers do so.
 
+    Returns
+    -------
+    RunResult
+
     Raises
     ------
     ConfigError
         Before anything runs; see :func:`plan`.
     RunError
         A cell failed. Its executed notebook is kept, and the message names it, the cell and the error's last line.
+    DiskError
+        A full disk, or a folder that cannot be written.
     """
     planned = plan(notebook, parameters, folder=folder)
+    timeout_s = None if timeout_s is None else real("timeout_s", timeout_s, 0, open_low=True)
     say = progress or (lambda line: None)
     gate = planned.folder.parent / ".locks" / planned.run_hash
     try:
@@ -175,10 +194,10 @@ def finished(planned: Plan) -> RunResult | None:
 
     A change of the notebook's code or of an input file since then makes it another run.
     """
-    manifest = read_json(planned.folder / "manifest.json")
-    if not manifest or manifest.get("status") != "complete":
+    manifest = read_if_whole(planned.folder / "manifest.json")
+    if not manifest or manifest.get("status") != "complete" or not isinstance(manifest.get("inputs"), dict):
         return None
-    if manifest["notebook_sha256"] != provenance.code_hash(read_notebook(planned.notebook)):
+    if manifest.get("notebook_sha256") != provenance.code_hash(read_notebook(planned.notebook)):
         return None
     now = provenance.inputs(planned.parameters)
     if any(now.get(name) != then for name, then in manifest["inputs"].items()):
@@ -199,9 +218,21 @@ def _run_locked(
     if done is not None:
         say(f"finished before: {done.folder}")
         return done
+    with typed_disk_errors(planned.folder):
+        return _run_anew(planned, say, echo, timeout_s, environment, warm)
+
+
+def _run_anew(
+    planned: Plan,
+    say: Callable[[str], None],
+    echo: bool,
+    timeout_s: float | None,
+    environment: Mapping[str, str] | None,
+    warm: bool,
+) -> RunResult:
     shutil.rmtree(planned.folder, ignore_errors=True)  # the remains of a failed or killed run
     content = read_notebook(planned.notebook)
-    manifest = {
+    manifest: dict[str, Any] = {
         "status": "running",
         "token": uuid.uuid4().hex,
         "notebook": planned.notebook.stem,
@@ -219,7 +250,7 @@ def _run_locked(
     write_json(planned.folder / "manifest.json", manifest)
     begin = time.monotonic()
     error = _execute(planned, content, manifest["token"], say, echo, timeout_s, environment, warm)
-    recorded = read_json(planned.folder / "recorded.json") or {}
+    recorded = read_if_whole(planned.folder / "recorded.json") or {}
     (planned.folder / "recorded.json").unlink(missing_ok=True)
     manifest |= {
         "status": "failed" if error else "complete",
@@ -261,7 +292,7 @@ def _execute(
     if parameters_cell is not None:
         injected = nbformat.v4.new_code_cell(injected_source(planned.parameters))
         injected.metadata["tags"] = ["injected-parameters"]
-        node.cells.insert(tagged_cell(node, "parameters") + 1, injected)
+        node.cells.insert(cast("int", tagged_cell(node, "parameters")) + 1, injected)
     extra = {FOLDER_VARIABLE: str(planned.folder), TOKEN_VARIABLE: token}
     if repository_root() is not None:  # the kernel imports the package that runs it, installed or not
         old = os.environ.get("PYTHONPATH")
@@ -282,6 +313,7 @@ def _execute(
     error = RunError(
         f"{planned.notebook.name}: {cell} failed",
         value=last_line,
+        bound="cells that run without an error",
         remedy=f"See {planned.folder / 'executed.ipynb'}; correct the cause and run again.",
     )
     error.cell, error.last_line, error.folder = cell, last_line, planned.folder

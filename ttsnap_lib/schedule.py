@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checks import known_keys, real
+from ._reading import parse_yaml, read_yaml
+from .checks import known_keys, real, text
 from .errors import ScheduleError
 
 __all__ = ["PUBLISHED_SCHEDULE", "Schedule", "kept"]
@@ -26,6 +28,8 @@ def kept(n: int, keep_ratio: float) -> int:
 class Schedule:
     """Pruning steps and the fraction of candidates kept at each (the paper's alpha).
 
+    ``Schedule()`` is empty: no pruning, that is Best-of-N.
+
     Parameters
     ----------
     steps : sequence of int
@@ -33,8 +37,6 @@ class Schedule:
         forward number ``s + 1`` gives is scored.
     keep_ratios : sequence of float
         One per step, each in (0, 1].
-
-    ``Schedule()`` is empty: no pruning, that is Best-of-N.
 
     Raises
     ------
@@ -54,15 +56,18 @@ class Schedule:
         steps = _sequence("schedule.steps", self.steps)
         ratios = _sequence("schedule.keep_ratios", self.keep_ratios)
         for step in steps:
-            whole = isinstance(step, int) or (hasattr(step, "__index__"))
-            if isinstance(step, bool) or not whole or step < 0:
+            try:
+                wrong = isinstance(step, bool) or operator.index(step) < 0
+            except TypeError:
+                wrong = True
+            if wrong:
                 raise ScheduleError(
                     "schedule.steps",
                     value=step,
                     bound="integers of at least 0",
                     remedy="Count steps from 0: the first pruning can come after the first forward.",
                 )
-        steps = tuple(int(step) for step in steps)
+        steps = tuple(operator.index(step) for step in steps)
         if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
             raise ScheduleError(
                 "schedule.steps",
@@ -128,18 +133,10 @@ class Schedule:
     @classmethod
     def from_yaml(cls, source: str | Path) -> Schedule:
         """Read from a YAML file (a ``Path``) or from YAML text (a ``str``)."""
-        import yaml
-
-        try:
-            content = yaml.safe_load(source.read_text("utf-8") if isinstance(source, Path) else source)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ScheduleError(
-                f"schedule file cannot be read ({error.__class__.__name__})",
-                value=str(source),
-                bound="YAML with steps and keep_ratios",
-                remedy="Write it with Schedule.to_yaml().",
-            ) from error
-        return cls.from_dict(content)
+        options: dict[str, Any] = {"error": ScheduleError, "remedy": "Write it with Schedule.to_yaml()."}
+        if isinstance(source, Path):
+            return cls.from_dict(read_yaml(source, "schedule file", **options))
+        return cls.from_dict(parse_yaml(text("schedule", source, error=ScheduleError), "schedule", **options))
 
     def __str__(self) -> str:
         if not self.steps:

@@ -150,12 +150,25 @@ def load_rewards(
 
     Parameters
     ----------
+    rewards : str, path, Reward, callable, or a list of them
+        As :func:`ttsnap_lib.rewards.load_reward` takes them.
     noise_aware : str, Path or mapping, optional
         One run folder when there is one reward, else reward name -> folder.
     steps : int, optional
         Number of steps of the trajectories; a series for later steps is refused.
+    options : Any
+        Device, dtype and so on, for what is loaded here.
+
+    Returns
+    -------
+    list of Reward
+
+    Raises
+    ------
+    ConfigError, CheckpointError
+        No reward, two of one name, or a series that does not fit the rewards or the steps.
     """
-    given = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
+    given: list[Any] = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
     if not given:
         raise ConfigError("rewards", value=given, bound="one or more", remedy='Name one, for example "pocket-clip".')
     models = [entry if isinstance(entry, Reward) else load_reward(entry, **options) for entry in given]
@@ -201,7 +214,13 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
 
 
 def chosen_steps(given: Sequence[int] | None, n: int) -> list[int]:
-    """Return steps as ascending indices; all `n` when None, negative ones from the end."""
+    """Return steps as ascending indices; all `n` when None, negative ones from the end.
+
+    Raises
+    ------
+    ConfigError
+        A step that is not there, or none.
+    """
     if given is None:
         return list(range(n))
     chosen = sorted({integer("steps", step, -n, n - 1) % n for step in given})
@@ -220,6 +239,7 @@ def _check_whole(found: Trajectories, works: Sequence[Work]) -> None:
             raise TrajectoryError(
                 f"{found.path(prompt, missing[0], gone[0])} is missing",
                 value=f"{len(missing)} of {found.images_per_prompt} images of prompt {prompt} are not whole",
+                bound="every image, with all its steps in files and folders of its own",
                 remedy="Run the same `ttsnap generate` again: it goes on where it stopped. --on-error skip scores the rest.",
             )
 

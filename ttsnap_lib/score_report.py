@@ -64,6 +64,11 @@ def rank_correlation(dataset: xr.Dataset, *, variant: str = "base", every: int =
     -------
     pandas.DataFrame
         Square, symmetric; rows and columns indexed by (reward, step).
+
+    Raises
+    ------
+    TensorError
+        Fewer than two images per prompt.
     """
     import pandas as pd
     from scipy.stats import rankdata

@@ -21,6 +21,7 @@ from ._callable import make_callable
 from ._inputs import selecting_rewards
 from ._search_checks import candidates_for, check_negtome, check_schedule, method_for, variants_for
 from ._search_run import Plan, TimeUp, best_so_far, run_stages
+from ._settings import as_settings
 from .checks import choice, integer, real, text
 from .costs import CostModel
 from .denoise import Denoiser, Settings, image_generator, image_seed
@@ -126,7 +127,7 @@ def search(
     deadline = None if deadline_s is None else time.monotonic() + real("deadline_s", deadline_s, 0, open_low=True)
     text("prompt", prompt)
     seed, prompt_index = integer("seed", seed, 0), integer("prompt_index", prompt_index, 0)
-    n_steps = (settings or Settings()).n_steps
+    n_steps = as_settings(settings).n_steps
     schedule = check_schedule(schedule, n_steps)
     schedule = Schedule() if method is not None and choice("method", method, METHODS) == "best_of_n" else schedule
     costs = CostModel.load(cost) if isinstance(cost, str | Path) else cost

@@ -9,9 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._plan import parse_shard
+from ._current_run import read_if_whole
+from ._layout import HIDDEN
+from ._plan import parse_shard, shard_lock
+from ._reading import read_json
 from .errors import ConfigError, SearchError
-from .paths import lock, write_json
+from .paths import atomic_write, lock, write_json
 from .rewards import load_reward
 from .search import search
 
@@ -66,6 +69,8 @@ def search_many(
     ------
     SearchError
         The folder holds results of other settings; or some prompts failed, after all others are done.
+    DiskError
+        A full disk, a folder that cannot be written, or another process at the same shard. What is done stays.
     KeyboardInterrupt
         Ctrl-C; the best so far of the prompt at work is saved, and searched again next time.
     """
@@ -102,8 +107,9 @@ def search_many(
         frame = pd.DataFrame(rows)
     else:
         folder = Path(folder)
-        _check_identity(folder, {**_identity(pipeline, rewards, options), **(identity or {})})
-        with lock(folder / f".shard-{index}-of-{of}.lock"):
+        with shard_lock(folder, (index, of)) as held:
+            _check_identity(folder, {**_identity(pipeline, rewards, options), **(identity or {})})
+        with held:
             try:
                 work(folder)
             finally:
@@ -111,7 +117,7 @@ def search_many(
     if failed:
         raise SearchError(
             f"{len(failed)} of {len(mine)} prompts failed", value=list(failed),
-            remedy=f"The others are done; run again for these. The first said: {next(iter(failed.values()))}",
+            bound="every prompt", remedy=f"The others are done; run again for these. The first said: {next(iter(failed.values()))}",
         )  # fmt: skip
     return frame
 
@@ -125,21 +131,25 @@ def collect(folder: str | Path) -> pd.DataFrame:
 
     import pandas as pd
 
-    from .paths import atomic_write
-
-    rows = [json.loads(path.read_text("utf-8")) for path in sorted(Path(folder).glob("p*/summary.json"))]
-    rows = [row for row in rows if row.get("stopped") != "interrupt"]
-    frame = pd.DataFrame(rows).drop(columns="prompt_sha256", errors="ignore")
-    if len(frame):
-        frame = frame.sort_values("prompt_index", ignore_index=True)
-        buffer = io.BytesIO()
-        frame.to_parquet(buffer)
-        for name, content in (
-            ("results.csv", frame.to_csv(index=False).encode()),
-            ("results.parquet", buffer.getvalue()),
-        ):
-            with atomic_write(Path(folder) / name) as file:
-                file.write(content)
+    folder = Path(folder)
+    remedy = "Remove that folder and search again: the other prompts stay."
+    with lock(folder / HIDDEN / "locks" / "table.lock", wait=True):  # else a shard could write an older table last
+        rows = [
+            read_json(path, "summary of a prompt", error=SearchError, remedy=remedy)
+            for path in sorted(folder.glob("p*/summary.json"))
+        ]
+        rows = [row for row in rows if row.get("stopped") != "interrupt"]
+        frame = pd.DataFrame(rows).drop(columns="prompt_sha256", errors="ignore")
+        if len(frame):
+            frame = frame.sort_values("prompt_index", ignore_index=True)
+            buffer = io.BytesIO()
+            frame.to_parquet(buffer)
+            for name, content in (
+                ("results.csv", frame.to_csv(index=False).encode()),
+                ("results.parquet", buffer.getvalue()),
+            ):
+                with atomic_write(folder / name) as file:
+                    file.write(content)
     return frame
 
 
@@ -193,11 +203,8 @@ def check_one_source(prompt: str | None, prompts: str | None) -> None:
 
 
 def _finished(target: Path, digest: str) -> bool:
-    try:
-        summary = json.loads((target / "summary.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return summary.get("stopped") != "interrupt" and summary.get("prompt_sha256") == digest
+    summary = read_if_whole(target / "summary.json") or {}
+    return bool(summary) and summary.get("stopped") != "interrupt" and summary.get("prompt_sha256") == digest
 
 
 def _identity(pipeline: Any, rewards: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,12 +238,7 @@ def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
     if not path.exists():
         write_json(path, plain)
         return
-    try:
-        before = dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise SearchError(
-            "search.json cannot be read", value=str(path), bound="JSON", remedy="Choose another output folder."
-        ) from error
+    before = read_json(path, "record of an earlier search", error=SearchError, remedy="Choose another output folder.")
     if before != plain:
         keys = [key for key in {**before, **plain} if before.get(key) != plain.get(key)]
         raise SearchError(

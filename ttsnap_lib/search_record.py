@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._reading import read_json
 from .checks import known_keys
 from .costs import CostModel
 from .errors import SearchError
@@ -46,8 +47,7 @@ class StageRecord:
 
     def price(self, cost: CostModel) -> float:
         """Return what was done here in the unit of `cost`."""
-        small = self.preview and cost.preview_decode is not None
-        decode = cost.preview_decode if small else cost.decode
+        decode = cost.decode if not self.preview or cost.preview_decode is None else cost.preview_decode
         return self.forwards * cost.step + self.decodes * decode + self.scores * cost.verify
 
 
@@ -127,8 +127,9 @@ class SearchRecord:
         """Return the record as plain JSON content; NaN becomes null, pictures are left out."""
         plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("scores", "previews")}
         plain["stages"] = [asdict(stage) for stage in self.stages]
-        values = self.scores.astype(float)
-        plain["scores"] = np.where(np.isnan(values), None, values.astype(object)).tolist()
+        values = self.scores.astype(float).astype(object)
+        values[np.isnan(self.scores)] = None
+        plain["scores"] = values.tolist()
         return plain
 
     @classmethod
@@ -150,9 +151,11 @@ class SearchRecord:
         """
         path = Path(folder) / "record.json"
         try:
-            content = json.loads(path.read_text("utf-8"))
+            content = read_json(path, "search record", error=SearchError, remedy="Check the folder, or search again.")
             return cls.from_dict({key: value for key, value in content.items() if key not in ("cost", "complete")})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except SearchError:
+            raise
+        except Exception as error:  # a field of another kind fails in its own way
             raise SearchError(
                 f"search record cannot be read ({error.__class__.__name__})", value=str(path),
                 bound="record.json as SearchResult.save() writes it", remedy="Check the folder, or search again.",

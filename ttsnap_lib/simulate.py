@@ -8,24 +8,23 @@ of one call see the same random subsets, nested across budgets, so that their di
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from ._callable import make_callable
 from ._inputs import (
     candidates_table,
-    check_combine,
     check_n_steps,
-    check_subsets,
-    checks_array,
-    final_array,
+    missing_scores,
+    random_generator,
     selecting_rewards,
     step_positions,
 )
+from ._winners import best_of_n, best_of_n_weights, prune
 from .checks import choice, integer, real
 from .costs import CostModel
-from .errors import BudgetError, ConfigError, CostError, ScheduleError, TensorError
+from .errors import ConfigError, CostError, ScheduleError
 from .metrics import bootstrap_means
 from .results import Curves, Simulation
 from .schedule import Schedule
@@ -34,110 +33,12 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-__all__ = ["METHODS", "best_of_n", "best_of_n_weights", "curves", "prune", "simulate", "sweep"]
+__all__ = ["METHODS", "MOST_DRAWS", "best_of_n", "best_of_n_weights", "curves", "prune", "simulate", "sweep"]
 
 METHODS = ("best_of_n", "ttsp", "ttsnap")
+MOST_DRAWS = 10_000_000
+"""Most subsets, and most bootstrap samples: beyond, their tables fill the memory and no figure changes."""
 _VARIABLE = {"ttsp": "base", "ttsnap": "noise_aware"}
-
-
-def best_of_n(final: np.ndarray, n: int) -> np.ndarray:
-    """Return the expected maximum over random n-subsets, exactly (no sampling).
-
-    With the rewards of a prompt sorted in ascending order, the k-th of M is the maximum with probability
-    C(k-1, n-1) / C(M, n).
-
-    Parameters
-    ----------
-    final : (prompt, image)
-        Clean-image rewards.
-    n : int
-        Candidates, 1 to the number of images.
-
-    Returns
-    -------
-    float64 (prompt,)
-
-    Raises
-    ------
-    BudgetError
-        `n` is not within the pool.
-    TensorError
-        A NaN among the rewards.
-    """
-    values = np.asarray(final, dtype=np.float64)
-    if values.ndim != 2 or values.size == 0:
-        raise TensorError("final rewards", value=values.shape, bound="shape (prompt, image)", remedy="Pass one reward.")
-    pool = values.shape[1]
-    n = integer("n", n, 1, pool, error=BudgetError)
-    if np.isnan(values).any():
-        prompt, image = np.argwhere(np.isnan(values))[0]
-        raise TensorError(
-            f"final reward of prompt {prompt}, image {image}",
-            value=float("nan"),
-            bound="a number",
-            remedy="Score the image, or drop it with tensors.drop_missing().",
-        )
-    return np.sort(values, axis=1) @ best_of_n_weights(pool, n)
-
-
-def best_of_n_weights(pool: int, n: int) -> np.ndarray:
-    """Return the chance of each sorted position (worst first) of a pool to be the best of a random n-subset."""
-    k = np.arange(n, pool)  # weights[k] / weights[k + 1] for sorted positions counted from 1
-    weights = np.zeros(pool)
-    weights[n - 1 :] = np.append(np.cumprod(((k + 1 - n) / k)[::-1])[::-1], 1.0) * (n / pool)
-    return weights
-
-
-def prune(
-    rewards: np.ndarray | xr.DataArray,
-    subsets: np.ndarray,
-    schedule: Schedule,
-    final: np.ndarray | xr.DataArray | None = None,
-    combine: str = "rank_sum",
-    weights: Sequence[float] | None = None,
-) -> np.ndarray:
-    """Prune given subsets and return the winners.
-
-    Parameters
-    ----------
-    rewards : (prompt, image, step) or (prompt, image, step, reward), or a DataArray with those dims in any order
-        Rewards at the checks. With a ``step`` coordinate the schedule's steps are looked up in it.
-    subsets : int64 (iteration, n)
-        Candidates of each iteration: distinct image indices, in any order.
-    schedule : Schedule
-        Empty for Best-of-N.
-    final : (prompt, image[, reward]), optional
-        Rewards of the clean images; the last step of `rewards` by default.
-    combine : {"rank_sum", "z_score", "weighted_sum"}
-        How several rewards select jointly: the sum of ranks within the set (as released), the mean of z-scores
-        within the set, or a weighted sum.
-    weights : (reward,), optional
-        For ``"weighted_sum"``.
-
-    Returns
-    -------
-    int64 (iteration, prompt)
-        Image indices into the pool. Of equal candidates the lower index wins, at every stage.
-
-    Raises
-    ------
-    ScheduleError, BudgetError, TensorError, ConfigError
-        A step that the rewards do not hold, subsets that are not distinct indices of the pool, wrong shapes, NaN
-        where it would be read.
-    """
-    array, steps = checks_array(rewards)
-    columns = [array[:, :, k] for k in step_positions(schedule, steps)]
-    last = array[:, :, -1] if final is None else final_array(final, array.shape)
-    weights = check_combine(combine, weights, array.shape[3])
-    subsets = check_subsets(subsets, array.shape[1])
-    counts = np.array([schedule.survivors(subsets.shape[1])], np.int64)
-    from ._pruning import prune_columns
-
-    no_values = np.empty((array.shape[0], array.shape[1], 0))
-    _, winners = prune_columns(
-        [*columns, last], no_values, subsets, counts, combine=combine, weights=weights, keep_winners=True
-    )
-    return winners[0].astype(np.int64)
 
 
 def simulate(
@@ -182,6 +83,10 @@ def simulate(
     level, resamples
         Of the bootstrap over prompts.
 
+    Returns
+    -------
+    Simulation
+
     Raises
     ------
     BudgetError
@@ -206,7 +111,7 @@ def simulate(
         low=low[0, 0],
         high=high[0, 0],
         per_prompt=result.per_prompt[0, 0],
-        winners=result.winners[0, 0],
+        winners=cast("np.ndarray", result.winners)[0, 0],
         n=int(result.n[0, 0]),
         budget=float(result.budgets[0]),
         spent=float(result.spent[0, 0]),
@@ -221,7 +126,20 @@ def sweep(
     schedule: Schedule | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """Simulate several methods at several budgets; options as in :func:`simulate`.
+    """Simulate several methods at several budgets.
+
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        A reward tensor.
+    methods : sequence of {"best_of_n", "ttsp", "ttsnap"}
+    budgets : (budget,)
+        Compute per prompt, in the unit of `cost`.
+    cost : CostModel
+    schedule : Schedule, optional
+        For the methods that prune.
+    options : Any
+        Further ones of :func:`simulate`: iterations, rng, combine, weights, report, level, resamples.
 
     Returns
     -------
@@ -254,7 +172,7 @@ def curves(
     Best-of-N always runs along as the baseline.
     """
     methods = [methods] if isinstance(methods, str) else list(methods)
-    with_baseline = methods if "best_of_n" in methods else ["best_of_n", *methods]
+    with_baseline = methods if not methods or "best_of_n" in methods else ["best_of_n", *methods]
     return _run(
         dataset, with_baseline, budgets, None, cost, schedule, iterations=iterations, rng=rng, combine=combine,
         weights=weights, report=report, level=level, resamples=resamples, keep_winners=keep_winners,
@@ -283,8 +201,8 @@ def _run(
 ) -> Curves:
     from . import tensors
 
-    iterations = integer("iterations", iterations, 1)
-    resamples = integer("resamples", resamples, 1)
+    iterations = integer("iterations", iterations, 1, MOST_DRAWS)
+    resamples = integer("resamples", resamples, 1, MOST_DRAWS)
     level = real("level", level, 0, 1, open_low=True)
     for method in methods:
         choice("method", method, METHODS)
@@ -295,6 +213,10 @@ def _run(
                 bound="a Schedule",
                 remedy="Pass schedule=PUBLISHED_SCHEDULE, one of optimize_schedule(), or Schedule() for no pruning.",
             )
+    if not methods:
+        raise ConfigError("methods", value=methods, bound=f"one or more of {METHODS}", remedy="Name one.")
+    if cost is not None and not isinstance(cost, CostModel):
+        raise CostError("cost", value=cost, bound="a CostModel", remedy="Pass CostModel.preset(name) or load(file).")
     if cost is None and budgets is not None:
         raise CostError(
             "budget without a cost model",
@@ -304,13 +226,13 @@ def _run(
         )
     tensors.check_rewards(dataset)
     names = [str(name) for name in dataset["reward"].values]
-    selecting, weights = selecting_rewards(names, report, combine, weights)
+    selecting, shares = selecting_rewards(names, report, combine, weights)
     steps = dataset["step"].values
     check_n_steps(cost, steps)
     pool = dataset.sizes["image"]
     numbers_table, spent = candidates_table(methods, budgets, numbers, cost, schedule, pool)
 
-    rng = np.random.default_rng(0 if rng is None else rng)
+    rng = random_generator(rng)
     subsets = rng.permuted(np.tile(np.arange(pool), (iterations, 1)), axis=1)
     # Subsets of their own for every prompt: with one table for all, what a subset happens to hold (repeated images,
     # say) would move all prompts together and the mean would not settle with their number.
@@ -323,7 +245,7 @@ def _run(
     shape = (len(methods), numbers_table.shape[1])
     per_prompt = np.empty((*shape, len(names), dataset.sizes["prompt"]))
     winners = np.empty((*shape, iterations, dataset.sizes["prompt"]), np.int64) if keep_winners else None
-    from ._pruning import prune_columns
+    from ._pruning import NaNRead, prune_columns
 
     for m, method in enumerate(methods):
         stages = schedule if method != "best_of_n" and schedule is not None else Schedule()
@@ -333,18 +255,21 @@ def _run(
             checks = [block[:, :, k, :][:, :, selecting] for k in range(len(positions))]
         ascending = np.argsort(numbers_table[m], kind="stable")
         counts = np.array([stages.survivors(int(n)) for n in numbers_table[m][ascending]], np.int64)
-        sums, won = prune_columns(
-            [*checks, last],
-            values,
-            subsets,
-            counts,
-            combine=combine,
-            weights=weights,
-            keep_winners=keep_winners,
-            labels=labels,
-        )
+        try:
+            sums, won = prune_columns(
+                [*checks, last],
+                values,
+                subsets,
+                counts,
+                combine=combine,
+                weights=shares,
+                keep_winners=keep_winners,
+                labels=labels,
+            )
+        except NaNRead as error:
+            raise NaNRead(error.prompt, error.stage, missing_scores(dataset)) from None
         per_prompt[m, ascending] = np.moveaxis(sums, 1, 2) / iterations
-        if winners is not None:
+        if winners is not None and won is not None:
             winners[m, ascending] = won
     return Curves(
         methods=tuple(methods),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from . import provenance
 from ._sweep_table import collect, draw
 from ._sweep_view import SweepView, short_parameters
-from .checks import integer
+from .checks import integer, real
 from .grids import GridSpec, load_grid, parse_grid
 from .paths import atomic_write, data_cache, git_state, lock, write_json
 from .runner import Plan, finished, plan
@@ -83,6 +83,10 @@ def run_sweep(
     stream : TextIO, optional
         Where to show the live table.
 
+    Returns
+    -------
+    SweepResult
+
     Raises
     ------
     ConfigError
@@ -96,6 +100,7 @@ def run_sweep(
         grid = parse_grid(grid)
     workers = integer("workers", cores() if workers is None else workers, 1)
     retries = integer("retries", retries, 0)
+    timeout_s = None if timeout_s is None else real("timeout_s", timeout_s, 0, open_low=True)
     home = (Path(folder) if folder is not None else data_cache() / "sweeps" / grid.name).absolute()
     plans = [plan(grid.notebook, parameters, folder=runs_folder) for parameters in grid.runs]
     with lock(home / ".lock"):

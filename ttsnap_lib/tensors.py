@@ -6,6 +6,7 @@ reward and step whether a value is ``finetuned`` or ``copied_from_base``; ``stat
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._cleaning import drop_missing, drop_repeats, repeated_images
+from ._reading import as_path
+from ._store_checks import check_store
 from .errors import TensorError
 from .paths import SHIPPED_TENSORS, atomic_folder, shipped_tensor
 
@@ -35,6 +39,7 @@ __all__ = [
     "repeated_images",
     "save_rewards",
     "stack_rewards",
+    "write_zarr",
 ]
 
 DIMS = ("reward", "prompt", "image", "step")
@@ -73,6 +78,10 @@ def make_rewards(
     attributes : mapping, optional
         For instance model and source.
 
+    Returns
+    -------
+    xarray.Dataset
+
     Raises
     ------
     TensorError
@@ -80,9 +89,9 @@ def make_rewards(
     """
     import xarray as xr
 
-    base = np.asarray(base, np.float32)
+    base = _float32("base", base)
     source = COPIED if noise_aware is None else FINETUNED
-    noise_aware = base.copy() if noise_aware is None else np.asarray(noise_aware, np.float32)
+    noise_aware = base.copy() if noise_aware is None else _float32("noise_aware", noise_aware)
     if base.ndim != 4 or 0 in base.shape or noise_aware.shape != base.shape:
         raise TensorError(
             "shapes of base and noise_aware",
@@ -93,6 +102,14 @@ def make_rewards(
     n_rewards, n_prompts, n_images, n_steps = base.shape
     if noise_aware_source is None:
         noise_aware_source = np.full((n_rewards, n_steps), source)
+    noise_aware_source = np.asarray(noise_aware_source).astype(str)
+    if noise_aware_source.shape != (n_rewards, n_steps) or not set(noise_aware_source.flat) <= {FINETUNED, COPIED}:
+        raise TensorError(
+            "noise_aware_source",
+            value=noise_aware_source.tolist(),
+            bound=f"{FINETUNED} or {COPIED}, of shape {(n_rewards, n_steps)} (reward, step)",
+            remedy="Say so for every reward and step.",
+        )
     names = {"rewards": (rewards, n_rewards), "steps": (steps, n_steps), "prompt_text": (prompt_text, n_prompts)}
     for name, (given, size) in names.items():
         if given is not None and len(given) != size:
@@ -118,6 +135,23 @@ def make_rewards(
     return check_rewards(dataset)
 
 
+def _float32(name: str, values: Any) -> np.ndarray:
+    """Return numbers as float32; what it cannot hold is refused, NaN (not scored yet) is not."""
+    remedy = "Give rewards as numbers; NaN stands for what is missing."
+    try:
+        given = np.asarray(values)
+    except (ValueError, TypeError) as error:
+        raise TensorError(name, value=values, bound="numbers in rows of equal length", remedy=remedy) from error
+    if given.dtype.kind not in "fiu":
+        raise TensorError(name, value=f"{given.dtype} of shape {given.shape}", bound="real numbers", remedy=remedy)
+    with np.errstate(over="ignore"):
+        narrow = given.astype(np.float32, copy=False)
+    if np.isinf(narrow).any():
+        worst = given[np.isinf(narrow)].flat[0]
+        raise TensorError(name, value=float(worst), bound="finite numbers that float32 can hold", remedy=remedy)
+    return narrow
+
+
 def check_rewards(dataset: Any) -> xr.Dataset:
     """Return `dataset` when it is a reward tensor; values are not read.
 
@@ -130,9 +164,13 @@ def check_rewards(dataset: Any) -> xr.Dataset:
     if not hasattr(dataset, "data_vars"):
         raise TensorError("reward tensor", value=type(dataset).__name__, bound="an xarray.Dataset", remedy=remedy)
     for name in ("base", "noise_aware"):
-        if name not in dataset.data_vars or set(dataset[name].dims) != set(DIMS):
+        if name not in dataset.data_vars or set(dataset[name].dims) != set(DIMS) or 0 in dataset[name].shape:
             found = dict(dataset[name].sizes) if name in dataset.data_vars else sorted(map(str, dataset.data_vars))
-            raise TensorError(f"variable {name!r}", value=found, bound=f"one with dims {DIMS}", remedy=remedy)
+            raise TensorError(
+                f"variable {name!r}", value=found, bound=f"one with dims {DIMS}, nothing empty", remedy=remedy
+            )
+        if dataset[name].dtype.kind != "f":
+            raise TensorError(f"variable {name!r}", value=str(dataset[name].dtype), bound="float32", remedy=remedy)
     for dim in DIMS:
         if dim not in dataset.coords:
             raise TensorError(
@@ -141,6 +179,17 @@ def check_rewards(dataset: Any) -> xr.Dataset:
     names = [str(name) for name in dataset["reward"].values]
     if len(set(names)) != len(names):
         raise TensorError("reward names", value=names, bound="each once", remedy="Rename one with assign_coords.")
+    for dim in ("prompt", "image"):
+        values = dataset[dim].values
+        if values.dtype.kind not in "iu" or len(np.unique(values)) != len(values) or values.min() < 0:
+            raise TensorError(dim, value=values, bound="distinct integers of at least 0", remedy=remedy)
+    for name, dims in {
+        "noise_aware_source": ("reward", "step"),
+        "status": ("prompt",),
+        "prompt_text": ("prompt",),
+    }.items():
+        if name in dataset.variables and set(dataset[name].dims) != set(dims):
+            raise TensorError(f"variable {name!r}", value=dataset[name].dims, bound=f"dims {dims}", remedy=remedy)
     steps = dataset["step"].values
     if steps.dtype.kind not in "iu" or (np.diff(steps) <= 0).any() or (len(steps) and steps[0] < 0):
         raise TensorError(
@@ -160,6 +209,20 @@ def check_rewards(dataset: Any) -> xr.Dataset:
 def save_rewards(dataset: xr.Dataset, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write a reward tensor as a Zarr store, whole or not at all, and return its path.
 
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        A reward tensor.
+    path : str or Path
+        The Zarr folder to write.
+    overwrite : bool
+        False refuses a folder that is there.
+
+    Returns
+    -------
+    Path
+        The folder.
+
     Raises
     ------
     TensorError
@@ -167,7 +230,7 @@ def save_rewards(dataset: xr.Dataset, path: str | Path, *, overwrite: bool = Fal
     DiskError
         A full disk or a folder that cannot be written.
     """
-    path = Path(path)
+    path = as_path("reward tensor", path, error=TensorError)
     check_rewards(dataset)
     if path.exists() and not overwrite:
         raise TensorError(
@@ -183,15 +246,20 @@ def save_rewards(dataset: xr.Dataset, path: str | Path, *, overwrite: bool = Fal
     for name in ("noise_aware_source", "status", "prompt_text", "reward"):
         if name in ordered.variables:  # fixed-width text: variable-length strings have no stable Zarr v3 type yet
             ordered[name] = ordered[name].astype(str)
+    write_zarr(ordered, path, encoding)
+    return path
+
+
+def write_zarr(dataset: xr.Dataset, path: Path, encoding: dict[str, Any]) -> None:
+    """Write a whole store beside `path` and rename it; fixed-width text has no stable Zarr v3 type, and warns."""
     with atomic_folder(path) as part:
         store = part / "store"
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Zarr.*|.*zarr.*|.*data type.*")
-            ordered.to_zarr(store, mode="w", encoding=encoding, consolidated=False, zarr_format=3)
+            dataset.to_zarr(store, mode="w", encoding=encoding, consolidated=False, zarr_format=3)
         for child in store.iterdir():
             shutil.move(str(child), part / child.name)
         store.rmdir()
-    return path
 
 
 def open_rewards(path: str | Path) -> xr.Dataset:
@@ -203,6 +271,10 @@ def open_rewards(path: str | Path) -> xr.Dataset:
         A Zarr folder; ``"pocket-flux"`` or ``"pocket-sdxl"`` for the shipped pocket tensors; ``"synthetic"`` for the
         statistical stand-in of :mod:`ttsnap_lib.synthetic`.
 
+    Returns
+    -------
+    xarray.Dataset
+
     Raises
     ------
     TensorError
@@ -210,18 +282,23 @@ def open_rewards(path: str | Path) -> xr.Dataset:
     """
     import xarray as xr
 
-    if path == "synthetic":
+    name = str(path) if isinstance(path, str | os.PathLike) else ""
+    if name == "synthetic":
         from .synthetic import synthetic_rewards
 
         return synthetic_rewards()
-    path = shipped_tensor(path) if path in SHIPPED_TENSORS else Path(path)
+    path = shipped_tensor(name) if name in SHIPPED_TENSORS else as_path("reward tensor", path, error=TensorError)
     remedy = "Check the path; `ttsnap import-published` and `ttsnap score` write tensors."
     if not path.is_dir():
         raise TensorError("reward tensor", value=str(path), bound="a Zarr folder", remedy=remedy)
+    check_store(path)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Zarr.*|.*zarr.*|.*data type.*")
-            dataset = xr.open_zarr(path, chunks=None, consolidated=False)
+            # Format 3 alone: chunks of format 2 can be pickles. Nothing is a date here, whatever attributes say.
+            dataset = xr.open_zarr(
+                path, chunks=None, consolidated=False, zarr_format=3, decode_times=False, decode_timedelta=False
+            )
     except Exception as error:  # zarr and xarray raise many kinds on a folder that is none
         raise TensorError(
             f"reward tensor cannot be opened ({error.__class__.__name__}: {error})",
@@ -248,10 +325,16 @@ def noise_aware_steps(dataset: xr.Dataset) -> dict[str, list[int]]:
 
 
 def read_steps(variable: xr.DataArray, positions: Sequence[int]) -> np.ndarray:
-    """Return some steps of ``base`` or ``noise_aware`` as (prompt, image, step, reward), read once."""
+    """Return some steps of ``base`` or ``noise_aware`` as (prompt, image, step, reward), read once.
+
+    Raises
+    ------
+    TensorError
+        A damaged chunk.
+    """
     block = variable.isel(step=list(positions)).transpose("prompt", "image", "step", "reward")
     try:
-        return block.values
+        values = block.values
     except Exception as error:  # a broken chunk
         raise TensorError(
             f"{variable.name} cannot be read ({error.__class__.__name__}: {error})",
@@ -259,10 +342,24 @@ def read_steps(variable: xr.DataArray, positions: Sequence[int]) -> np.ndarray:
             bound="a whole Zarr store",
             remedy="Score or import it again; one of its chunks is damaged.",
         ) from error
+    if np.isinf(values).any():
+        prompt, image, step, _ = np.argwhere(np.isinf(values))[0].tolist()
+        raise TensorError(
+            f"{variable.name} of prompt {int(block['prompt'][prompt])}, image {int(block['image'][image])}, step "
+            f"{int(block['step'][step])}",
+            value=float("inf"),
+            bound="finite numbers",
+            remedy="Score the image again, or drop it with tensors.drop_missing().",
+        )
+    return values
 
 
 def stack_rewards(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
     """Join tensors of the same prompts, images and steps along the reward axis.
+
+    Returns
+    -------
+    xarray.Dataset
 
     Raises
     ------
@@ -288,40 +385,3 @@ def stack_rewards(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
         combine_attrs="override",
     )  # fmt: skip
     return check_rewards(joined)
-
-
-def repeated_images(dataset: xr.Dataset) -> np.ndarray:
-    """Return for each image the first image with the same rewards in every prompt, step and reward.
-
-    An image that repeats none maps to itself. int64 (image,).
-    """
-    base = dataset["base"].transpose("image", ...).values
-    flat = np.ascontiguousarray(base.reshape(base.shape[0], -1))
-    first: dict[bytes, int] = {}
-    return np.array([first.setdefault(row.tobytes(), k) for k, row in enumerate(flat)])
-
-
-def drop_repeats(dataset: xr.Dataset) -> xr.Dataset:
-    """Return the tensor with the first of each group of repeated images; ``image`` keeps the original indices."""
-    firsts = np.unique(repeated_images(dataset))
-    return dataset.isel(image=firsts)
-
-
-def drop_missing(dataset: xr.Dataset) -> xr.Dataset:
-    """Return the tensor without the images that miss a value anywhere, and without prompts not scored at all.
-
-    Raises
-    ------
-    TensorError
-        When nothing would be left.
-    """
-    missing = np.isnan(dataset["base"]) | np.isnan(dataset["noise_aware"])
-    scored = ~missing.all(["reward", "image", "step"])
-    dataset, missing = dataset.isel(prompt=scored.values), missing.isel(prompt=scored.values)
-    whole = ~missing.any(["reward", "prompt", "step"])
-    dataset = dataset.isel(image=whole.values)
-    if 0 in dataset["base"].shape:
-        raise TensorError(
-            "images without a missing value", value=0, bound="one or more", remedy="Score the tensor again."
-        )
-    return dataset

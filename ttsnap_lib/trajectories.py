@@ -22,12 +22,13 @@ from ._layout import (
     scan_prompt,
     step_name,
 )
-from ._manifest import MANIFEST, Manifest, extend
+from ._manifest import MANIFEST, MAX_IMAGES, Manifest, extend
 from .checks import choice, integer
 from .errors import TrajectoryError
 
 __all__ = [
     "MANIFEST",
+    "MAX_IMAGES",
     "Batch",
     "Finding",
     "Manifest",
@@ -100,7 +101,16 @@ class Trajectories:
 
     def read(self, prompt: int, image: int, step: int) -> np.ndarray:
         """Return one picture as uint8 (height, width, 3); negative steps count from the end."""
-        return read_image(self.path(prompt, image, range(self.n_steps)[step]), self.manifest.size)
+        path = self.path(prompt, image, range(self.n_steps)[step])
+        for folder in (path.parent, path.parent.parent):
+            if folder.is_symlink():  # `generate` makes none: who made it could show any file as a picture of this set
+                raise TrajectoryError(
+                    f"{folder} is a symbolic link",
+                    value=str(path),
+                    bound="a folder of pictures",
+                    remedy="Put the folder itself there; the whole trajectory folder may be behind a link.",
+                )
+        return read_image(path, self.manifest.size)
 
     def batches(
         self,
@@ -137,15 +147,15 @@ class Trajectories:
         batch_size = integer("batch_size", batch_size, 1)
         workers, prefetch = integer("workers", workers, 1), integer("prefetch", prefetch, 1)
         choice("on_missing", on_missing, ("raise", "skip"))
-        chosen = [
+        chosen_steps, chosen_prompts, chosen_images = (
             _indices(name, given, n)
             for name, given, n in (
                 ("steps", steps, self.n_steps),
                 ("prompts", prompts, len(self.manifest.prompts)),
                 ("images", images, self.images_per_prompt),
             )
-        ]
-        return self._batches(*chosen, batch_size, on_missing, workers, prefetch)
+        )
+        return self._batches(chosen_steps, chosen_prompts, chosen_images, batch_size, on_missing, workers, prefetch)
 
     def _batches(self, steps, prompts, images, batch_size, on_missing, workers, prefetch) -> Iterator[Batch]:
         def jobs() -> Iterator[tuple[int, list[tuple[int, int]]]]:
@@ -156,6 +166,7 @@ class Trajectories:
                     raise TrajectoryError(
                         f"{self.folder / prompt_name(prompt) / image_name(missing[0])} is missing or incomplete",
                         value=f"{len(missing)} of {len(images)} images of prompt {prompt}",
+                        bound="every image that is asked for, with all its steps in files and folders of its own",
                         remedy="Run the same `ttsnap generate` again: it goes on where it stopped.",
                     )
                 wanted = [(image, step) for image in images if image in whole for step in steps]
@@ -189,7 +200,7 @@ def _indices(name: str, given: Iterable[int] | None, n: int) -> list[int]:
 def read_batches(
     folder: str | Path, steps: Iterable[int] | None = None, batch_size: int = 32, **options: Any
 ) -> Iterator[Batch]:
-    """Open `folder` and read it in batches; see :meth:`Trajectories.batches`."""
+    """Return the batches of `folder`; see :meth:`Trajectories.batches`."""
     return Trajectories(folder).batches(steps, batch_size, **options)
 
 
@@ -227,7 +238,7 @@ class VerifyReport:
         """Return the steps to make again for each (prompt, image)."""
         wanted: dict[tuple[int, int], list[int]] = {}
         for finding in self.findings:
-            if finding.step is not None:
+            if finding.prompt is not None and finding.image is not None and finding.step is not None:
                 wanted.setdefault((finding.prompt, finding.image), []).append(finding.step)
         return wanted
 
@@ -250,8 +261,15 @@ def verify(folder: str | Path, *, workers: int = 4, progress: Callable[[int, int
 
     Parameters
     ----------
+    folder : str or Path
     progress : callable, optional
         Called with the number of prompts checked and their total.
+    workers : int
+        Reading threads.
+
+    Returns
+    -------
+    VerifyReport
     """
     found = Trajectories(folder)
     manifest, folder = found.manifest, found.folder

@@ -70,11 +70,11 @@ class Transfer:
 def compare_schedules(
     dataset: xr.Dataset,
     cost: CostModel,
-    budgets: Sequence[float] | float,
+    budgets: Sequence[float] | np.ndarray | float,
     schedules: Sequence[Schedule],
     method: str = "ttsnap",
     *,
-    prompts: Sequence[int] | None = None,
+    prompts: Sequence[int] | np.ndarray | None = None,
     iterations: int = 200,
     seed: int = 0,
     combine: str = "rank_sum",
@@ -94,6 +94,8 @@ def compare_schedules(
         Positions along the prompt axis; all by default.
     iterations : int
         Subsets per prompt.
+    seed : int
+        Of the subsets and of the bootstrap.
 
     Returns
     -------
@@ -172,6 +174,11 @@ def transfer(
     Returns
     -------
     Transfer
+
+    Raises
+    ------
+    ConfigError
+        No case.
     """
     import pandas as pd
 
@@ -206,7 +213,7 @@ def flatness(
     dataset: xr.Dataset,
     *,
     top: int = 50,
-    prompts: Sequence[int] | None = None,
+    prompts: Sequence[int] | np.ndarray | None = None,
     iterations: int = 200,
     seed: int = 0,
     **options,

@@ -11,7 +11,7 @@ import base64
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ipywidgets as ipw
 
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["Explorer", "State", "compute", "draw", "explore"]
 
 MULTIPLES = (2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20)
-_DEBOUNCE_S, _SETTLE_S = 0.02, 0.15
+# A first move is drawn at once. Moves that follow closely wait, so that those which queue up are drawn together.
+_DEBOUNCE_S, _REST_S, _SETTLE_S = 0.02, 0.15, 0.15
 
 
 def explore(tensor: str | Path | xr.Dataset = "synthetic", **options: Any) -> Explorer:
@@ -114,14 +115,17 @@ class Explorer(ipw.VBox):
         self.run, self._later = run, later or _on_event_loop
         self._multiples = tuple(real("multiples", value, 0, open_low=True) for value in multiples)
         self._fixed = {"iterations": iterations, "seed": seed}
-        schedule = Schedule(steps, keep_ratios)
+        schedule = Schedule(cast("tuple[int, ...]", steps), cast("tuple[float, ...]", keep_ratios))  # it checks them
         choice("method", method, METHODS)
         choice("combine", combine, ("rank_sum", "z_score"))
         choice("accounting", accounting, ("", "exact", "published"))
         self.state: State | None = None
         self.result: Result | None = None
         self.pinned = (method, schedule)
-        self._mark, self._pending, self._settling = 0, None, None
+        self._mark = 0
+        self._pending: Any = None  # handles of what `later` will call
+        self._settling: Any = None
+        self._resting: Any = None
         self._panels = Panels()
 
         self.controls = controls = Controls(self.changed)
@@ -152,12 +156,12 @@ class Explorer(ipw.VBox):
     # -- from a change to the screen ----------------------------------------------------------------------------
 
     def changed(self) -> None:
-        """Redraw a moment from now: changes that come in between are drawn together."""
+        """Redraw at once after a rest, else a moment from now: changes that come in between are drawn together."""
         if self._settling is not None:
             self._settling.cancel()
             self._settling = None
         if self._pending is None:
-            self._pending = self._later(_DEBOUNCE_S, self._refresh)
+            self._pending = self._later(0.0 if self._resting is None else _DEBOUNCE_S, self._refresh)
             if self._pending is None:
                 self._refresh()
 
@@ -172,7 +176,14 @@ class Explorer(ipw.VBox):
             self.numbers.value = ""
             self.result = None
             return
+        finally:
+            if self._resting is not None:
+                self._resting.cancel()
+            self._resting = self._later(_REST_S, self._rested)
         self._settle(_SETTLE_S)
+
+    def _rested(self) -> None:
+        self._resting = None
 
     def _settle(self, delay_s: float) -> None:
         if self.result is None or self.result.complete:
@@ -184,6 +195,8 @@ class Explorer(ipw.VBox):
 
     def _idle(self) -> None:
         """Do one block of what is still to do, and draw when all that is compared has got equally far."""
+        if self.state is None:
+            return
         found, block = jobs(self.state, self.pool)
         target = min(mark for mark in self.pool.marks(block) if mark > self._mark)
         worked = any(self.pool.done(job) < target and self.pool.advance(job, block, target) for job in found)
@@ -193,17 +206,18 @@ class Explorer(ipw.VBox):
 
     def finish(self) -> None:
         """Do all iterations now."""
-        if self.result is not None and not self.result.complete:
+        if self.state is not None and self.result is not None and not self.result.complete:
             _, block = jobs(self.state, self.pool)
             self._show(self.pool.marks(block)[-1])
 
     def _show(self, mark: int) -> None:
-        self.result = compute(self.state, self.pool, mark)
+        state = cast("State", self.state)
+        self.result = compute(state, self.pool, mark)
         self._mark = mark
         self._panels.update(self.result)
         self.image.remove_class("ttsnap-stale")
         self.image.value = self._panels.png()
-        self.numbers.value = numbers_html(self.result, self.state.cost.total(1))
+        self.numbers.value = numbers_html(self.result, state.cost.total(1))
         self.say("")
 
     def say(self, text: str) -> None:

@@ -15,8 +15,9 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from . import execution
 from .errors import RunError, TTSnapError
@@ -39,7 +40,12 @@ def cores() -> int:
 
 
 def run_task(task: Task, say: Callable[[str], None] | None = None) -> Outcome:
-    """Run one task; a notebook that fails is an outcome, not an exception."""
+    """Run one task; a notebook that fails is an outcome, not an exception.
+
+    Returns
+    -------
+    Outcome
+    """
     from . import runner
 
     try:
@@ -124,13 +130,14 @@ class _Worker:
                 env={**os.environ, **environment, **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})},
                 start_new_session=True,  # Ctrl-C reaches the sweep alone, which then ends its workers
             )
+        self.input, self._output = cast("IO[str]", self.process.stdin), cast("IO[str]", self.process.stdout)
 
     def do(self, task: Task, say: Callable[[str], None]) -> Outcome | None:
         """Return the outcome of `task`, or None when the worker was lost on the way."""
         try:
-            self.process.stdin.write(json.dumps(task) + "\n")
-            self.process.stdin.flush()
-            for line in self.process.stdout:
+            self.input.write(json.dumps(task) + "\n")
+            self.input.flush()
+            for line in self._output:
                 message = json.loads(line)
                 if "outcome" in message:
                     return message["outcome"]
@@ -142,13 +149,13 @@ class _Worker:
     def end(self) -> None:
         """Close the worker's input, which ends it; kill it when that takes too long."""
         with contextlib.suppress(OSError):
-            self.process.stdin.close()
+            self.input.close()
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self.process.stdout.close()
+        self._output.close()
 
 
 def run_local(
@@ -165,6 +172,11 @@ def run_local(
 
     A worker that is lost (killed, out of memory) is replaced and its task tried again, `retries` times at most; so is
     a kernel that dies. Each worker may use its share of the cores.
+
+    Raises
+    ------
+    Exception
+        What starting a worker or a callback raised first.
     """
     share = str(max(1, cores() // workers))
     limits = {name: share for name in _THREAD_VARIABLES if name not in os.environ}
@@ -185,7 +197,7 @@ def run_local(
                     worker = _Worker(limits, log)
                     alive.append(worker)
                 on_start(task["key"], number)
-            outcome = worker.do(task, lambda line, key=task["key"]: _guarded(guard, on_said, key, line))
+            outcome = worker.do(task, partial(_guarded, guard, on_said, task["key"]))
             if ending.is_set():
                 return
             if outcome is None:
@@ -220,7 +232,7 @@ def run_local(
             ended = list(alive)
         for worker in ended:
             with contextlib.suppress(OSError):
-                worker.process.stdin.close()  # all first, so that they end side by side
+                worker.input.close()  # all first, so that they end side by side
         for worker in ended:
             worker.end()
     if problems:

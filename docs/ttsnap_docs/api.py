@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
+import inspect
 
 import ttsnap_lib
 
@@ -42,15 +45,23 @@ def shown(module: str) -> dict[str, str]:
     lazy = getattr(loaded, "_NAMES", {})
     found = {}
     for name in loaded.__all__:
-        home = f"{loaded.__name__}.{lazy[name]}" if name in lazy else _home(getattr(loaded, name), loaded.__name__)
+        home = f"{loaded.__name__}.{lazy[name]}" if name in lazy else _home(name, loaded.__name__)
         found[name] = f"{home}.{name}"
     return found
 
 
-def _home(value: object, module: str) -> str:
-    """Return the module that a class or a function is defined in; that of a constant is where it is public."""
-    defined = getattr(value, "__module__", None) if callable(value) and hasattr(value, "__qualname__") else None
-    return defined if defined and defined.startswith("ttsnap_lib.") else module
+def _home(name: str, module: str) -> str:
+    """Return the module that a name of `module` is written in, following the imports of the source."""
+    source = inspect.getsource(importlib.import_module(module))
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom) and name in {alias.asname or alias.name for alias in node.names}:
+            package = (
+                module if importlib.util.find_spec(module).submodule_search_locations else module.rpartition(".")[0]
+            )
+            origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            if origin.startswith("ttsnap_lib."):
+                return _home(name, origin)
+    return module
 
 
 def slug(title: str) -> str:
@@ -89,7 +100,7 @@ def _index() -> str:
 
 
 def _top() -> dict[str, str]:
-    return {name: f"ttsnap_lib.{module}.{name}" for name, module in ttsnap_lib._NAMES.items()}
+    return {name: shown(module)[name] for name, module in ttsnap_lib._NAMES.items()}
 
 
 def _first_line(name: str) -> str:

@@ -25,6 +25,7 @@ _MARKER = re.compile(r"<!-- (\w+): ([\w-]+) -->")
 def home() -> str:
     """Return the home page: the README, with its links as the site needs them."""
     text = (ROOT / "README.md").read_text("utf-8")
+    text = text.replace("[CHANGELOG.md](CHANGELOG.md)", "`CHANGELOG.md`")  # stands beside the site's sources
     return re.sub(r"\]\(docs/", "](", text)
 
 

@@ -40,6 +40,7 @@ def test_shipped_folders_are_small_and_ordinary():
     files = [file for name in POCKET_MODELS for file in pocket_folder(name).rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 40e6
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt"}
+    assert not [file for file in files if file.suffix == ".json" and '_name_or_path": "/' in file.read_text("utf-8")]
 
 
 @pytest.mark.parametrize("name", ["pocket-flux", "pocket-sdxl"])
@@ -129,8 +130,8 @@ def test_clip_processor_feeds_the_model_what_training_fed(clip):
 
 
 def test_clip_prefers_the_right_caption(clip):
+    from ttsnap_lib.pocket.changes import hard_negative
     from ttsnap_lib.pocket.prompts import held_out
-    from ttsnap_lib.pocket.train_clip import hard_negative
     from ttsnap_lib.pocket.world import caption, render
 
     rng = np.random.default_rng(2)

@@ -11,10 +11,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from ttsnap_lib.errors import CheckpointError, ConfigError
+from ttsnap_lib.pocket.changes import hard_negative, mislabeled
 from ttsnap_lib.pocket.loop import Fit, fit, step_rng
 from ttsnap_lib.pocket.muon import Muon, orthogonal
-from ttsnap_lib.pocket.train import STAGES, main
-from ttsnap_lib.pocket.train_clip import degrade, hard_negative
+from ttsnap_lib.pocket.train import SMOKE, main
+from ttsnap_lib.pocket.train_clip import degrade
 from ttsnap_lib.pocket.world import all_scenes
 
 
@@ -33,7 +34,7 @@ def test_smoke_training_writes_models_and_report(tmp_path, capsys):
     names = {"pocket-flux", "pocket-sdxl", "pocket-clip", "pocket-tiny"}
     assert {folder.name for folder in (tmp_path / "models").iterdir()} == names
     figures = json.loads((tmp_path / "docs" / "figures.json").read_text())
-    assert set(figures["training"]) <= set(STAGES)
+    assert set(figures["training"]) == set(SMOKE.fits)
     assert len(figures["pocket-flux"]["kendall_tau_by_step"]) == 20
     assert {p.name for p in (tmp_path / "docs").glob("*.png")} == {
         "pocket-flux.png",
@@ -137,6 +138,19 @@ def test_hard_negatives_show_another_picture():
         wrong = hard_negative(scene, rng)
         assert wrong not in (scene, scene.mirrored())
         assert len(wrong.things) == len(scene.things)
+
+
+def test_mislabeled_captions_are_wrong_at_the_rate():
+    rng = np.random.default_rng(0)
+    scenes = [scene for scene in list(all_scenes())[::37] if scene.relation is not None]
+    wrong = [mislabeled(scene, rng, chance=0.2) for scene in scenes]
+    told = lambda s: [s.background, s.relation, *(getattr(t, n) for t in s.things for n in ("size", "color", "shape"))]
+    differs = np.array(
+        [[a != b for a, b in zip(told(x), told(y), strict=True)] for x, y in zip(scenes, wrong, strict=True)]
+    )
+    assert len(differs) > 300
+    np.testing.assert_allclose(differs.mean(axis=0), 0.2, atol=0.08)  # 3.5 standard errors of each attribute
+    assert mislabeled(scenes[0], rng, chance=0.0) == scenes[0]
 
 
 def test_degraded_pictures_stay_close():

@@ -14,12 +14,8 @@ WORDS = ["a", "red", "blue", "green", "circle", "square", "above", "below", "lef
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread(one_thread):
     """Several test processes share few cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_images(n: int, width: int = 40, height: int = 30, seed: int = 0) -> list[Image.Image]:

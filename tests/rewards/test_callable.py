@@ -73,7 +73,7 @@ def test_several_rewards_in_one_pass(clip_folder, images, tmp_path, monkeypatch)
     expected = {reward.name: reward.score(PROMPTS, images) for reward in rewards}
     opened: list[str] = []
     original = Image.open
-    monkeypatch.setattr(Image, "open", lambda path: (opened.append(str(path)), original(path))[1])
+    monkeypatch.setattr(Image, "open", lambda path, **kw: (opened.append(str(path)), original(path, **kw))[1])
     scores = score_many(rewards, PROMPTS, paths, batch_size=3)
     assert list(scores) == ["one", "two", "redness"]
     for name, values in scores.items():

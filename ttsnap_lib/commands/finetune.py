@@ -54,17 +54,14 @@ def add(commands: Any) -> None:
 def _finetune(arguments: argparse.Namespace) -> int:
     import yaml
 
+    from ttsnap_lib._reading import parse_yaml
     from ttsnap_lib.curriculum import finetune, load_config
-    from ttsnap_lib.errors import ConfigError
     from ttsnap_lib.paths import data_cache
     from ttsnap_lib.progress import progress_bar
 
     changes = {}
     for name, value in arguments.parameters:
-        try:
-            changes[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(name, value=value, bound="a YAML value", remedy="Quote it for the shell.") from error
+        changes[name] = parse_yaml(value, name, remedy="Quote it for the shell.")
     config = load_config(arguments.config, **changes)
     if arguments.show:
         yaml.safe_dump(config.to_dict(), sys.stdout, sort_keys=False)

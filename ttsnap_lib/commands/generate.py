@@ -8,7 +8,7 @@ from typing import Any
 
 from .score import add_reward_arguments, given_rewards
 
-__all__ = ["add"]
+__all__ = ["add", "add_model_arguments"]
 
 _SHOWN = 20
 
@@ -51,7 +51,7 @@ def add(commands: Any) -> None:
     )
     generate.add_argument("--format", choices=("png", "webp"), help="lossless both (default: the folder's, else png)")
     generate.add_argument("--shard", metavar="I/N", help="make every N-th batch, from the I-th: 0/4, 1/4, ...")
-    _model_arguments(generate, "pocket-flux")
+    _run_arguments(generate, "pocket-flux")
     generate.set_defaults(func=_generate)
 
     verify = commands.add_parser(
@@ -63,11 +63,12 @@ def add(commands: Any) -> None:
     )
     verify.add_argument("folder")
     verify.add_argument("--repair", action="store_true", help="make what is missing or damaged again")
-    _model_arguments(verify, None)
+    _run_arguments(verify, None)
     verify.set_defaults(func=_verify)
 
 
-def _model_arguments(parser: argparse.ArgumentParser, model: str | None) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, model: str | None, *, threads: str) -> None:
+    """Add the arguments that say which pipeline is loaded and how; `ttsnap search` and `cost` take the same."""
     shown = "" if model else ", for --repair (default: the folder's)"
     parser.add_argument("--model", default=model, help=f"pocket-flux, pocket-sdxl, a folder or a hub id{shown}")
     parser.add_argument("--revision", help="commit, branch or tag of a hub id")
@@ -77,11 +78,12 @@ def _model_arguments(parser: argparse.ArgumentParser, model: str | None) -> None
     parser.add_argument("--dtype", default="auto", help="fp32, bf16 or fp16 (auto: fp32 on the CPU, else bf16)")
     parser.add_argument("--offload", default="none", help="model or sequential: weights rest in main memory")
     parser.add_argument("--fp8", action="store_true", help="keep the denoising model's weights in 8 bits")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="CPU threads of the model (default: the folder's, else all cores, 1 for small models)",
+    parser.add_argument("--threads", type=int, metavar="N", help=threads)
+
+
+def _run_arguments(parser: argparse.ArgumentParser, model: str | None) -> None:
+    add_model_arguments(
+        parser, model, threads="CPU threads of the model (default: the folder's, else all cores, 1 for small models)"
     )
     parser.add_argument(
         "--workers", type=int, default=4, metavar="N", help="threads that read, encode and write pictures"
@@ -100,12 +102,18 @@ def _generate(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.checks import integer
     from ttsnap_lib.errors import ConfigError
     from ttsnap_lib.prompts import read_prompts
+    from ttsnap_lib.trajectories import MAX_IMAGES
 
     # What costs nothing to check comes before a model of many gigabytes is loaded.
     prompts = read_prompts(arguments.prompts, limit=arguments.limit)
-    integer("--images", arguments.images, 1)
+    integer("--images", arguments.images, 1, MAX_IMAGES)
     if not arguments.out and not arguments.score:
-        raise ConfigError("neither --out nor --score", remedy="Say where the images go, or where their rewards go.")
+        raise ConfigError(
+            "neither --out nor --score",
+            value=None,
+            bound="one of them",
+            remedy="Say where the images go, or where their rewards go.",
+        )
 
     from ttsnap_lib.denoise import Settings
     from ttsnap_lib.generate import generate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,8 @@ def parse_range(name: str, text: str, kind: type) -> list:
     try:
         for part in text.split(","):
             numbers = [kind(number) for number in part.split(":")]
+            if not all(math.isfinite(number) for number in numbers):
+                raise ValueError(part)
             if len(numbers) == 1:
                 found += numbers
                 continue

@@ -63,12 +63,14 @@ def _parameter_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the parameters of the file, overlaid with those of the command line."""
+    from ttsnap_lib._reading import read_yaml
     from ttsnap_lib.errors import ConfigError
-    from ttsnap_lib.parameters import declared_parameters, from_text, load_yaml, read_notebook
+    from ttsnap_lib.parameters import declared_parameters, from_text, read_notebook
     from ttsnap_lib.runner import find_notebook
 
     declared = declared_parameters(read_notebook(find_notebook(arguments.notebook)))
-    given = load_yaml(arguments.file, str(arguments.file)) if arguments.file else {}
+    remedy = "Write lines of `name: value`, indented with spaces."
+    given = read_yaml(arguments.file, "parameters", remedy=remedy) if arguments.file else {}
     if not isinstance(given, dict | None):
         raise ConfigError(
             str(arguments.file), value=given, bound="a mapping of parameters", remedy="Write lines of `name: value`."
@@ -118,20 +120,16 @@ def _sweep(arguments: argparse.Namespace) -> int:
         return _dry_run(grid, arguments.runs)
     from ttsnap_lib.sweeps import run_sweep
 
-    try:
-        result = run_sweep(
-            grid,
-            folder=arguments.folder,
-            runs_folder=arguments.runs,
-            workers=arguments.workers,
-            scheduler=arguments.scheduler,
-            retries=arguments.retries,
-            timeout_s=arguments.timeout,
-            stream=None if arguments.quiet else sys.stderr,
-        )
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
+    result = run_sweep(
+        grid,
+        folder=arguments.folder,
+        runs_folder=arguments.runs,
+        workers=arguments.workers,
+        scheduler=arguments.scheduler,
+        retries=arguments.retries,
+        timeout_s=arguments.timeout,
+        stream=None if arguments.quiet else sys.stderr,
+    )
     for failure in result.failed:
         where = f" at {failure['cell']}" if failure["cell"] else ""
         print(f"failed: {failure['label']}{where}: {failure['last_line']}", file=sys.stderr)

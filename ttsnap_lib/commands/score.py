@@ -70,13 +70,19 @@ def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
 
 def given_rewards(arguments: argparse.Namespace, **loading: Any) -> list[Any]:
     """Return the rewards that the command line asks for, loaded with `loading`, with their noise-aware series."""
+    from ttsnap_lib.errors import ConfigError
     from ttsnap_lib.rewards import load_reward
     from ttsnap_lib.score import load_rewards
 
     sources: dict[str, str] = {}
     for entry in arguments.reward or ["pocket-clip"]:
         name, source = _split(entry)
-        sources[name or (source.rpartition(":")[2] if ":" in source else Path(source).name)] = source
+        name = name or (source.rpartition(":")[2] if ":" in source else Path(source).name)
+        if name in sources:
+            raise ConfigError(
+                "--reward", value=name, bound="each name once", remedy=f"Write another name: --reward other={source}."
+            )
+        sources[name] = source
     options: dict[str, dict[str, Any]] = {name: {} for name in sources}
     for entry in arguments.reward_option:
         key, value = _pair("--reward-option", entry)
@@ -119,7 +125,7 @@ def _score(arguments: argparse.Namespace) -> int:
         )
     if len(report.skipped) > 20:
         print(f"... {len(report.skipped) - 20} more in {report.path}.skipped.json", file=sys.stderr)
-    print(f"next: ttsnap run simulate -p tensor {out}")
+    print(f"next: ttsnap run simulate -p tensor {out}{' -p missing drop' if report.skipped else ''}")
     return 0
 
 

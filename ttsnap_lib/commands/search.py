@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .generate import _loading, _size
+from .generate import _loading, _size, add_model_arguments
 
 __all__ = ["add"]
 
@@ -68,15 +68,7 @@ def _settings_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps")
     parser.add_argument("--size", type=_size, metavar="PIXELS", help="512 or 512x768 (default: the model's)")
     parser.add_argument("--guidance", type=float, help="guidance strength (default: the model's)")
-    parser.add_argument("--model", default="pocket-flux", help="pocket-flux, pocket-sdxl, a folder or a hub id")
-    parser.add_argument("--revision", help="commit, branch or tag of a hub id")
-    parser.add_argument("--variant", help="file variant of a hub id, such as fp16")
-    parser.add_argument("--scheduler", help="flow-euler, euler, ddim, dpm++ or unipc (default: the model's)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps")
-    parser.add_argument("--dtype", default="auto", help="fp32, bf16 or fp16 (auto: fp32 on the CPU, else bf16)")
-    parser.add_argument("--offload", default="none", help="model or sequential: weights rest in main memory")
-    parser.add_argument("--fp8", action="store_true", help="keep the denoising model's weights in 8 bits")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    add_model_arguments(parser, "pocket-flux", threads="CPU threads (default: all)")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
 
@@ -104,13 +96,14 @@ def _reward_device(arguments: argparse.Namespace) -> str | None:
 
 
 def _search(arguments: argparse.Namespace) -> int:
+    from ttsnap_lib._plan import shard_lock
     from ttsnap_lib._search_checks import candidates_for, check_schedule
     from ttsnap_lib.costs import CostModel
     from ttsnap_lib.negtome import NegToMe
     from ttsnap_lib.prompts import read_prompts
     from ttsnap_lib.schedule import Schedule
     from ttsnap_lib.search_many import check_one_source, search_many
-    from ttsnap_lib.search_models import find_adapters
+    from ttsnap_lib.search_models import find_adapters, load_decoder
 
     # What costs nothing to check comes before any model is loaded.
     check_one_source(arguments.prompt, arguments.prompts)
@@ -139,16 +132,24 @@ def _search(arguments: argparse.Namespace) -> int:
         "schedule": schedule, "budget": arguments.budget, "candidates": arguments.candidates, "cost": cost,
         "seed": arguments.seed, "method": arguments.method, "settings": settings, "combine": arguments.combine,
         "weights": arguments.weights, "report": [one.name for one in rewards[len(arguments.reward) :]],
-        "decoder": arguments.tiny, "batch_size": arguments.batch_size, "deadline_s": arguments.deadline,
+        "batch_size": arguments.batch_size, "deadline_s": arguments.deadline,
         "negtome": negtome,
     }  # fmt: skip
     pipeline = _pipeline(arguments)
+    options["decoder"] = load_decoder(arguments.tiny, pipeline)
     if arguments.prompts is None:
-        result = search(
-            pipeline, prompts[0], rewards, progress=progress_bar("candidate steps", quiet=arguments.quiet), **options
-        )
-        result.save(arguments.out)
-        _picture(result, Path(arguments.out))
+        with shard_lock(Path(arguments.out), (0, 1)) as held:
+            pass
+        with held:
+            result = search(
+                pipeline,
+                prompts[0],
+                rewards,
+                progress=progress_bar("candidate steps", quiet=arguments.quiet),
+                **options,
+            )
+            result.save(arguments.out)
+            _picture(result, Path(arguments.out))
         for key, value in result.summary().items():
             print(f"{key:>14}: {value}")
         print(f"{arguments.out}: image.png, record.json, candidates.parquet, gallery.png")

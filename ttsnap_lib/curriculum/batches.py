@@ -170,10 +170,8 @@ class Loader:
         found = np.unique(at)
         if len(found) == 1:
             return self.images.read(rows[:, 0], rows[:, 1], int(found[0]))
-        out: np.ndarray | None = None
-        for step in found:
-            where = at == step
-            pictures = self.images.read(rows[where, 0], rows[where, 1], int(step))
-            out = np.empty((len(rows), *pictures.shape[1:]), np.uint8) if out is None else out
-            out[where] = pictures
+        parts = [self.images.read(rows[at == step, 0], rows[at == step, 1], int(step)) for step in found]
+        out = np.empty((len(rows), *parts[0].shape[1:]), np.uint8)
+        for step, pictures in zip(found, parts, strict=True):
+            out[at == step] = pictures
         return out

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ttsnap_lib._reading import as_path, read_yaml
 from ttsnap_lib.checks import choice, integer, known_keys, real, text
 from ttsnap_lib.errors import ConfigError
 
@@ -151,6 +153,8 @@ class CurriculumConfig:
         for name in ("trajectories", "validation", "lora_targets", "trainable"):
             if getattr(self, name) is not None:
                 text(name, getattr(self, name))
+        for name in ("lora_targets", "trainable"):
+            _check_pattern(name, getattr(self, name))
         for name, low in _INTEGERS.items():
             put(self, name, integer(name, getattr(self, name), low))
         if self.max_updates_per_step is not None:
@@ -246,6 +250,15 @@ _CHOICES = {
 }
 
 
+def _check_pattern(name: str, pattern: str | None) -> None:
+    try:
+        re.compile(pattern or "")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError(
+            name, value=pattern, bound=f"a regular expression ({error})", remedy="Escape its special characters."
+        ) from error
+
+
 def _steps(given: Any) -> tuple[int, ...]:
     if isinstance(given, str | bytes) or not hasattr(given, "__iter__"):
         raise ConfigError("steps", value=given, bound="a list of steps", remedy="Write [14, 13, 12], for example.")
@@ -275,14 +288,16 @@ def load_config(source: str | Path, **changes: Any) -> CurriculumConfig:
     **changes
         Fields that differ.
 
+    Returns
+    -------
+    CurriculumConfig
+
     Raises
     ------
     ConfigError
         No such file or name, broken YAML, an unknown key, a bad value.
     """
-    import yaml
-
-    path = Path(source)
+    path = as_path("finetuning configuration", source)
     if not path.suffix and (_CONFIGS / f"{source}.yaml").is_file():
         path = _CONFIGS / f"{source}.yaml"
     if not path.is_file():
@@ -293,22 +308,8 @@ def load_config(source: str | Path, **changes: Any) -> CurriculumConfig:
             bound=f"a YAML file or one of {shipped_configs()}",
             remedy=f"Did you mean {close[0]!r}?" if close else "Check the path.",
         )
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}", value=str(error), bound="YAML", remedy="Write lines of `name: value`.") from error
+    values = read_yaml(path, "finetuning configuration", remedy="Write lines of `name: value`.")
     known_keys("finetuning settings", changes, [field.name for field in fields(CurriculumConfig)])
-    if not isinstance(values, Mapping | None):
+    if not isinstance(values, Mapping):
         raise ConfigError(str(path), value=values, bound="a mapping of settings", remedy="Write lines `name: value`.")
-    merged = {**(values or {}), **changes}
-    for name in merged.keys() & {*_REALS}:
-        merged[name] = _number(merged[name])
-    return CurriculumConfig.from_dict(merged, str(path))
-
-
-def _number(value: Any) -> Any:
-    """Return the number that a text such as 1e-5 stands for: YAML 1.1 reads it as text without a decimal point."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+    return CurriculumConfig.from_dict({**values, **changes}, str(path))

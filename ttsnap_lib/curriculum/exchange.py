@@ -26,7 +26,13 @@ _CONSTANT = (r"(.*\.)?position_ids", r"(.*\.)?attn_mask")
 
 
 def find_checkpoints(folder: str | Path) -> dict[int, Path]:
-    """Return step -> file of a folder of full checkpoints, ``Ct14.pt`` and its like, in descending order of steps."""
+    """Return step -> file of a folder of full checkpoints, ``Ct14.pt`` and its like, in descending order of steps.
+
+    Raises
+    ------
+    CheckpointError
+        Two files for one step.
+    """
     found: dict[int, Path] = {}
     for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []:
         match = _FILE.fullmatch(path.name)
@@ -64,6 +70,11 @@ def import_series(
     dtype : {"float32", "float16", "bfloat16"}
         Type to keep them in.
 
+    Returns
+    -------
+    Path
+        The run folder.
+
     Raises
     ------
     CheckpointError
@@ -80,7 +91,12 @@ def import_series(
             "no checkpoints to import", value=str(checkpoints), bound="files like Ct14.pt", remedy="Check the folder."
         )
     if reward.module is None or reward.adapter_steps:
-        raise CheckpointError(f"reward {reward.name}", bound="a base model reward", remedy="Load it without adapters.")
+        raise CheckpointError(
+            f"reward {reward.name}",
+            bound="a base model reward",
+            value=reward.adapter_steps,
+            remedy="Load it without adapters.",
+        )
     folder, own = Path(folder), reward.module.state_dict()
     for step, path in files.items():
         state = _fitted(step, Path(path), own)
@@ -133,12 +149,19 @@ def load_series(
 
     Parameters
     ----------
+    reward : Reward
+        The base reward; the series is attached to it.
     source : str or Path
         A run folder, or a hub id such as ``"someone/pickscore-noise-aware-flux"``.
     revision : str, optional
         Commit, branch or tag of the hub repository.
     cache : str or Path, optional
         Folder of the hub's cache.
+
+    Returns
+    -------
+    Reward
+        The same reward, with the series attached.
     """
     if not is_local(source):
         source = _download(str(source), revision, cache)
@@ -165,12 +188,37 @@ def push_series(folder: str | Path, repo: str, *, private: bool = True, token: s
     """Upload a run folder's checkpoints to a hub repository with the hub library's own call; return its answer.
 
     The state for going on with the run stays at home.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The run folder.
+    repo : str
+        Owner and name on the hub; made when it is not there.
+    private : bool
+        Of a repository that is made.
+    token : str, optional
+        The one that the hub library has stored when not given.
+
+    Returns
+    -------
+    huggingface_hub.CommitInfo
+
+    Raises
+    ------
+    CheckpointError
+        A folder without checkpoints.
     """
     from huggingface_hub import HfApi
 
     about = read_curriculum(folder)
     if not step_folders(folder):
-        raise CheckpointError("no checkpoints to upload", value=str(folder), remedy="Finish at least one step.")
+        raise CheckpointError(
+            "no checkpoints to upload",
+            value=str(folder),
+            bound="folders step_NN with weights",
+            remedy="Finish at least one step.",
+        )
     api = HfApi(token=token)
     api.create_repo(repo, private=private, exist_ok=True)
     return api.upload_folder(

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ttsnap_lib._axes import axes_or_new, tidy
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
@@ -22,8 +24,13 @@ def losses_table(folder: str | Path) -> pd.DataFrame:
 
 
 def loss_curves(losses: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the loss of every update, one stretch per step, a light dot each and a smoothed line."""
-    ax = _axes(ax, (5.2, 3.2))
+    """Draw the loss of every update, one stretch per step, a light dot each and a smoothed line.
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax, (5.2, 3.2))
     offset = 0
     for k, (step, rows) in enumerate(losses.groupby("step", sort=False)):
         x = offset + rows["update"].to_numpy()
@@ -34,12 +41,17 @@ def loss_curves(losses: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="update (numbers above: denoising step)", ylabel="loss")
     if (losses["loss"] > 0).all():
         ax.set_yscale("log")
-    return _finish(ax)
+    return tidy(ax)
 
 
 def tau_by_step(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the validation tau of each step: the base, what the step started with, what it ended with."""
-    ax = _axes(ax, (5.2, 3.2))
+    """Draw the validation tau of each step: the base, what the step started with, what it ended with.
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax, (5.2, 3.2))
     table = table.sort_values("step")
     styles = {"base": ("0.45", "s", "--"), "before": ("C1", "^", ":"), "after": ("C0", "o", "-")}
     labels = {"base": "base reward", "before": "before this step", "after": "noise-aware"}
@@ -48,22 +60,27 @@ def tau_by_step(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             ax.plot(table["step"], table[f"{name}_tau"], color=color, marker=marker, linestyle=line, markersize=4,
                     linewidth=1.5, label=labels[name])  # fmt: skip
     ax.set(xlabel="denoising step", ylabel="Kendall tau with the clean reward")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     ax.legend(frameon=False, loc="lower right")
-    return _finish(ax)
+    return tidy(ax)
 
 
 def gain_by_step(comparison: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the gain in tau on fresh prompts with its interval, as :func:`compare_at_steps` returns it."""
-    ax = _axes(ax, (5.2, 3.0))
+    """Draw the gain in tau on fresh prompts with its interval, as :func:`compare_at_steps` returns it.
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax, (5.2, 3.0))
     ax.axhline(0, color="0.25", linewidth=0.8)
     ax.fill_between(
         comparison["step"], comparison["gain_low"], comparison["gain_high"], color="C0", alpha=0.2, linewidth=0
     )
     ax.plot(comparison["step"], comparison["gain"], color="C0", marker="o", markersize=4, linewidth=1.5)
     ax.set(xlabel="denoising step", ylabel="gain in Kendall tau")
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    return _finish(ax)
+    ax.locator_params(axis="x", integer=True)
+    return tidy(ax)
 
 
 class LiveCurves:
@@ -113,18 +130,3 @@ class LiveCurves:
         else:
             self._handle.update(figure)
         plt.close(figure)
-
-
-def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    if ax is not None:
-        return ax
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=size, layout="constrained")[1]
-
-
-def _finish(ax: Axes) -> Axes:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="0.9", linewidth=0.8)
-    ax.set_axisbelow(True)
-    return ax

@@ -8,10 +8,11 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from ttsnap_lib._reading import as_path, read_json
 from ttsnap_lib.checks import integer
 from ttsnap_lib.errors import CurriculumError, TrajectoryError
 from ttsnap_lib.paths import atomic_folder, data_cache, write_json
@@ -25,6 +26,7 @@ _GENERATED = re.compile(
 )
 
 
+@runtime_checkable
 class Images(Protocol):
     """What training reads pictures from."""
 
@@ -102,12 +104,17 @@ class ImageBank:
     def load(cls, folder: str | Path) -> ImageBank:
         """Open a saved bank; the pixels stay on disk until they are read."""
         try:
-            about = json.loads((Path(folder) / _BANK).read_text("utf-8"))
+            about = read_json(Path(folder) / _BANK, "bank", error=TrajectoryError, remedy="Make it again.")
             pixels = np.load(Path(folder) / _PIXELS, mmap_mode="r", allow_pickle=False)
             return cls(pixels, about["prompts"], about["steps"])
-        except (OSError, ValueError, KeyError) as error:
+        except TrajectoryError:
+            raise
+        except Exception as error:  # numpy and fields of other kinds fail in their own ways
             raise TrajectoryError(
-                f"bank {folder} cannot be read ({type(error).__name__}: {error})", remedy="Make it again."
+                f"bank {folder} cannot be read ({type(error).__name__}: {error})",
+                value=str(folder),
+                bound="a bank as ImageBank.save() writes it",
+                remedy="Make it again.",
             ) from error
 
     @classmethod
@@ -144,7 +151,7 @@ class ImageBank:
         found = Denoiser(pipeline, settings).settings
         kept = sorted({*(range(found.n_steps) if steps is None else steps), found.n_steps - 1})
         column = {step: k for k, step in enumerate(kept)}
-        pixels = np.empty((len(prompts), n_images, len(kept), found.height, found.width, 3), np.uint8)
+        pixels = np.empty((len(prompts), n_images, len(kept), *found.size, 3), np.uint8)
 
         def keep(prompt: int, images: list[int], step: int, tensor: Any) -> None:
             levels = (tensor.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
@@ -180,6 +187,7 @@ class FolderImages:
                 raise TrajectoryError(
                     f"{self._found.path(prompt, missing[0], 0).parent} is missing or incomplete",
                     value=f"{len(missing)} of {self.n_images} images of prompt {prompt}",
+                    bound="every image, with all its steps",
                     remedy="Run the same `ttsnap generate` again: it goes on where it stopped.",
                 )
 
@@ -213,10 +221,19 @@ def open_images(
         Steps that are needed; only these and the clean image are generated.
     progress : callable, optional
         ``progress(done, total)`` while pictures are generated.
+
+    Returns
+    -------
+    Images
+
+    Raises
+    ------
+    CurriculumError
+        Nothing of these kinds.
     """
-    if not isinstance(source, str | Path):
+    if isinstance(source, Images):
         return source
-    path = Path(source)
+    path = as_path("trajectories", source, error=CurriculumError)
     if (path / _BANK).is_file():
         return ImageBank.load(path)
     if (path / MANIFEST).is_file():

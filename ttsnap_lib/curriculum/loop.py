@@ -108,7 +108,8 @@ class Trainer:
 
     def _updates(self, stage: Stage, start: int, stop: int):
         """Make the updates and yield each with its loss."""
-        total, told, begin = 0.0, {}, time.perf_counter()
+        told: dict[str, Any] = {}
+        total, begin = 0.0, time.perf_counter()
         for load in self.loader.parts(stage, start, stop):
             if load.first:
                 rate = learning_rate(self.config, stage.position, start, self.loader.plan.updates(stage))
@@ -178,7 +179,7 @@ class Trainer:
             f"{self.folder} are as they were.",
         )
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
+    def _new_optimizer(self) -> Any:
         config = self.config
         plain = torch.optim.AdamW(
             list(self.weights.parameters.values()),

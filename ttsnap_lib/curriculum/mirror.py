@@ -21,6 +21,9 @@ def with_mirror_images(bank: ImageBank) -> ImageBank:
     from ttsnap_lib.pocket.world import caption, parse_caption
 
     scenes = [parse_caption(text) for text in bank.prompts]
-    told = [caption(dataclasses.replace(scene, relation=_SWAP.get(scene.relation, scene.relation))) for scene in scenes]
+    told = [
+        caption(dataclasses.replace(scene, relation=_SWAP.get(scene.relation or "", scene.relation)))
+        for scene in scenes
+    ]
     pixels = np.concatenate([bank.pixels, bank.pixels[:, :, :, :, ::-1]])
     return ImageBank(pixels, [*bank.prompts, *told], bank.steps)

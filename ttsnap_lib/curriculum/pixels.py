@@ -15,11 +15,19 @@ def model_pixels(reward: Reward, pictures: np.ndarray) -> torch.Tensor:
     """Return the reward's own preprocessing of uint8 (n, height, width, 3), float32 (n, 3, size, size) on the CPU.
 
     Pictures that have the model's size already take a path without Pillow; the pixels are the same to the bit.
+
+    Raises
+    ------
+    CurriculumError
+        A reward without weights, so without preprocessing of its own.
     """
     preprocessing = reward.preprocessing
     if preprocessing is None:
         raise CurriculumError(
-            f"reward {reward.name} has no weights to train", remedy="Finetune a model reward, not a function."
+            f"reward {reward.name} has no weights to train",
+            value=reward.name,
+            bound="a reward with weights",
+            remedy="Finetune a model reward, not a function.",
         )
     if pictures.shape[1:3] == (preprocessing.size, preprocessing.size) and preprocessing.resize_to is None:
         levels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)

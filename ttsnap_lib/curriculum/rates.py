@@ -14,6 +14,7 @@ def learning_rate(config: CurriculumConfig, position: int, update: int, updates:
 
     Parameters
     ----------
+    config : CurriculumConfig
     position : int
         Position of the step in the curriculum, from 0.
     update : int

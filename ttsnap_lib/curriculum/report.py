@@ -70,8 +70,16 @@ def compare_at_steps(
     ----------
     reward : Reward
         With a series attached.
+    images : Images
+        The fresh pictures.
     targets : (prompt, image)
         Base rewards of the clean images.
+    steps : sequence of int, optional
+        All of the series when not given.
+    rng, resamples
+        Of the bootstrap over prompts.
+    progress : callable, optional
+        ``progress(done, total)`` per step.
 
     Returns
     -------
@@ -106,6 +114,20 @@ def gain_where_useful(
     """Return the mean gain, with its interval over prompts, over the steps where the base tau is in [low, high].
 
     These are the steps at which pruning pays: the base reward knows something, and not yet enough.
+
+    Parameters
+    ----------
+    table, gains
+        As :func:`compare_at_steps` returns them.
+    low, high : float
+        Of the base tau.
+    rng, resamples
+        Of the bootstrap over prompts.
+
+    Returns
+    -------
+    dict
+        ``steps``, ``gain``, ``low``, ``high`` and ``worst_step_gain``.
     """
     chosen = table["base_tau"].between(low, high).to_numpy()
     per_prompt = np.nan_to_num(gains[:, chosen], nan=0.0).mean(1)

@@ -55,7 +55,10 @@ def open_run(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     if not path.is_file():
         if any(folder.glob("step_*")):
             raise CurriculumError(
-                f"{folder} holds checkpoints without {CURRICULUM}", remedy="Choose another folder for this run."
+                f"{folder} holds checkpoints without {CURRICULUM}",
+                value=str(folder),
+                bound="an empty folder, or one of an earlier sitting",
+                remedy="Choose another folder for this run.",
             )
         return None
     from ttsnap_lib.rewards.steps import read_curriculum
@@ -97,7 +100,9 @@ def read_state_file(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["identity"]
+        return state
     except Exception as error:  # torch raises many kinds for a damaged file
         raise CheckpointError(
             f"saved state cannot be read ({type(error).__name__})",

@@ -56,6 +56,16 @@ def own_targets(
 
     Kept in ``data_cache/targets``, or the folder `cache`, under a name made of the weights and the pictures.
 
+    Parameters
+    ----------
+    reward : Reward
+        The base reward.
+    images : Images
+    cache : str or Path, optional
+        Another folder for the values.
+    progress : callable, optional
+        ``progress(done, total)`` in pictures.
+
     Raises
     ------
     CurriculumError
@@ -86,10 +96,19 @@ def ground_truth_targets(
 
     Parameters
     ----------
+    path : str or Path
+        The YAML file.
     images : Images
         The file must hold exactly their prompts and at least their images.
     reward : Reward, optional
         The base reward; with `check` the file must agree with it on a few images (correlation above 0.8).
+    check : bool
+        False skips that test.
+
+    Returns
+    -------
+    ndarray (prompt, image)
+        float32.
 
     Raises
     ------

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ttsnap_lib.errors import ConfigError, CurriculumError
-from ttsnap_lib.paths import lock, write_json
+from ttsnap_lib.paths import lock, tidy, write_json
 from ttsnap_lib.rewards.base import Reward
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.rewards.steps import step_folders
@@ -38,25 +38,38 @@ __all__ = ["CurriculumResult", "finetune"]
 
 @dataclass
 class CurriculumResult:
-    """What a call of :func:`finetune` did."""
+    """What a call of :func:`finetune` did.
+
+    Attributes
+    ----------
+    folder : Path
+        The run folder.
+    table : pandas.DataFrame
+        One row per step, see :func:`ttsnap_lib.curriculum.metrics_table`.
+    pictures : int
+        Pictures trained on in this sitting.
+    training_s, validation_s, elapsed_s : float
+        Time of the updates alone, of the validation, of all.
+    wait_share : float
+        Share of the updates' time spent waiting for data.
+    disk_bytes : int
+        Of all steps' checkpoints.
+    trained_parameters, base_parameters : int
+    peak_memory_bytes : int
+        Of the accelerator, else of this process.
+    """
 
     folder: Path
     table: pd.DataFrame
-    """One row per step, see :func:`ttsnap_lib.curriculum.metrics_table`."""
     pictures: int
-    """Pictures trained on in this sitting."""
     training_s: float
-    """Time of the updates alone."""
     validation_s: float
     elapsed_s: float
     wait_share: float
-    """Share of the updates' time spent waiting for data."""
     disk_bytes: int
-    """Of all steps' checkpoints."""
     trained_parameters: int
     base_parameters: int
     peak_memory_bytes: int
-    """Of the accelerator, else of this process."""
 
     @property
     def pictures_per_s(self) -> float:
@@ -125,6 +138,8 @@ def finetune(
     ------
     ConfigError, CurriculumError, TrajectoryError, RewardError, CheckpointError
         Bad input before anything is trained; a loss that is not finite, with step and batch.
+    DiskError
+        A full disk, a folder that cannot be written, or another process in this folder. What is finished stays.
     """
     begin = time.perf_counter()
     config = config or CurriculumConfig()
@@ -136,16 +151,19 @@ def finetune(
         reward = load_reward(config.reward, device=device, **(reward_options or {}))
     if reward.module is None:
         raise CurriculumError(
-            f"reward {reward.name} has no weights to train", remedy="Finetune a model reward, not a function."
+            f"reward {reward.name} has no weights to train",
+            value=reward.name,
+            bound="a reward with weights",
+            remedy="Finetune a model reward, not a function.",
         )
     accelerator = _accelerator(config, reward, folder)
     with accelerator.main_process_first():  # one process generates or scores, the others find its cache
         train = open_images(source, steps=config.steps)
-        held = validation if validation is not None else config.validation
-        held = open_images(held, steps=config.steps) if held is not None else None
+        held_source = validation if validation is not None else config.validation
+        held = open_images(held_source, steps=config.steps) if held_source is not None else None
         _check_steps(config, train)
         goal = _targets(targets, train, reward, config)
-        held_goal = _targets(validation_targets, held, reward, config) if held is not None else None
+        held_goal: Any = _targets(validation_targets, held, reward, config) if held is not None else None
     if held is None and config.validation_prompts:
         train, goal, held, held_goal = _split(train, goal, config)
     if held is not None:
@@ -154,6 +172,7 @@ def finetune(
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(lock(folder / ".lock"))
+            tidy(folder)
             if overwrite:
                 _remove_run(folder)
         accelerator.wait_for_everyone()
@@ -176,8 +195,8 @@ def finetune(
         trained = sum(p.numel() for p in weights.parameters.values())
         about = {"trained_parameters": trained, "base_parameters": parameters}
         if accelerator.is_main_process and not (folder / CURRICULUM).exists():
-            write_curriculum(folder, reward.name, config, who, [], about)
             write_json(folder / "config.json", config.to_dict())
+            write_curriculum(folder, reward.name, config, who, [], about)  # last: with it the run has begun
         trainer = Trainer(
             accelerator, reward, weights, loader, config, folder, identity=who, about=about,
             validation=None if held is None else (held, held_goal, base), progress=progress, listener=listener,
@@ -188,7 +207,10 @@ def finetune(
         state = read_state_file(folder)
         if state is not None and state["identity"] != who:
             raise CurriculumError(
-                f"{folder / STATE} is of another run", remedy="Delete it, or pass overwrite=True (--overwrite)."
+                f"{folder / STATE} is of another run",
+                value=str(folder / STATE),
+                bound="the state of this run",
+                remedy="Delete it, or pass overwrite=True (--overwrite).",
             )
         trainer.run(state)
         if config.tracker:

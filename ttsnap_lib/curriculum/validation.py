@@ -49,7 +49,15 @@ def validate(reward: Reward, images: Images, targets: np.ndarray, step: int, *, 
 
     Parameters
     ----------
+    reward : Reward
+    images : Images
     targets : (prompt, image)
         Rewards of the clean images.
+    step : int
+    batch_size : int
+
+    Returns
+    -------
+    Validation
     """
     return measures(score_step(reward, images, step, batch_size=batch_size), targets)

@@ -53,7 +53,10 @@ class Weights:
     def __init__(self, reward: Reward, config: CurriculumConfig) -> None:
         if reward.module is None:
             raise CurriculumError(
-                f"reward {reward.name} has no weights to train", remedy="Finetune a model reward, not a function."
+                f"reward {reward.name} has no weights to train",
+                value=reward.name,
+                bound="a reward with weights",
+                remedy="Finetune a model reward, not a function.",
             )
         if reward.adapter_steps:
             raise CurriculumError(
@@ -62,7 +65,7 @@ class Weights:
                 bound="a base reward",
                 remedy="Load it without adapters.",
             )
-        self.reward, self.config = reward, config
+        self.reward, self.config, self.module = reward, config, reward.module
         self._peft: Any = None
         if config.method == "lora":
             self._inject()
@@ -79,7 +82,7 @@ class Weights:
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Trained parameters by name."""
-        return {name: p for name, p in self.reward.module.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return a copy of the trained values, on the CPU."""
@@ -128,36 +131,36 @@ class Weights:
         from peft import LoraConfig, get_peft_model
 
         targets = self.config.lora_targets or self.reward.default_lora_targets
-        names = [name for name, _ in self.reward.module.named_modules() if name]
+        names = [name for name, _ in self.module.named_modules() if name]
         matched = [name for name in names if targets and re.fullmatch(targets, name)]
         if not matched:
             raise CurriculumError(
                 f"LoRA targets match no layer of {self.reward.name}",
                 value=targets,
                 bound="a regular expression that matches whole names of layers",
-                remedy=f"Layers are called for example {_examples(self.reward.module)}.",
+                remedy=f"Layers are called for example {_examples(self.module)}.",
             )
         about = LoraConfig(
             r=self.config.lora_rank,
-            lora_alpha=self.config.lora_alpha,
+            lora_alpha=self.config.lora_alpha,  # type: ignore[arg-type]  # any number works
             lora_dropout=self.config.lora_dropout,
             target_modules=targets,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             try:
-                self._peft = get_peft_model(self.reward.module, about)
+                self._peft = get_peft_model(self.module, about)
             except ValueError as error:
                 raise CurriculumError(
                     f"LoRA cannot be put into {self.reward.name} ({str(error)[:200]})",
                     value=targets,
                     bound="names of linear, convolution or attention layers",
-                    remedy=f"Layers are called for example {_examples(self.reward.module)}.",
+                    remedy=f"Layers are called for example {_examples(self.module)}.",
                 ) from error
 
     def _choose(self) -> None:
         chosen = 0
-        for name, parameter in self.reward.module.named_parameters():
+        for name, parameter in self.module.named_parameters():
             wanted = self.config.trainable is None or re.fullmatch(self.config.trainable, name) is not None
             parameter.requires_grad_(wanted and parameter.is_floating_point())
             chosen += wanted
@@ -166,7 +169,7 @@ class Weights:
                 f"trainable matches no parameter of {self.reward.name}",
                 value=self.config.trainable,
                 bound="a regular expression that matches whole names of parameters",
-                remedy=f"They are called for example {[n for n, _ in self.reward.module.named_parameters()][:3]}.",
+                remedy=f"They are called for example {[n for n, _ in self.module.named_parameters()][:3]}.",
             )
 
 
@@ -178,7 +181,12 @@ def _examples(module: torch.nn.Module) -> list[str]:
 def checkpoint_blocks(module: torch.nn.Module) -> int:
     """Make every block of every stack of blocks compute its activations again in the backward pass.
 
-    Works alike for all families, in training and in evaluation mode. Returns the number of blocks.
+    Works alike for all families, in training and in evaluation mode.
+
+    Returns
+    -------
+    int
+        How many blocks.
     """
     stacks = [
         (name, part)

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from .changes import hard_negative
 from .models import LATENT_PIXELS
 from .prompts import training_scenes
-from .train_clip import hard_negative
 from .train_vae import decode, encode
 from .world import caption, render
 

@@ -95,11 +95,13 @@ def fit(
     optimizer = _optimizer(weights, how)
     average = {key: p.detach().clone() for key, p in weights.items()}
     state_file = scratch / f"{name}.pt"
-    first, before_s, history = 0, 0.0, []
+    first, before_s = 0, 0.0
+    history: list[dict[str, float]] = []
     if state_file.exists():
         first, before_s, history = _load(state_file, weights, average, optimizer)
         log(f"{name}: going on from step {first}")
-    started, saved, sums, count = time.monotonic(), time.monotonic(), {}, 0
+    started, saved, count = time.monotonic(), time.monotonic(), 0
+    sums: dict[str, float] = {}
     every = max(1, how.steps // 60)
     for module in modules.values():
         module.train()
@@ -151,7 +153,7 @@ def _optimizer(weights: Mapping[str, nn.Parameter], how: Fit) -> torch.optim.Opt
         for key, p in weights.items()
         if p.ndim == 2 and ("blocks." in key or "layers." in key) and "norm" not in key
     }
-    groups = [
+    groups: list[dict] = [
         {"params": [p for key, p in weights.items() if key in inner], "orthogonal": True},
         {"params": [p for key, p in weights.items() if key not in inner]},
     ]

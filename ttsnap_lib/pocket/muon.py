@@ -43,7 +43,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "orthogonal": False})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
         """Take one step."""
         for group in self.param_groups:
             given = [p for p in group["params"] if p.grad is not None]

@@ -105,7 +105,9 @@ def judge(scene: Scene, picture: np.ndarray) -> dict[str, float]:
     parts = {"background": background, "count": float(np.exp(-2.0 * abs(len(blobs) - wanted) - dirt / 12.0))}
     options = []
     indices = list(range(min(len(blobs), 3)))
-    pairs = [(k,) for k in indices] if wanted == 1 else [(k, m) for k in indices for m in indices if k != m]
+    pairs: list[tuple[int | None, ...]] = [(k,) for k in indices]
+    if wanted != 1:
+        pairs = [(k, m) for k in indices for m in indices if k != m]
     if wanted == 2 and len(blobs) == 1:
         pairs = [(0, None), (None, 0)]
     for chosen in pairs or [(None,) * wanted]:

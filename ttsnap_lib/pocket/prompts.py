@@ -83,7 +83,7 @@ def held_out() -> frozenset[Scene]:
 
 def training_scenes(n: int, rng: np.random.Generator) -> list[Scene]:
     """Return `n` random scenes, none of them held out."""
-    away, scenes = held_out(), []
+    away, scenes = held_out(), list[Scene]()
     while len(scenes) < n:
         scene = random_scene(rng)
         if scene not in away:

@@ -23,7 +23,18 @@ from .train_clip import clip_scores
 
 __all__ = ["load_pocket", "measure", "rank_agreement", "sheet", "write_report"]
 
-_STAGES = ("text", "vae", "decoder", "tiny", "flux", "sdxl", "clip", "preferences")
+_STAGES = (
+    "text",
+    "vae",
+    "decoder",
+    "tiny",
+    "flux",
+    "flux_mislabeled",
+    "sdxl",
+    "sdxl_mislabeled",
+    "clip",
+    "preferences",
+)
 
 
 def load_pocket(name: str, models: Path | None = None) -> Any:

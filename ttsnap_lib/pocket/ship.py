@@ -1,8 +1,9 @@
-"""Saving of the pocket models as ordinary diffusers and transformers folders, in half precision."""
+"""Saving of the pocket models as ordinary diffusers and transformers folders, in half precision, without local paths."""
 
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ttsnap_lib.paths import atomic_folder
 
-__all__ = ["halve", "ship"]
+__all__ = ["forget_paths", "halve", "ship"]
 
 
 def ship(training: Any, models: Path) -> None:
@@ -23,6 +24,7 @@ def ship(training: Any, models: Path) -> None:
             for part in parts:
                 part.save_pretrained(folder)
             halve(folder)
+            forget_paths(folder)
 
     write("pocket-flux", training.flux)
     write("pocket-sdxl", training.sdxl)
@@ -35,3 +37,11 @@ def halve(folder: Path) -> None:
     for file in sorted(folder.rglob("*.safetensors")):
         weights = {key: value.half() if value.is_floating_point() else value for key, value in load_file(file).items()}
         save_file(weights, file, metadata={"format": "pt"})
+
+
+def forget_paths(folder: Path) -> None:
+    """Drop from all configurations below `folder` where their models were loaded from."""
+    for file in sorted(folder.rglob("*config.json")):
+        config = json.loads(file.read_text("utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")

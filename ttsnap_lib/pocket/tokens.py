@@ -6,7 +6,7 @@ from transformers import CLIPTokenizerFast, T5TokenizerFast
 
 from .world import WORDS
 
-__all__ = ["CLIP_TOKENS", "T5_TOKENS", "VOCABULARY", "clip_tokenizer", "t5_tokenizer"]
+__all__ = ["CLIP_TOKENS", "T5_TOKENS", "VOCABULARY", "as_clip", "as_t5", "clip_tokenizer", "t5_tokenizer"]
 
 CLIP_TOKENS = 12
 """Length of CLIP token rows: begin, at most eight words that carry meaning, end, and room for two more."""
@@ -41,23 +41,33 @@ def _word_level(template: str) -> object:
 
 def clip_tokenizer() -> CLIPTokenizerFast:
     """Return the CLIP tokenizer (begin, words, end, padding)."""
-    return CLIPTokenizerFast(
-        tokenizer_object=_word_level("<s> $A </s>"),
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        model_max_length=CLIP_TOKENS,
-    )
+    return as_clip(_word_level("<s> $A </s>"), CLIP_TOKENS)
 
 
 def t5_tokenizer() -> T5TokenizerFast:
     """Return the T5 tokenizer (words, end, padding)."""
+    return as_t5(_word_level("$A </s>"), T5_TOKENS)
+
+
+def as_clip(tokenizer: object, length: int) -> CLIPTokenizerFast:
+    """Return a tokenizer with the special tokens of :data:`VOCABULARY` as a CLIP tokenizer of rows of `length`."""
+    return CLIPTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        model_max_length=length,
+    )
+
+
+def as_t5(tokenizer: object, length: int) -> T5TokenizerFast:
+    """Return a tokenizer with the special tokens of :data:`VOCABULARY` as a T5 tokenizer of rows of `length`."""
     return T5TokenizerFast(
-        tokenizer_object=_word_level("$A </s>"),
+        tokenizer_object=tokenizer,
         eos_token="</s>",
         unk_token="<unk>",
         pad_token="<pad>",
         extra_ids=0,
-        model_max_length=T5_TOKENS,
+        model_max_length=length,
     )

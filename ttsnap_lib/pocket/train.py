@@ -25,6 +25,7 @@ from .loop import Fit
 __all__ = ["FULL", "SMOKE", "STAGES", "Plan", "Training", "main"]
 
 STAGES = ("text", "vae", "decoder", "tiny", "flux", "sdxl", "clip", "preferences", "save", "report")
+_CAPTIONS = 4  # mislabeled captions of a picture
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ FULL = Plan(
     preference_prompts=160,
     preference_images=6,
     flawed_prompts=2000,
-    report_prompts=32,
-    report_images=8,
+    report_prompts=64,
+    report_images=16,
     fits={
         "text": Fit(700, 128, 3e-3, ema=0.99),
         "vae": Fit(1000, 32, 2e-3),
@@ -58,6 +59,8 @@ FULL = Plan(
         "decoder": Fit(400, 32, 1e-3, ema=0.998),
         "flux": Fit(2500, 48, 1.5e-3, muon=True),
         "sdxl": Fit(4300, 32, 1.2e-3),
+        "flux_mislabeled": Fit(2500, 48, 1e-3, ema=0.998, muon=True),
+        "sdxl_mislabeled": Fit(3600, 32, 8e-4, ema=0.998),
         "clip": Fit(1000, 64, 1.5e-3, ema=0.998, muon=True),
         "preferences": Fit(900, 72, 6e-4, ema=0.99, muon=True),
     },
@@ -118,17 +121,26 @@ class Training:
         return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
 
     @functools.cached_property
-    def latents(self) -> tuple[torch.Tensor, list[str]]:
-        """Latents and captions of the diffusion models' training pictures."""
+    def latents(self) -> tuple[torch.Tensor, list]:
+        """Latents and scenes of the diffusion models' training pictures."""
         from .train_vae import encode
-        from .world import caption
 
         scenes, pictures = self._renders(2, self.plan.diffusion_pictures)
         file = self.scratch / "latents.pt"
         if not file.exists():
             with atomic_write(file) as handle:
                 torch.save(encode(self.vae, pictures), handle)
-        return torch.load(file, weights_only=True), [caption(scene) for scene in scenes]
+        return torch.load(file, weights_only=True), scenes
+
+    def _captions(self, how: str) -> list[list[str]]:
+        """Return captions of the training pictures: the true one of each, or some with mistakes."""
+        from .changes import mislabeled
+        from .world import caption
+
+        scenes, rng = self.latents[1], np.random.default_rng(5)
+        if how == "true":
+            return [[caption(scene)] for scene in scenes]
+        return [[caption(mislabeled(scene, rng)) for _ in range(_CAPTIONS)] for scene in scenes]
 
     @functools.cached_property
     def decoder(self) -> Any:
@@ -155,21 +167,37 @@ class Training:
         return train_tiny(pictures, self.latents[0], **self._fit_arguments("tiny"))[0]
 
     @functools.cached_property
+    def clean_flux(self) -> Any:
+        """The FLUX transformer that has seen true captions only."""
+        from .train_diffusion import train_flux
+
+        return train_flux(self.latents[0], self._captions("true"), *self.text, **self._fit_arguments("flux"))[0]
+
+    @functools.cached_property
     def flux(self) -> Any:
-        """The pipeline pocket-flux."""
+        """The pipeline pocket-flux: its transformer goes on with mislabeled captions."""
         from .train_diffusion import flux_pipeline, train_flux
 
-        latents, texts = self.latents
-        transformer, _ = train_flux(latents, texts, *self.text, **self._fit_arguments("flux"))
-        return flux_pipeline(self.decoder, *self.text, transformer)
+        stage, (t5, clip) = "flux_mislabeled", self.text
+        wanted = {"name": stage, "transformer": self.clean_flux, **self._fit_arguments(stage)}
+        transformer, _ = train_flux(self.latents[0], self._captions("mislabeled"), t5, clip, **wanted)
+        return flux_pipeline(self.decoder, t5, clip, transformer)
+
+    @functools.cached_property
+    def clean_sdxl(self) -> Any:
+        """The SDXL UNet that has seen true captions only."""
+        from .train_diffusion import train_sdxl
+
+        return train_sdxl(self.latents[0], self._captions("true"), self.text[1], **self._fit_arguments("sdxl"))[0]
 
     @functools.cached_property
     def sdxl(self) -> Any:
-        """The pipeline pocket-sdxl."""
+        """The pipeline pocket-sdxl: its UNet goes on with mislabeled captions."""
         from .train_diffusion import sdxl_pipeline, train_sdxl
 
-        latents, texts = self.latents
-        unet, _ = train_sdxl(latents, texts, self.text[1], **self._fit_arguments("sdxl"))
+        stage = "sdxl_mislabeled"
+        wanted = {"name": stage, "unet": self.clean_sdxl, **self._fit_arguments(stage)}
+        unet, _ = train_sdxl(self.latents[0], self._captions("mislabeled"), self.text[1], **wanted)
         return sdxl_pipeline(self.decoder, self.text[1], unet)
 
     @functools.cached_property

@@ -17,13 +17,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModelWithProjection
 
+from .changes import hard_negative
 from .loop import Fit, fit
 from .models import make_clip
 from .tokens import CLIP_TOKENS, clip_tokenizer
 from .train_text import attribute_targets, tokenize
 from .world import BACKGROUNDS, COLORS, PIXELS, RELATIONS, SHAPES, SIZES, Scene, caption, parse_caption
 
-__all__ = ["clip_processor", "clip_scores", "degrade", "hard_negative", "train_contrastive", "train_preferences"]
+__all__ = ["clip_processor", "clip_scores", "degrade", "train_contrastive", "train_preferences"]
 
 _MEAN = _STD = (0.5, 0.5, 0.5)
 _NEGATIVES = 2
@@ -39,26 +40,6 @@ def clip_processor() -> CLIPProcessor:
         image_std=list(_STD),
     )
     return CLIPProcessor(image_processor=image_processor, tokenizer=clip_tokenizer())
-
-
-def hard_negative(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Return the scene with one thing about it changed, never to the same picture."""
-    things = list(scene.things)
-    kinds = ["background", *["size", "color", "shape"] * len(things)] + ["relation", "swap"] * (len(things) == 2)
-    kind = str(rng.choice(kinds))
-    if kind == "swap" and things[0] != things[1]:
-        return Scene(scene.background, tuple(things[::-1]), scene.relation)
-    if kind in ("relation", "swap"):
-        others = [name for name in RELATIONS if name != scene.relation]
-        return Scene(scene.background, scene.things, str(rng.choice(others)))
-    if kind == "background":
-        others = [name for name in BACKGROUNDS if name != scene.background]
-        return Scene(str(rng.choice(others)), scene.things, scene.relation)
-    which = int(rng.integers(len(things)))
-    options = {"size": SIZES, "color": COLORS, "shape": SHAPES}[kind]
-    others = [name for name in options if name != getattr(things[which], kind)]
-    things[which] = dataclasses.replace(things[which], **{kind: str(rng.choice(others))})
-    return Scene(scene.background, tuple(things), scene.relation)
 
 
 def degrade(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -187,8 +168,8 @@ def train_preferences(
         shown = shown.astype(np.float32) / 255.0
         if rng.random() < 0.5:  # mirror images of the pairs, with captions that tell them so
             shown, texts = shown[:, :, ::-1], [_flipped(text) for text in texts]
-        truth = np.stack([item[2][pick] for item, pick in zip(chosen, picks, strict=True)])
-        truth = torch.from_numpy(truth).float()
+        oracle = np.stack([item[2][pick] for item, pick in zip(chosen, picks, strict=True)])
+        truth = torch.from_numpy(oracle).float()
         seen, read = _embed(clip, shown, tokenize(clip_tokenizer(), texts, CLIP_TOKENS))
         score = clip.logit_scale.exp() * torch.einsum("pkd,pd->pk", seen.view(len(chosen), group, -1), read)
         difference = score[:, :, None] - score[:, None, :]
@@ -214,4 +195,5 @@ _LABEL_TEMPERATURE = 0.08  # oracle difference at which a preference is 73% sure
 def _flipped(text: str) -> str:
     swap = {"left of": "right of", "right of": "left of"}
     scene = parse_caption(text)
-    return caption(dataclasses.replace(scene, relation=swap.get(scene.relation, scene.relation)))
+    relation = None if scene.relation is None else swap.get(scene.relation, scene.relation)
+    return caption(dataclasses.replace(scene, relation=relation))

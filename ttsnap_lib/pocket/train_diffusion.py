@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def plain_clip_text(clip: CLIPTextModelWithProjection) -> CLIPTextModel:
 def flux_pipeline(vae, t5: T5EncoderModel, clip: CLIPTextModelWithProjection, transformer) -> FluxPipeline:
     """Return the assembled pocket-flux."""
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),  # about what FLUX.1-dev uses at 1024 pixels
         vae=vae,
         text_encoder=plain_clip_text(clip),
         tokenizer=clip_tokenizer(),
@@ -79,22 +80,30 @@ def _normal(rng: np.random.Generator, like: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(rng.standard_normal(tuple(like.shape), dtype=np.float32))
 
 
+def _ids(tokenizer: Any, texts: Sequence[Sequence[str]], length: int) -> torch.Tensor:
+    """Return token ids (picture, caption of it, length)."""
+    return tokenize(tokenizer, [text for row in texts for text in row], length).view(len(texts), -1, length)
+
+
 def train_flux(
     latents: torch.Tensor,
-    texts: Sequence[str],
+    texts: Sequence[Sequence[str]],
     t5: T5EncoderModel,
     clip: CLIPTextModelWithProjection,
     how: Fit,
     scratch: Path,
+    name: str = "flux",
+    transformer: FluxTransformer2DModel | None = None,
     seed: int = 0,
     log: Callable = print,
 ) -> tuple[FluxTransformer2DModel, list]:
     """Train the FLUX transformer by flow matching: it predicts noise minus latent at a random mixture of both.
 
-    Half of the noise levels are uniform, half logit-normal. Padding stays visible, as it is to the pipeline.
+    Half of the noise levels are uniform, half logit-normal. Padding stays visible, as it is to the pipeline. `texts`
+    holds one or more captions of each picture, drawn at random; training goes on from `transformer` when given.
     """
-    transformer = make_transformer(seed)
-    ids_t5, ids_clip = tokenize(t5_tokenizer(), texts, T5_TOKENS), tokenize(clip_tokenizer(), texts, CLIP_TOKENS)
+    transformer = make_transformer(seed) if transformer is None else transformer.requires_grad_(True)
+    ids_t5, ids_clip = _ids(t5_tokenizer(), texts, T5_TOKENS), _ids(clip_tokenizer(), texts, CLIP_TOKENS)
     empty_t5, empty_clip = tokenize(t5_tokenizer(), [""], T5_TOKENS), tokenize(clip_tokenizer(), [""], CLIP_TOKENS)
     half = LATENT_PIXELS // 2
     image_ids = FluxPipeline._prepare_latent_image_ids(1, half, half, "cpu", torch.float32)
@@ -105,9 +114,10 @@ def train_flux(
         drop = torch.from_numpy(rng.random(batch) < _DROPOUT)[:, None]
         uniform, normal = rng.random(batch), 1 / (1 + np.exp(-rng.standard_normal(batch)))
         sigma = torch.from_numpy(np.where(rng.random(batch) < 0.5, uniform, normal).astype(np.float32))
+        told = torch.from_numpy(rng.integers(ids_t5.shape[1], size=batch))
         with torch.no_grad():
-            words = t5(torch.where(drop, empty_t5, ids_t5[rows]))[0]
-            pooled = clip.text_model(torch.where(drop, empty_clip, ids_clip[rows])).pooler_output
+            words = t5(torch.where(drop, empty_t5, ids_t5[rows, told]))[0]
+            pooled = clip.text_model(torch.where(drop, empty_clip, ids_clip[rows, told])).pooler_output
         clean = latents[rows]
         clean = FluxPipeline._pack_latents(clean, batch, LATENT_CHANNELS, LATENT_PIXELS, LATENT_PIXELS)
         noise = _normal(rng, clean)
@@ -122,22 +132,27 @@ def train_flux(
         ).sample
         return {"loss": F.mse_loss(flow, noise - clean)}
 
-    history = fit("flux", {"transformer": transformer}, loss, how, seed=seed, scratch=scratch, log=log)
+    history = fit(name, {"transformer": transformer}, loss, how, seed=seed, scratch=scratch, log=log)
     return transformer.eval(), history
 
 
 def train_sdxl(
     latents: torch.Tensor,
-    texts: Sequence[str],
+    texts: Sequence[Sequence[str]],
     clip: CLIPTextModelWithProjection,
     how: Fit,
     scratch: Path,
+    name: str = "sdxl",
+    unet: UNet2DConditionModel | None = None,
     seed: int = 0,
     log: Callable = print,
 ) -> tuple[UNet2DConditionModel, list]:
-    """Train the SDXL UNet to predict the noise; dropped captions become zeros, as the pipeline's empty prompt does."""
-    unet = make_unet(seed).to(memory_format=torch.channels_last)
-    ids = tokenize(clip_tokenizer(), texts, CLIP_TOKENS)
+    """Train the SDXL UNet to predict the noise; dropped captions become zeros, as the pipeline's empty prompt does.
+
+    `texts` and `unet` as in :func:`train_flux`.
+    """
+    unet = (make_unet(seed) if unet is None else unet.requires_grad_(True)).to(memory_format=torch.channels_last)
+    ids = _ids(clip_tokenizer(), texts, CLIP_TOKENS)
     alphas = sdxl_scheduler().alphas_cumprod
     time_ids = torch.tensor([[PIXELS, PIXELS, 0, 0, PIXELS, PIXELS]], dtype=torch.float32)
 
@@ -145,8 +160,9 @@ def train_sdxl(
         rows = torch.from_numpy(rng.integers(len(latents), size=batch))
         keep = torch.from_numpy(rng.random(batch) >= _DROPOUT).float()
         steps = torch.from_numpy(rng.integers(len(alphas), size=batch))
+        told = torch.from_numpy(rng.integers(ids.shape[1], size=batch))
         with torch.no_grad():
-            out = clip(ids[rows], output_hidden_states=True)
+            out = clip(ids[rows, told], output_hidden_states=True)
             hidden, pooled = out.hidden_states[-2], out.text_embeds
             # the first encoder is the second without its projection, so both read the same
             words = torch.cat([hidden, hidden], dim=-1) * keep[:, None, None]
@@ -157,5 +173,5 @@ def train_sdxl(
         made = unet(mixed, steps, encoder_hidden_states=words, added_cond_kwargs=added).sample
         return {"loss": F.mse_loss(made, noise)}
 
-    history = fit("sdxl", {"unet": unet}, loss, how, seed=seed, scratch=scratch, log=log)
+    history = fit(name, {"unet": unet}, loss, how, seed=seed, scratch=scratch, log=log)
     return unet.eval(), history

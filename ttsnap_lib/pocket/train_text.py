@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def _heads(slots: int) -> nn.ModuleList:
     return nn.ModuleList(nn.Linear(TEXT_WIDTH, size) for size in sizes)
 
 
-def _read(heads: nn.ModuleList, features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _read(heads: Any, features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     losses = [F.cross_entropy(head(features), targets[:, k], ignore_index=-100) for k, head in enumerate(heads)]
     return torch.stack(losses).mean()
 
@@ -91,7 +92,7 @@ def train_text(
         in_projected = _read(heads["projected"], out.text_embeds, targets)
         in_last = _read(heads["pooled"], out.last_hidden_state[torch.arange(batch), torch.where(two, 9, 5)], targets)
         parts = {"words": torch.stack(in_words).mean(), "pooled": in_pooled + in_last, "projected": in_projected}
-        return {"loss": sum(parts.values()), **{key: value.detach() for key, value in parts.items()}}
+        return {"loss": sum(parts.values(), torch.zeros(())), **{key: value.detach() for key, value in parts.items()}}
 
     modules = {"t5": t5, "clip": clip, "heads": heads}
     history = fit("text", modules, loss, how, seed=seed, scratch=scratch, log=log)

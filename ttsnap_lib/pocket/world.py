@@ -198,7 +198,7 @@ def render(scenes: Sequence[Scene], rng: np.random.Generator, *, jitter: bool = 
     noise = rng.uniform(-1.0, 1.0, size=(n, 2, 8)) * float(jitter)
     fine = (np.arange(PIXELS * _SUPERSAMPLING, dtype=np.float32) + 0.5) / _SUPERSAMPLING
     background = np.array([BACKGROUNDS[scene.background] for scene in scenes]).reshape(n, 3)
-    picture = np.broadcast_to(background[:, None, None, :], (n, PIXELS, PIXELS, 3)).astype(np.float32)
+    picture: np.ndarray = np.broadcast_to(background[:, None, None, :], (n, PIXELS, PIXELS, 3)).astype(np.float32)
     picture = picture + (_SHADE_JITTER * noise[:, 0, 5:8])[:, None, None, :]
     for which in range(2):
         for shape in SHAPES:
@@ -219,7 +219,7 @@ def _draw(
     spread = np.array([_spread(scene) for scene in scenes])
     centers = (centers + spread * noise[:, :2]).astype(np.float32)
     things = [scene.things[which] for scene in scenes]
-    half = np.array([SIZES[thing.size] for thing in things]) * (1.0 + _SIZE_JITTER * noise[:, 2])
+    half: np.ndarray = np.array([SIZES[thing.size] for thing in things]) * (1.0 + _SIZE_JITTER * noise[:, 2])
     half = half.astype(np.float32)[:, None, None]
     x = (fine[None, None, :] - centers[:, 0, None, None]) / half
     y = (fine[None, :, None] - centers[:, 1, None, None]) / half

@@ -9,8 +9,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from ttsnap_lib._lazy import lazy_names
 
 _NAMES = {
     "CallableReward": "callable",
@@ -29,8 +28,4 @@ _NAMES = {
 
 __all__ = list(_NAMES)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ttsnap_lib._devices import as_device
 from ttsnap_lib.checks import integer
 from ttsnap_lib.errors import CheckpointError, DeviceError, RewardError
 
@@ -71,7 +72,7 @@ class Reward:
     ) -> None:
         self.name, self.module, self.preprocessing = name, module, preprocessing
         self.default_lora_targets = default_lora_targets
-        self.device = torch.device(device) if device is not None else default_device()
+        self.device = as_device(device) if device is not None else default_device()
         self.dtype = dtype
         self.batch_size = integer("batch_size", batch_size, 1)
         self.step: int | None = None
@@ -112,7 +113,10 @@ class Reward:
         """
         if self.preprocessing is None:
             raise RewardError(
-                f"reward {self.name} has no preprocessing of its own", remedy="Call score() with images instead."
+                f"reward {self.name} has no preprocessing of its own",
+                value=self.name,
+                bound="a reward with preprocessing",
+                remedy="Call score() with images instead.",
             )
         if isinstance(images, torch.Tensor):
             return self.preprocessing.tensor(check_tensor(images).to(self.device), differentiable=differentiable)
@@ -229,7 +233,10 @@ class Reward:
 
         if self.module is None:
             raise RewardError(
-                f"reward {self.name} has no weights to adapt", remedy="Attach checkpoints to a model reward."
+                f"reward {self.name} has no weights to adapt",
+                value=self.name,
+                bound="a reward with weights",
+                remedy="Attach checkpoints to a model reward.",
             )
         if self._series is not None:
             self.use_step(None)
@@ -313,6 +320,7 @@ class Reward:
             raise DeviceError(
                 f"out of memory while scoring with {self.name} on {self.device}",
                 value=str(error).splitlines()[0],
+                bound="as many images as the memory holds",
                 remedy="Use a smaller batch_size, or dtype bfloat16.",
             ) from error
         finally:

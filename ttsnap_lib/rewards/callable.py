@@ -31,6 +31,8 @@ class CallableReward(Reward):
     takes : {"pil", "tensor"}
         Whether the function gets RGB PIL images or a float tensor (n, 3, H, W) in [0, 1] on `device`. With ``"pil"``
         tensors are rounded to 256 levels, as a PNG is.
+    device, batch_size
+        As :class:`Reward` takes them.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class CallableReward(Reward):
         if not callable(function):
             raise RewardError("reward function", value=function, bound="a callable", remedy="Pass a function.")
         super().__init__(
-            name or getattr(function, "__name__", type(function).__name__),
+            str(name or getattr(function, "__name__", type(function).__name__)),
             device=device or "cpu",
             batch_size=batch_size,
         )
@@ -96,7 +98,13 @@ class CallableReward(Reward):
 
 
 def import_function(source: str) -> Callable[[Sequence[str], Any], Any]:
-    """Return the function that ``"package.module:function"`` names."""
+    """Return the function that ``"package.module:function"`` names.
+
+    Raises
+    ------
+    RewardError
+        No such module or function, or something that cannot be called.
+    """
     module, _, attribute = source.partition(":")
     try:
         found: Any = importlib.import_module(module)

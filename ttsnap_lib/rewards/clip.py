@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from ttsnap_lib.checks import real
 from ttsnap_lib.errors import RewardError
 
-from .base import Reward
+from .cosine import CosineReward
 from .preprocess import Preprocessing, from_clip_processor
-from .text import TextBatch
 from .weights import check_keys, is_local, offline_error, read_state
 
 __all__ = ["ClipReward", "load_clip"]
@@ -24,18 +21,28 @@ _LORA_TARGETS = r".*vision_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_
 _MAY_HAVE = (r"(text|vision)_model\.embeddings\.position_ids",)
 
 
-class ClipReward(Reward):
+class ClipReward(CosineReward):
     """``scale`` times the cosine similarity of the image's and the prompt's embedding.
 
     Parameters
     ----------
+    name : str
+        The name under which scores are kept.
     module : transformers.CLIPModel
         The model.
     tokenizer : transformers tokenizer
         Prompts are truncated at the text tower's length (77 for the published models).
+    preprocessing : Preprocessing
     scale : "logit" or float
         ``"logit"`` is ``logit_scale.exp()``, the PickScore model card's formula (scores about 20); 1 is the plain
         cosine (the image-reward package's CLIPScore).
+    options : Any
+        Device, dtype and batch_size, as :class:`Reward` takes them.
+
+    Raises
+    ------
+    RewardError
+        The processor and the model disagree on the image size.
     """
 
     def __init__(
@@ -46,19 +53,9 @@ class ClipReward(Reward):
         preprocessing: Preprocessing,
         *,
         scale: str | float = "logit",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 32,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            name,
-            module,
-            preprocessing=preprocessing,
-            default_lora_targets=_LORA_TARGETS,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-        )
+        super().__init__(name, module, preprocessing=preprocessing, default_lora_targets=_LORA_TARGETS, **options)
         if preprocessing.size != module.config.vision_config.image_size:
             raise RewardError(
                 f"processor of {name} and its model disagree on the image size",
@@ -67,32 +64,27 @@ class ClipReward(Reward):
                 remedy="Save the processor that belongs to the model beside it.",
             )
         self.tokenizer = tokenizer
-        self.scale = scale if scale == "logit" else real("scale", scale, error=RewardError)
+        self.scale = "logit" if scale == "logit" else real("scale", scale, error=RewardError)
         self.max_length = module.config.text_config.max_position_embeddings
         scale_value = module.logit_scale.detach().float().clone()
-        module.to(device=self.device, dtype=dtype).eval()
+        module.to(device=self.device, dtype=self.dtype).eval()
         # exp() of a bfloat16 logarithm would be off by a percent.
         module.logit_scale.data = scale_value.to(self.device)
 
-    def encode_text(self, prompts: Sequence[str]) -> TextBatch:
-        """Return the normalized text embeddings ``features`` (n, d), float32."""
+    def text_features(self, prompts: list[str]) -> torch.Tensor:
+        """Return the text embeddings (n, d)."""
         tokens = self.tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            prompts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.device)
-        features = self.module.get_text_features(
-            input_ids=tokens["input_ids"], attention_mask=tokens.get("attention_mask")
-        )
-        return TextBatch({"features": functional.normalize(features.float(), dim=-1)})
+        return self.module.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens.get("attention_mask"))
 
-    def forward(self, pixels: torch.Tensor, text: TextBatch | Sequence[str]) -> torch.Tensor:
-        """Return the rewards (n,) of preprocessed images; see :meth:`Reward.forward`."""
-        if not isinstance(text, TextBatch):
-            text = self.encode_text(text)
-        image = self.module.get_image_features(pixel_values=pixels.to(self.dtype))
-        image = functional.normalize(image.float(), dim=-1)
-        cosine = (image * text.expand(len(pixels)).tensors["features"]).sum(-1)
-        scale = self.module.logit_scale.float().exp() if self.scale == "logit" else self.scale
-        return cosine * scale
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the image embeddings (n, d)."""
+        return self.module.get_image_features(pixel_values=pixels)
+
+    def factor(self) -> torch.Tensor | float:
+        """Return the logit scale, or the number given instead."""
+        return self.module.logit_scale.float().exp() if isinstance(self.scale, str) else self.scale
 
 
 def load_clip(
@@ -119,6 +111,16 @@ def load_clip(
         Folder or hub id of the tokenizer and image processor; `source` when not given.
     weights : str or Path, optional
         A file of weights to put into the model's architecture instead of its own.
+    revision : str, optional
+        Commit, branch or tag on the hub.
+    scale
+        As :class:`ClipReward` takes it.
+    device, dtype, batch_size
+        As :class:`Reward` takes them.
+
+    Returns
+    -------
+    ClipReward
     """
     from transformers import CLIPConfig, CLIPModel
 
@@ -163,7 +165,9 @@ def _pretrained(load: Any, source: str, what: str, revision: str | None, **optio
 
     local = is_local(source)
     try:
-        return load(source, **({} if local else {"revision": revision or "main"}), **options)
+        # Unless told so, transformers asks on the terminal whether to run code that stands in the folder.
+        trust = {"trust_remote_code": False} if what == "tokenizer" else {}
+        return load(source, **({} if local else {"revision": revision or "main"}), **trust, **options)
     except Exception as error:  # OSError, ValueError, JSON and safetensors errors, all for one bad folder
         if local:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else ""

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from ttsnap_lib.checks import choice, real
 from ttsnap_lib.errors import RewardError
 
-from .base import Reward
+from .cosine import CosineReward
 from .preprocess import HPS_PIXELS, Preprocessing
-from .text import TextBatch
 from .weights import fetch, load_strict, read_state
 
 __all__ = ["HPS_FILES", "OpenClipReward", "load_hpsv2"]
@@ -27,17 +24,24 @@ _LORA_TARGETS = r"visual\.transformer\.resblocks\.\d+\.(attn|mlp\.(c_fc|c_proj))
 _MAY_HAVE = (r"(.*\.)?attn_mask",)
 
 
-class OpenClipReward(Reward):
+class OpenClipReward(CosineReward):
     """Cosine similarity of an open_clip model's embeddings, times `scale`.
 
     HPSv2 is the plain cosine, without the logit scale (about 0.2 to 0.3; often shown times 100).
 
     Parameters
     ----------
+    name : str
+        The name under which scores are kept.
     module : open_clip.CLIP
         The model.
     tokenizer : callable
         ``tokenizer(prompts) -> LongTensor (n, 77)``, as `open_clip.get_tokenizer` returns; it truncates.
+    preprocessing : Preprocessing
+    scale : float
+        What the cosine is multiplied with.
+    options : Any
+        Device, dtype and batch_size, as :class:`Reward` takes them.
     """
 
     def __init__(
@@ -48,34 +52,24 @@ class OpenClipReward(Reward):
         preprocessing: Preprocessing = HPS_PIXELS,
         *,
         scale: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 32,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            name,
-            module,
-            preprocessing=preprocessing,
-            default_lora_targets=_LORA_TARGETS,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-        )
+        super().__init__(name, module, preprocessing=preprocessing, default_lora_targets=_LORA_TARGETS, **options)
         self.tokenizer = tokenizer
         self.scale = real("scale", scale, error=RewardError)
-        module.to(device=self.device, dtype=dtype).eval()
+        module.to(device=self.device, dtype=self.dtype).eval()
 
-    def encode_text(self, prompts: Sequence[str]) -> TextBatch:
-        """Return the normalized text embeddings ``features`` (n, d), float32."""
-        features = self.module.encode_text(self.tokenizer(list(prompts)).to(self.device))
-        return TextBatch({"features": functional.normalize(features.float(), dim=-1)})
+    def text_features(self, prompts: list[str]) -> torch.Tensor:
+        """Return the text embeddings (n, d)."""
+        return self.module.encode_text(self.tokenizer(prompts).to(self.device))
 
-    def forward(self, pixels: torch.Tensor, text: TextBatch | Sequence[str]) -> torch.Tensor:
-        """Return the rewards (n,) of preprocessed images; see :meth:`Reward.forward`."""
-        if not isinstance(text, TextBatch):
-            text = self.encode_text(text)
-        image = functional.normalize(self.module.encode_image(pixels.to(self.dtype)).float(), dim=-1)
-        return (image * text.expand(len(pixels)).tensors["features"]).sum(-1) * self.scale
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the image embeddings (n, d)."""
+        return self.module.encode_image(pixels)
+
+    def factor(self) -> float:
+        """Return the scale."""
+        return self.scale
 
 
 def load_hpsv2(
@@ -89,7 +83,12 @@ def load_hpsv2(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 32,
 ) -> OpenClipReward:
-    """Load HPSv2 (or v2.1) from a checkpoint file, or from the hub when none is given."""
+    """Load HPSv2 (or v2.1) from a checkpoint file, or from the hub when none is given.
+
+    Returns
+    -------
+    OpenClipReward
+    """
     import open_clip
 
     choice("version", version, HPS_FILES, error=RewardError)

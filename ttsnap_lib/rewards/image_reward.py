@@ -36,12 +36,18 @@ class ImageRewardModel(Reward):
 
     Parameters
     ----------
+    name : str
+        The name under which scores are kept.
     module : ImageReward.ImageReward
         The package's model.
     standardize : bool
         True returns ``(x - mean) / std`` with the package's 0.16717 and 1.03334, as its `score` and
         `inference_rank` do.
+    options : Any
+        Device, dtype and batch_size, as :class:`Reward` takes them.
     """
+
+    module: Any
 
     def __init__(
         self,
@@ -49,21 +55,11 @@ class ImageRewardModel(Reward):
         module: Any,
         *,
         standardize: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 32,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            name,
-            module,
-            preprocessing=IMAGE_REWARD_PIXELS,
-            default_lora_targets=_LORA_TARGETS,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-        )
+        super().__init__(name, module, preprocessing=IMAGE_REWARD_PIXELS, default_lora_targets=_LORA_TARGETS, **options)
         self.standardize = bool(standardize)
-        module.to(device=self.device, dtype=dtype).eval()
+        module.to(device=self.device, dtype=self.dtype).eval()
         module.device = self.device  # the package's own entry points read it
 
     def encode_text(self, prompts: Sequence[str]) -> TextBatch:
@@ -106,12 +102,22 @@ def load_image_reward(
 
     Parameters
     ----------
+    name : str
+        The name under which scores are kept.
     weights, med_config : str or Path, optional
         Checkpoint and text configuration; both from `THUDM/ImageReward` on the hub when not given.
     tokenizer : str or Path, optional
         Folder of the BERT tokenizer; the package's `bert-base-uncased` of the hub when not given.
     standardize : bool
         See :class:`ImageRewardModel`.
+    revision : str, optional
+        Commit, branch or tag on the hub.
+    device, dtype, batch_size
+        As :class:`Reward` takes them.
+
+    Returns
+    -------
+    ImageRewardModel
     """
     repo = "THUDM/ImageReward"
     weights = Path(weights) if weights is not None else fetch(repo, "ImageReward.pt", revision=revision)
@@ -141,6 +147,8 @@ def build_module(med_config: str | Path, tokenizer: str | Path | None = None) ->
     except ImportError as error:
         raise RewardError(
             f"the image-reward package cannot be imported ({error})",
+            value=type(error).__name__,
+            bound="an installed image-reward 1.5",
             remedy='Run `pip install image-reward clip-anytorch "transformers<4.56" "setuptools<81"`.',
         ) from error
     med_config = Path(med_config)

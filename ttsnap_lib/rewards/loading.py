@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ttsnap_lib._reading import as_path
 from ttsnap_lib.checks import choice, known_keys
 from ttsnap_lib.errors import RewardError
 
@@ -77,6 +78,10 @@ def load_reward(
     **options
         What the family takes, see :data:`REWARDS`.
 
+    Returns
+    -------
+    Reward
+
     Raises
     ------
     RewardError
@@ -94,6 +99,8 @@ def load_reward(
         reward = source
         if name is not None:
             reward.name = name
+    elif isinstance(source, str | Path) and not as_path("reward", source, error=RewardError).name:
+        raise RewardError("reward", value=str(source), bound=f"one of {list(REWARDS)}, or a folder", remedy="Name one.")
     elif not isinstance(source, str | Path):
         known_keys("reward function", options, ("takes",))
         reward = _function(source, name, device, batch_size, options)
@@ -160,11 +167,12 @@ def _from_run(folder: Path, name: str | None, common: dict[str, Any], options: d
     from .steps import read_curriculum
 
     base = read_curriculum(folder).get("reward")
-    if not isinstance(base, str):
+    # A file must not name code to import, nor a run folder, which could name itself.
+    if not isinstance(base, str) or _is_function(base) or (Path(base) / "curriculum.json").exists():
         raise RewardError(
             f"curriculum.json of {folder} does not name its base reward",
             value=base,
-            bound='a name under "reward"',
+            bound=f'a model under "reward": one of {list(REWARDS)}, a folder of a model, or a hub id',
             remedy="Load the base by name with adapters=<this folder>.",
         )
     return load_reward(base, name=name, **common, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -149,7 +150,9 @@ class Preprocessing:
             if rounded:
                 levels = levels.round()  # the division above left whole numbers but for the last bit
             return resize_levels(levels, height, width, resample=self.resample, rounded=rounded) / _LEVELS
-        mode = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}[self.resample]
+        mode = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}[
+            Image.Resampling(self.resample)
+        ]
         return functional.interpolate(pixels, size=(height, width), mode=mode, antialias=True, align_corners=False)
 
     def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -167,8 +170,12 @@ antialiasing, to the longest side, then black padding. (With torchvision before 
 antialiasing; this follows its code on current versions.)"""
 
 
-def from_clip_processor(processor: object, source: str) -> Preprocessing:
+def from_clip_processor(processor: Any, source: str) -> Preprocessing:
     """Read the settings of a `transformers.CLIPImageProcessor`.
+
+    Returns
+    -------
+    Preprocessing
 
     Raises
     ------
@@ -199,11 +206,12 @@ def from_clip_processor(processor: object, source: str) -> Preprocessing:
         raise refuse("do_center_crop", False, "True, or a size with height and width")
     if len(side) != 1 or None in side:
         raise refuse("input size", crop or size, "a square")
-    edge, resize_to = side.pop(), None
+    edge = int(cast("int", side.pop()))
+    resize_to: int | None = None
     if not processor.do_resize:
         fit = "none"
     elif "shortest_edge" in size:
-        fit, resize_to = "shortest", size["shortest_edge"]
+        fit, resize_to = "shortest", int(size["shortest_edge"])
     elif size.get("height") == size.get("width") == edge:
         fit = "stretch"
     else:
@@ -211,9 +219,9 @@ def from_clip_processor(processor: object, source: str) -> Preprocessing:
     if resize_to is not None and resize_to < edge:
         raise refuse("shortest_edge", resize_to, f"at least the crop's {edge}")
     return Preprocessing(
-        size=int(edge),
+        size=edge,
         fit=fit,
-        resize_to=None if resize_to in (None, edge) else int(resize_to),
+        resize_to=None if resize_to == edge else resize_to,
         resample=int(processor.resample),
         centre="floor",
         mean=tuple(processor.image_mean),

@@ -69,6 +69,11 @@ def resize_levels(
     -------
     Tensor (..., height, width)
         float32.
+
+    Raises
+    ------
+    RewardError
+        A filter that is neither bilinear nor bicubic.
     """
     if resample not in _FILTERS:
         raise RewardError(

@@ -22,10 +22,25 @@ def score_many(
 
     Files are opened once, and rewards with equal preprocessing share the pixels.
 
+    Parameters
+    ----------
+    rewards : sequence of Reward
+    prompts : str or sequence of str
+        One for all images, or one each.
+    images
+        As :meth:`Reward.score` takes them.
+    batch_size : int, optional
+        Images per forward; each reward's own when not given.
+
     Returns
     -------
     dict
         Reward name -> float32 (n,).
+
+    Raises
+    ------
+    ConfigError
+        Two rewards of one name.
     """
     names = [reward.name for reward in rewards]
     if len(set(names)) != len(names):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ttsnap_lib._reading import as_path, read_json
+from ttsnap_lib.checks import choice, integer
 from ttsnap_lib.errors import CheckpointError
 
 __all__ = ["StepSeries", "read_curriculum", "step_folders"]
 
 _ADAPTER = "adapter_model.safetensors"
 _FULL = "model.safetensors"
+_MOST_RANK = 1024  # memory is allocated for what the configuration says, before the weights are looked at
 
 
 def read_curriculum(folder: str | Path) -> dict[str, Any]:
@@ -27,21 +28,9 @@ def read_curriculum(folder: str | Path) -> dict[str, Any]:
     CheckpointError
         When the folder or the file is missing or broken.
     """
-    path = Path(folder) / "curriculum.json"
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"curriculum cannot be read ({type(error).__name__})",
-            value=str(path),
-            bound="a run folder of ttsnap finetune with its curriculum.json",
-            remedy="Check the path; the folder is the one that holds step_14 and its like.",
-        ) from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(
-            "curriculum", value=str(path), bound="a JSON object", remedy="Write it with ttsnap finetune."
-        )
-    return dict(content)
+    path = as_path("run folder", folder, error=CheckpointError) / "curriculum.json"
+    remedy = "Check the path; a run folder of `ttsnap finetune` holds step_14 and its like, and curriculum.json."
+    return read_json(path, "curriculum", error=CheckpointError, remedy=remedy)
 
 
 def step_folders(folder: str | Path) -> dict[int, Path]:
@@ -104,7 +93,8 @@ class StepSeries:
                 remedy="Keep the two runs in folders of their own.",
             )
         self.kind = "lora" if kinds == {True} else "full"
-        self._module, self._active = module, None
+        self._module = module
+        self._active: int | None = None
         self._peft: Any = None
         self._base: dict[str, torch.Tensor] = {}
         if self.kind == "lora":
@@ -156,6 +146,7 @@ class StepSeries:
         device = next(self._module.parameters()).device
         for step, path in self._folders.items():
             name = _name(step)
+            _check_adapter(path)
             try:
                 if self._peft is None:
                     self._peft = PeftModel.from_pretrained(self._module, str(path), adapter_name=name)
@@ -213,6 +204,20 @@ class StepSeries:
             self._base[key] = own[key].detach().to("cpu", copy=True)
         # What this step does not bring comes back from the base, not from the step before.
         self._module.load_state_dict({**self._base, **state}, strict=False)
+
+
+def _check_adapter(folder: Path) -> None:
+    """Refuse an adapter_config.json that is no plain LoRA: some kinds change the base weights as they are attached."""
+    path = folder / "adapter_config.json"
+    remedy = "Use adapters of ttsnap finetune, or plain LoRA adapters of peft."
+    about = read_json(path, "adapter configuration", error=CheckpointError, remedy=remedy)
+    choice(f"{path}: peft_type", about.get("peft_type"), ("LORA",), error=CheckpointError)
+    integer(f"{path}: r", about.get("r"), 1, _MOST_RANK, error=CheckpointError)
+    starts = about.get("init_lora_weights", True)
+    choice(f"{path}: init_lora_weights", starts, (True, False, "gaussian"), error=CheckpointError)
+    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "loftq_config"):
+        if about.get(key):
+            raise CheckpointError(f"{path}: {key}", value=about[key], bound="none", remedy=remedy)
 
 
 def _name(step: int) -> str:

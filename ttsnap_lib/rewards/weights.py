@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ttsnap_lib._reading import as_path
 from ttsnap_lib.errors import RewardError
 
 __all__ = ["check_keys", "fetch", "load_strict", "read_state"]
@@ -54,12 +55,17 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     A mapping under the key ``state_dict`` (open_clip's checkpoint format) is taken out; leading ``module.`` of a
     wrapped model is dropped.
 
+    Returns
+    -------
+    dict
+        Name -> tensor, on the CPU.
+
     Raises
     ------
     RewardError
         A missing or broken file, or one that holds more than tensors and plain values.
     """
-    path = Path(path)
+    path = as_path("weights file", path, error=RewardError)
     if not path.is_file():
         raise RewardError(
             "weights file", value=str(path), bound="an existing file", remedy="Check the path, or download the weights."
@@ -80,7 +86,9 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
         ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
         raise RewardError(
             "weights file", value=str(path), bound="a mapping from names to tensors", remedy="Save a state dict."
         )
@@ -97,7 +105,13 @@ def check_keys(
     may_miss: Iterable[str] = (),
     may_have: Iterable[str] = (),
 ) -> None:
-    """Raise when keys are missing or left over, except those that match a pattern of the short lists."""
+    """Raise when keys are missing or left over, except those that match a pattern of the short lists.
+
+    Raises
+    ------
+    RewardError
+        With the first of them.
+    """
 
     def rest(keys: Iterable[str], patterns: Iterable[str]) -> list[str]:
         patterns = list(patterns)
@@ -122,7 +136,13 @@ def load_strict(
     may_miss: Iterable[str] = (),
     may_have: Iterable[str] = (),
 ) -> None:
-    """Load `state` into `module`; every key and shape must fit, but for the short lists of patterns."""
+    """Load `state` into `module`; every key and shape must fit, but for the short lists of patterns.
+
+    Raises
+    ------
+    RewardError
+        A key is missing or left over, or has another shape.
+    """
     own = module.state_dict()
     check_keys(
         own.keys() - state.keys(), state.keys() - own.keys(), source=source, may_miss=may_miss, may_have=may_have
