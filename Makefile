@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-.PHONY: help setup demo test test-slow lint types coverage docs bench pocket lab clean
+.PHONY: help setup demo test test-slow lint types coverage docs figures bench pocket lab clean
 
 help:            ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -36,7 +36,10 @@ coverage: $(STAMP) ## Lines of the library that the quick tests do not run
 	MPLBACKEND=Agg $(BIN)/python -m pytest -q --cov --cov-report=term-missing:skip-covered
 
 docs: $(STAMP)   ## The documentation site, into site/; a warning is an error
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+figures: $(STAMP) ## The figures of README and documentation (VALUES=folder for the published one)
+	MPLBACKEND=Agg $(BIN)/python docs/figures/make.py $(if $(VALUES),--values "$(VALUES)")
 
 bench: $(STAMP)  ## The benchmarks, one table
 	$(BIN)/python -m tests.benchmarks

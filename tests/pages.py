@@ -62,7 +62,10 @@ def at_pocket_size(command: str, places: dict[str, str]) -> list[str]:
         elif word in _DROPPED and loads_models:
             skip = _DROPPED[word]
         elif word in _REWARDS and before == "--reward" and loads_models:
-            changed.append(f"{word}=pocket-clip" if kind in ("generate", "score") else "pocket-clip")
+            keeps_name = (
+                kind in ("generate", "score") and "--noise-aware" not in words
+            )  # a series belongs to its reward
+            changed.append(f"{word}=pocket-clip" if keeps_name else "pocket-clip")
         elif before in _AT_MOST:
             changed.append(str(min(int(word), _AT_MOST[before])))
         elif before == "--images":
@@ -73,6 +76,8 @@ def at_pocket_size(command: str, places: dict[str, str]) -> list[str]:
             changed.append(_NAMES.get(word, word))
     if kind == "finetune" and "--show" not in words:
         changed += ["-p", "steps", "[5]", "-p", "max_updates_per_step", "2"]
+        if "--targets" in words:
+            changed += ["-p", "check_targets", "false"]  # drawn numbers, of no picture
         if "--validation" not in words:
             changed += ["-p", "validation", "null", "-p", "validation_prompts", "1"]
     if kind == "cost":

@@ -20,8 +20,10 @@ __all__ = ["MANIFEST", "MAX_IMAGES", "MAX_STEPS", "Manifest", "extend"]
 
 MANIFEST = "manifest.json"
 _SCHEMA = 1
-MAX_IMAGES, MAX_STEPS = 1_000_000, 10_000
-"""Most images per prompt, and steps per image: beyond, a number is a mistake, and lists of it would fill the memory."""
+MAX_IMAGES = 1_000_000
+"""Most images per prompt: beyond, a number is a mistake, and lists of it would fill the memory."""
+MAX_STEPS = 10_000
+"""Most steps per image, likewise."""
 _IDENTITY_BOUNDS = {"n_steps": MAX_STEPS, "height": None, "width": None, "seed": None}
 _PROVENANCE_KEPT = 100
 

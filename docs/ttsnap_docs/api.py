@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
-from pathlib import Path
+import importlib.util
+import inspect
 
 import ttsnap_lib
 
@@ -42,15 +43,25 @@ def shown(module: str) -> dict[str, str]:
     """Return the public names of a module and where each is defined, in the order of ``__all__``."""
     loaded = importlib.import_module(f"ttsnap_lib.{module}")
     lazy = getattr(loaded, "_NAMES", {})
+    found = {}
+    for name in loaded.__all__:
+        home = f"{loaded.__name__}.{lazy[name]}" if name in lazy else _home(name, loaded.__name__)
+        found[name] = f"{home}.{name}"
+    return found
 
-    def target(name: str) -> str:
-        if name in lazy:
-            return f"{loaded.__name__}.{lazy[name]}.{name}"
-        origin = str(getattr(getattr(loaded, name), "__module__", ""))
-        # What a private module defines belongs to the public one that offers it.
-        return f"{origin if origin.startswith('ttsnap_lib._') else loaded.__name__}.{name}"
 
-    return {name: target(name) for name in loaded.__all__}
+def _home(name: str, module: str) -> str:
+    """Return the module that a name of `module` is written in, following the imports of the source."""
+    source = inspect.getsource(importlib.import_module(module))
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom) and name in {alias.asname or alias.name for alias in node.names}:
+            package = (
+                module if importlib.util.find_spec(module).submodule_search_locations else module.rpartition(".")[0]
+            )
+            origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            if origin.startswith("ttsnap_lib."):
+                return _home(name, origin)
+    return module
 
 
 def slug(title: str) -> str:
@@ -59,33 +70,15 @@ def slug(title: str) -> str:
 
 
 def _module(name: str) -> str:
-    """Return the section of a module: its docstring, then each public name."""
-    own = _defined(name)
+    """Return the section of a module: its docstring, then each public name that no other page shows."""
     path = f"ttsnap_lib.{name}"
+    elsewhere = {f"ttsnap_lib.{other}" for names in GROUPS.values() for other in names} - {path}
     lines = [f"## {path} {{ #{path} }}\n", f"::: {path}", "    options:", "      heading_level: 2",
              "      show_root_heading: false", "      show_root_toc_entry: false", "      members: []\n"]  # fmt: skip
-    for public, target in shown(name).items():
-        if target.startswith(f"{path}.") and target.count(".") == 2 and public not in own:
-            continue  # another module's, shown on its page
-        lines += [f"::: {target}", "    options:", "      heading_level: 3\n"]
+    for target in shown(name).values():
+        if target.rpartition(".")[0] not in elsewhere:
+            lines += [f"::: {target}", "    options:", "      heading_level: 3\n"]
     return "\n".join(lines)
-
-
-def _defined(name: str) -> set[str]:
-    """Return the names that a module's own source defines; for a package, what its modules define too."""
-    place = Path(ttsnap_lib.__file__).parent / name
-    source = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
-    found: set[str] = set()
-    for node in ast.parse(source.read_text("utf-8")).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.add(node.name)
-        elif isinstance(node, ast.Assign):
-            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            found.add(node.target.id)
-        elif place.is_dir() and isinstance(node, ast.ImportFrom):  # a package shows what it gathers
-            found |= {alias.asname or alias.name for alias in node.names}
-    return found
 
 
 def _index() -> str:

@@ -137,7 +137,7 @@ def pictures_rows() -> list[Row]:
     made, again, scored, inline = {}, {}, {}, {}
     with tempfile.TemporaryDirectory() as root:
         warm = Path(root) / "warm"
-        generate(pipeline, prompts[:1], warm, **options)
+        generate(pipeline, prompts[:2], warm, **options)
         score(warm, reward, Path(root) / "warm.zarr")
         for k in TIMES:
             folder, chosen = Path(root) / str(k), prompts[: 2 * k]

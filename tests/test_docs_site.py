@@ -1,0 +1,113 @@
+"""The documentation site builds without a warning, and what it takes from the code is all of it."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import ttsnap_lib
+from tests.conftest import ROOT
+
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Build the site; not with --quiet, under which --strict sees no warning."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(
+        command, check=False, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from ttsnap_docs import api, commands, estimates, parameters
+
+    return {"api": api, "commands": commands, "estimates": estimates, "parameters": parameters}
+
+
+def read(site, page):
+    return (site / page / "index.html").read_text("utf-8")
+
+
+def test_home_is_the_readme(site):
+    text = (site / "index.html").read_text("utf-8")
+    assert "figures/reward_against_budget.png" in text and "Path 4: several GPUs or machines" in text
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_every_notebook_has_a_page_with_its_parameters(site, notebook):
+    from ttsnap_lib.parameters import declared_parameters, read_notebook
+
+    text = read(site, f"notebooks/{notebook}")
+    for name in declared_parameters(read_notebook(ROOT / "notebooks" / f"{notebook}.ipynb")):
+        assert f"<td><code>{name}</code></td>" in text
+    assert "<img" in text and f"ttsnap run {notebook}" in text
+
+
+def test_every_option_of_every_command_is_in_the_reference(site, tools):
+    text = read(site, "commands")
+    for name, parser in tools["commands"].subparsers().items():
+        assert f'id="{name}"' in text
+        for action in parser._actions:
+            assert all(
+                f"<code>{option}</code>" in text for option in action.option_strings if option not in ("-h", "--help")
+            )
+
+
+def test_every_public_name_is_in_the_reference(site, tools):
+    text = "".join(path.read_text("utf-8") for path in (site / "api").rglob("*.html"))
+    for module in (name for names in tools["api"].GROUPS.values() for name in names):
+        for target in tools["api"].shown(module).values():
+            if target.startswith(f"ttsnap_lib.{module}."):
+                assert f'id="{target}"' in text or f'.{target.rpartition(".")[2]}"' in text, target
+    for name, module in ttsnap_lib._NAMES.items():
+        assert f'id="{tools["api"].shown(module)[name]}"' in text
+
+
+def test_every_module_has_a_page_or_is_internal(tools):
+    found = {info.name for info in pkgutil.iter_modules(ttsnap_lib.__path__) if not info.name.startswith("_")}
+    shown = [name for names in tools["api"].GROUPS.values() for name in names]
+    assert len(shown) == len(set(shown))
+    assert found == {*shown, *tools["api"].INTERNAL}
+
+
+def test_no_marker_is_left(site):
+    for path in site.rglob("*.html"):
+        text = path.read_text("utf-8")
+        assert "<!-- parameters:" not in text and "<!-- estimates:" not in text and ":func:`" not in text, path
+
+
+def test_weights_are_those_of_the_real_architectures(tools):
+    """Counted on the meta device: nothing is allocated."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+    from transformers import T5Config, T5EncoderModel
+
+    text = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                    feed_forward_proj="gated-gelu")  # fmt: skip
+    with torch.device("meta"):
+        models = {"transformer": FluxTransformer2DModel(guidance_embeds=True), "T5-XXL encoder": T5EncoderModel(text)}
+    for name, model in models.items():
+        count = sum(weight.numel() for weight in model.parameters()) / 1e9
+        assert tools["estimates"].WEIGHTS["FLUX.1-dev"][name] == pytest.approx(count, abs=0.005)
+
+
+def test_estimates_follow_the_cost_model(tools):
+    from ttsnap_lib import CostModel
+
+    cost = CostModel.preset("flux-512+image_reward")
+    one = tools["estimates"].Recording("flux-512", 512, 3, 5, steps=20)
+    assert one.image_tflops == pytest.approx(cost.total(1) + 19 * (cost.decode + cost.verify))
+    assert one.pictures == 300 and one.tensor_bytes() == 2400
+    assert one.picture_bytes("png") == pytest.approx(300 * 512 * 512 * 3 * 0.56)
+    assert tools["estimates"].hours(312 * 0.4 * 3600, "A100") == pytest.approx(1)
