@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._reading import as_path
+from ._reading import as_path, failures_as
 from ._store_checks import check_store
 from ._tensor_schema import DIMS, check_rewards
 from .errors import TensorError
@@ -111,20 +111,16 @@ def open_rewards(path: str | Path) -> xr.Dataset:
     if not path.is_dir():
         raise TensorError("reward tensor", value=str(path), bound="a Zarr folder", remedy=remedy)
     check_store(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*Zarr.*|.*zarr.*|.*data type.*")
-            # Format 3 alone: chunks of format 2 can be pickles. Nothing is a date here, whatever attributes say.
-            dataset = xr.open_zarr(
-                path, chunks=None, consolidated=False, zarr_format=3, decode_times=False, decode_timedelta=False
-            )
-    except Exception as error:  # zarr and xarray raise many kinds on a folder that is none
-        raise TensorError(
-            f"reward tensor cannot be opened ({error.__class__.__name__}: {error})",
-            value=str(path),
-            bound="a Zarr store",
-            remedy=remedy,
-        ) from error
+    cannot_open = "reward tensor cannot be opened"
+    with (
+        failures_as(TensorError, cannot_open, value=str(path), bound="a Zarr store", remedy=remedy),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message=".*Zarr.*|.*zarr.*|.*data type.*")
+        # Format 3 alone: chunks of format 2 can be pickles. Nothing is a date here, whatever attributes say.
+        dataset = xr.open_zarr(
+            path, chunks=None, consolidated=False, zarr_format=3, decode_times=False, decode_timedelta=False
+        )
     return check_rewards(dataset)
 
 
@@ -137,15 +133,14 @@ def read_steps(variable: xr.DataArray, positions: Sequence[int]) -> np.ndarray:
         A damaged chunk.
     """
     block = variable.isel(step=list(positions)).transpose("prompt", "image", "step", "reward")
-    try:
+    with failures_as(
+        TensorError,
+        f"{variable.name} cannot be read",
+        value=variable.encoding.get("source", ""),
+        bound="a whole Zarr store",
+        remedy="Score or import it again; one of its chunks is damaged.",
+    ):
         values = block.values
-    except Exception as error:  # a broken chunk
-        raise TensorError(
-            f"{variable.name} cannot be read ({error.__class__.__name__}: {error})",
-            value=variable.encoding.get("source", ""),
-            bound="a whole Zarr store",
-            remedy="Score or import it again; one of its chunks is damaged.",
-        ) from error
     if np.isinf(values).any():
         prompt, image, step, _ = np.argwhere(np.isinf(values))[0].tolist()
         raise TensorError(
