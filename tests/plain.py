@@ -22,7 +22,7 @@ def joint(values: np.ndarray, combine: str, weights=None) -> np.ndarray:
         for column in values.T.astype(float):
             if column.std() > 0:
                 total += (column - column.mean()) / column.std()
-        return total
+        return np.rint(total * 2.0**24)  # what differs by less is a tie
     total = np.zeros(len(values))
     for column in values.T:
         order = sorted(range(len(column)), key=lambda j: (-column[j], j))

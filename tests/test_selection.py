@@ -38,6 +38,34 @@ def test_ties_go_to_the_first_and_the_order_stays():
     assert choose(np.array([[3.0], [1.0], [2.0]]), 2).tolist() == [0, 2]
 
 
+FLOATS = st.floats(-30, 30, width=32)
+
+
+@settings(max_examples=150, deadline=None)
+@given(high=st.tuples(FLOATS, FLOATS), low=st.tuples(FLOATS, FLOATS), weight=st.sampled_from([1.0, 0.5, 3.0]))
+def test_two_candidates_on_which_two_rewards_disagree_are_a_tie(high, low, weight):
+    """Their z-scores are +1 and -1 each, so that the sums are equal but for rounding: the lower index wins."""
+    scores = np.array([[max(high), min(low)], [min(high), max(low)]], np.float32) * np.float32([1, weight])
+    disagree = scores[0, 0] > scores[1, 0] and scores[0, 1] < scores[1, 1]
+    for order in ([0, 1], [1, 0]):
+        given_scores = scores[order]
+        if disagree:
+            assert choose(given_scores, 1, "z_score").tolist() == [0]
+        winner = prune(given_scores[None, :, None], np.array([[1, 0]]), Schedule(), combine="z_score")
+        assert winner.tolist() == [choose(given_scores, 1, "z_score").tolist()]
+
+
+def test_mirrored_candidates_are_a_tie_at_every_stage():
+    rng = np.random.default_rng(0)
+    column = rng.normal(20, 1, (200, 6, 3)).astype(np.float32)
+    scores = np.stack([column, column[:, ::-1] * np.float32(0.5)], axis=-1)  # image k and image 5 - k are equal
+    for prompt in scores:
+        stays = choose(prompt[:, 0], 3, "z_score")
+        assert all(mirror not in stays or k in stays for k, mirror in ((0, 5), (1, 4), (2, 3)))
+    winners = prune(scores, np.array([[5, 3, 1, 0, 2, 4]]), Schedule(), combine="z_score")
+    assert winners.max() <= 2
+
+
 def test_a_constant_reward_has_no_vote_in_z_scores():
     scores = np.array([[0.0, 7.0], [2.0, 7.0], [1.0, 7.0]])
     assert choose(scores, 1, "z_score").tolist() == [1]

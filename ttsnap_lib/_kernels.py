@@ -14,6 +14,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from .selection import Z_GRID
+
 __all__ = ["RANK_SUM", "Z_SCORE", "multi_reward", "single_reward", "tau_b"]
 
 RANK_SUM, Z_SCORE = 0, 1
@@ -210,7 +212,7 @@ def multi_reward(mode, ranks, scores, valid, labels, subsets, counts, values, wi
                                 scale = 1.0 / np.sqrt(variance)
                                 for j in range(n):
                                     z_sum[j] -= (scores[p, k, r, chosen[j]] - mean) * scale
-                        order = np.argsort(z_sum[:n], kind="mergesort")[:keep]
+                        order = np.argsort(np.rint(z_sum[:n] * Z_GRID), kind="mergesort")[:keep]
                         order.sort()
                         for j in range(order.shape[0]):
                             chosen[j] = chosen[order[j]]

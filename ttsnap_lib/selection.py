@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["choose"]
+__all__ = ["Z_GRID", "choose"]
+
+Z_GRID = 2.0**24
+"""Sums of z-scores are compared in whole multiples of 1 / Z_GRID, the resolution of float32: candidates that are equal
+on paper (two of them, two rewards that disagree) differ by 1e-15 in their sums, and rounding would choose for us."""
 
 
 def choose(scores: np.ndarray, keep: int, combine: str = "rank_sum", weights: np.ndarray | None = None) -> np.ndarray:
@@ -29,7 +33,7 @@ def choose(scores: np.ndarray, keep: int, combine: str = "rank_sum", weights: np
     if combine == "weighted_sum":
         cost = -(scores @ np.asarray(weights, np.float64))
     elif combine == "z_score" and scores.shape[1] > 1:
-        cost = -_z_scores(scores).cumsum(1)[:, -1]
+        cost = -np.rint(_z_scores(scores).cumsum(1)[:, -1] * Z_GRID)
     else:
         order = np.argsort(-scores, axis=0, kind="stable")
         cost = np.argsort(order, axis=0, kind="stable").sum(1)
@@ -38,7 +42,7 @@ def choose(scores: np.ndarray, keep: int, combine: str = "rank_sum", weights: np
 
 def _z_scores(scores: np.ndarray) -> np.ndarray:
     """Return z-scores within the set; a reward that says nothing about it has no vote."""
-    # Summed one by one as the compiled loop of `prune` does: another order of additions breaks ties differently.
+    # Summed one by one as the compiled loop of `prune` does: another order of additions gives other last bits.
     n = len(scores)
     centered = scores - scores.cumsum(0)[-1] / n
     variance = (centered * centered).cumsum(0)[-1] / n
