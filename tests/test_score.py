@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from tests.launch import environment, launcher
-from tests.rewards.conftest import PROMPTS, make_images, save_clip
+from tests.rewards.conftest import make_images, save_clip
 from tests.rewards.test_steps import write_adapters
+from tests.score_world import IDENTITY, SIZE, brightness, fill, prompts_of
 from ttsnap_lib import Schedule, open_rewards, simulate
-from ttsnap_lib._image_writer import ImageWriter
 from ttsnap_lib.errors import (
     CheckpointError,
     ConfigError,
@@ -28,30 +28,7 @@ from ttsnap_lib.errors import (
 from ttsnap_lib.rewards import load_reward
 from ttsnap_lib.score import score
 from ttsnap_lib.tensors import drop_missing
-from ttsnap_lib.trajectories import Trajectories, extend
-
-N_STEPS, SIZE = 4, (24, 32)
-IDENTITY = {"n_steps": N_STEPS, "height": SIZE[0], "width": SIZE[1], "image_format": "png", "seed": 0, "model": "tiny"}
-
-
-def prompts_of(n: int) -> list[str]:
-    """Return n distinct prompts of words that the tiny tokenizer knows."""
-    return [f"{PROMPTS[k % len(PROMPTS)]} and the cat" + " red" * (k // len(PROMPTS)) for k in range(n)]
-
-
-def fill(folder, n_prompts=3, n_images=3, identity=IDENTITY, done=()):
-    """Write a trajectory folder of random smooth pictures."""
-    extend(folder, identity, prompts_of(n_prompts), n_images)
-    with ImageWriter(folder, "png", "test", workers=2) as writer:
-        for prompt in range(n_prompts):
-            for image in range(n_images):
-                if (prompt, image) in done:
-                    continue
-                writer.start(prompt, image, range(N_STEPS))
-                for step, picture in enumerate(make_images(N_STEPS, SIZE[1], SIZE[0], seed=prompt * 100 + image)):
-                    writer.put(prompt, image, step, lambda picture=picture: np.array(picture))
-    return folder
-
+from ttsnap_lib.trajectories import Trajectories
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -72,11 +49,6 @@ def clip(tmp_path_factory):
 def adapters(clip, tmp_path_factory):
     """Run folder with LoRA adapters for steps 2 and 1."""
     return write_adapters(clip, tmp_path_factory.mktemp("run"), steps=(2, 1))
-
-
-def brightness(prompts, images):
-    """Return the mean of each picture."""
-    return [np.asarray(image).mean() for image in images]
 
 
 def store_hash(path) -> str:
@@ -195,7 +167,7 @@ def test_a_folder_that_grows(clip, tmp_path):
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
-REWARD = "tests.test_score:brightness"
+REWARD = "tests.score_world:brightness"
 
 
 def child(folder, out, shard: str, *, pause_s: float) -> subprocess.Popen:

@@ -8,7 +8,7 @@ import pytest
 from tests import tiny
 from tests.rewards.conftest import save_clip
 from tests.rewards.test_steps import write_adapters
-from tests.test_score import fill
+from tests.score_world import fill
 from ttsnap_lib import open_rewards
 from ttsnap_lib.__main__ import main
 
@@ -30,7 +30,7 @@ def test_score(folder, clip, tmp_path, capsys):
     out = tmp_path / "r.zarr"
     command = [
         "score", str(folder), "--out", str(out), "--reward", f"mine={clip}", "--reward-option", "mine.scale=1.0",
-        "--reward", "tests.test_score:brightness", "--noise-aware", f"mine={series}", "--device", "cpu", "-q",
+        "--reward", "tests.score_world:brightness", "--noise-aware", f"mine={series}", "--device", "cpu", "-q",
     ]  # fmt: skip
     assert main(command) == 0
     tensor = open_rewards(out)
@@ -44,7 +44,7 @@ def test_score(folder, clip, tmp_path, capsys):
 def test_skipped_pictures_are_listed(tmp_path, capsys):
     broken = fill(tmp_path / "set")
     (broken / "p0001" / "id001" / "s02.png").write_bytes(b"x")
-    command = ["score", str(broken), "--reward", "tests.test_score:brightness", "-q"]
+    command = ["score", str(broken), "--reward", "tests.score_world:brightness", "-q"]
     assert main(command) == 1
     assert "p0001/id001/s02.png" in capsys.readouterr().err
     assert main([*command, "--on-error", "skip"]) == 0
@@ -71,7 +71,7 @@ def test_generate_and_score(tmp_path, capsys):
     (tmp_path / "prompts.json").write_text('["a red circle", "the cat"]')
     common = [
         "generate", "--model", str(model), "--prompts", str(tmp_path / "prompts.json"), "--images", "2", "--steps", "3",
-        "--size", "32", "--threads", "1", "--device", "cpu", "-q", "--reward", "tests.test_score:brightness",
+        "--size", "32", "--threads", "1", "--device", "cpu", "-q", "--reward", "tests.score_world:brightness",
     ]  # fmt: skip
     assert main([*common, "--score", str(tmp_path / "inline.zarr")]) == 0
     assert not list(tmp_path.rglob("s00.png"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from tests.test_score import fill
+from tests.score_world import fill
 from ttsnap_lib import plots_scores
 from ttsnap_lib.errors import ConfigError, TensorError
 from ttsnap_lib.score_report import best_and_worst, rank_correlation, step_summary
