@@ -69,8 +69,9 @@ class Command:
     pieces : callable
         ``pieces(out)``: finished pieces that a later sitting must keep, each with a mark that changes when it is made
         again.
-    made : callable
-        ``made(said)``: how many pieces a sitting says it made; None where it does not say.
+    made : callable or None
+        ``made(said)``: how many pieces a sitting says it made, None for a sitting that says that nothing is left to do;
+        None for a command that never says a number.
     compared : str
         What is compared, in words; and what is not, and why.
     """
@@ -79,7 +80,7 @@ class Command:
     words: Callable[[World, Path, str | None], list[object]]
     result: Callable[[Path], dict[str, Any]]
     pieces: Callable[[Path], dict[str, Any]]
-    made: Callable[[str], int | None]
+    made: Callable[[str], int | None] | None
     compared: str
     shards: bool = False
 
@@ -163,8 +164,9 @@ class World:
         after = command.pieces(out)
         again = [name for name, mark in before.items() if after.get(name) != mark]
         assert not again, f"{command.name} made again what was there: {again}"
-        made = command.made(ended.said)
-        assert made is None or made == len(pieces) - len(before), (command.name, made, len(before), ended.said)
+        if command.made is not None:
+            made = command.made(ended.said) or 0
+            assert made == len(pieces) - len(before), (command.name, made, len(before), ended.said)
         found = command.result(out)
         different = sorted(key for key in result.keys() | found.keys() if result.get(key) != found.get(key))
         assert not different, f"{command.name} in {out} differs from the undisturbed result in {different[:10]}"
@@ -302,15 +304,15 @@ COMMANDS = {
                 _number(r"(\d+) pictures", IMAGES * STEPS), "every file of the tensor, byte for byte", True),
         Command("generate --score", _inline, lambda out: _bytes(out, "**/*"), _score_pieces,
                 _number(r"(\d+) pictures", IMAGES * STEPS), "every file of the tensor, byte for byte", True),
-        Command("finetune", _finetune, _finetune_result, _finetune_pieces, lambda said: None,
+        Command("finetune", _finetune, _finetune_result, _finetune_pieces, None,
                 "every checkpoint and the losses, byte for byte; metrics and curriculum.json without elapsed seconds"),
-        Command("search", _search, _search_result, _marked("p*/summary.json", '"stopped": ""'), lambda said: None,
+        Command("search", _search, _search_result, _marked("p*/summary.json", '"stopped": ""'), None,
                 "candidates byte for byte, pixels and notes of the pictures, records and tables without elapsed "
                 "seconds", True),
         Command("sweep", _sweep, _sweep_result, _marked("runs/*/*/manifest.json", '"status": "complete"'),
-                lambda said: None, "tables and figures of the sweep and of its runs, byte for byte; not the times in "
+                None, "tables and figures of the sweep and of its runs, byte for byte; not the times in "
                 "sweep.json and the manifests"),
-        Command("report", _report, lambda out: _bytes(out, "*"), lambda out: {}, lambda said: None,
+        Command("report", _report, lambda out: _bytes(out, "*"), lambda out: {}, None,
                 "the page, byte for byte"),
     )
 }  # fmt: skip
