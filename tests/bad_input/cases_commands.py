@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.bad_input.cases_files import ALIAS_BOMB, trajectories
+from tests.bad_input.cases_files import ALIAS_BOMB
+from tests.bad_input.cases_pictures import trajectories
 from tests.bad_input.drill import Cases
 from ttsnap_lib.__main__ import main
 from ttsnap_lib.synthetic import synthetic_rewards

@@ -1,4 +1,4 @@
-"""What reaches a model: pictures in memory, prompts, weights, checkpoints, settings of a pipeline."""
+"""What reaches a reward model: pictures in memory, prompts, weights."""
 
 from __future__ import annotations
 
@@ -18,41 +18,30 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.bad_input.cases_files import png, trajectories
+from tests.bad_input.cases_pictures import png, trajectories
 from tests.bad_input.drill import Cases
 from tests.rewards.conftest import save_clip
-from ttsnap_lib import CostModel, Schedule
-from ttsnap_lib.curriculum.exchange import find_checkpoints, import_series
-from ttsnap_lib.curriculum.images import ImageBank, open_images
-from ttsnap_lib.curriculum.state import read_state_file
-from ttsnap_lib.denoise import Settings
-from ttsnap_lib.generate import generate
-from ttsnap_lib.measure import measure_costs
-from ttsnap_lib.negtome import NegToMe
-from ttsnap_lib.pipelines import load_pipeline
 from ttsnap_lib.rewards import load_reward
-from ttsnap_lib.rewards.steps import StepSeries
 from ttsnap_lib.rewards.weights import read_state
 from ttsnap_lib.score import score
-from ttsnap_lib.search import search
 
 CASES = Cases()
 
 
 @functools.cache
-def _clip() -> tuple[Path, Any]:
+def clip() -> tuple[Path, Any]:
     """Return a tiny CLIP reward and its folder, made once."""
     folder = save_clip(Path(tempfile.mkdtemp(prefix="bad-input-")) / "clip")
     return folder, load_reward(folder, name="tiny", device="cpu")
 
 
 def reward() -> Any:
-    return _clip()[1]
+    return clip()[1]
 
 
 def copied(folder: Path) -> Path:
     """Return a copy of the reward's folder, to be spoilt."""
-    return Path(shutil.copytree(_clip()[0], folder / "clip"))
+    return Path(shutil.copytree(clip()[0], folder / "clip"))
 
 
 # -- pictures and prompts ----------------------------------------------------------------------------------------------
@@ -251,7 +240,7 @@ for what, write, names in [
 def loaded(folder: Path, state: dict[str, torch.Tensor]) -> Any:
     """Load the tiny reward with other weights."""
     save_file(state, folder / "w.safetensors")
-    return load_reward(_clip()[0], device="cpu", weights=folder / "w.safetensors")
+    return load_reward(clip()[0], device="cpu", weights=folder / "w.safetensors")
 
 
 CASES.add("weights", "of another model", lambda folder: loaded(folder, {"x": torch.zeros(2)}), "do not fit")
@@ -301,326 +290,3 @@ def tokenizer_with_code(folder: Path) -> bool:
 
 
 CASES.add("model folder", "a tokenizer that brings code", tokenizer_with_code, "tokenizer|trust")
-
-# -- checkpoints -------------------------------------------------------------------------------------------------------
-
-
-def run_folder(folder: Path, curriculum: Any = None, config: dict[str, Any] | None = None, **files: bytes) -> Path:
-    """Write a run folder of one adapter with a configuration."""
-    step = folder / "run" / "step_02"
-    step.mkdir(parents=True)
-    (folder / "run" / "curriculum.json").write_text(json.dumps({} if curriculum is None else curriculum))
-    plain = {
-        "peft_type": "LORA",
-        "r": 2,
-        "lora_alpha": 4,
-        "target_modules": ["q_proj"],
-        "base_model_name_or_path": None,
-    }
-    (step / "adapter_config.json").write_text(json.dumps({**plain, **(config or {})}))
-    save_file({"x": torch.zeros(2)}, step / "adapter_model.safetensors")
-    for name, content in files.items():
-        (step / name.replace("__", ".")).write_bytes(content)
-    return folder / "run"
-
-
-def attach(folder: Path, **options: Any) -> Any:
-    return StepSeries(load_reward(_clip()[0], device="cpu").module, run_folder(folder, **options), reward_name="tiny")
-
-
-for what, options, names in [
-    ("curriculum a list", {"curriculum": [1]}, "mapping"),
-    ("of another reward", {"curriculum": {"reward": "pickscore"}}, "another reward"),
-    ("adapter of another kind", {"config": {"peft_type": "PROMPT_TUNING"}}, "LORA"),
-    ("adapter of an unknown kind", {"config": {"peft_type": ["LORA"]}}, "LORA"),
-    ("a rank of 10^9", {"config": {"r": 10**9}}, "1024"),
-    ("a rank that is text", {"config": {"r": "2"}}, "r"),
-    ("a start that changes the base weights", {"config": {"init_lora_weights": "pissa"}}, "init_lora_weights"),
-    ("a start of another kind", {"config": {"init_lora_weights": {"a": 1}}}, "init_lora_weights"),
-    ("whole modules beside the adapter", {"config": {"modules_to_save": ["text_model"]}}, "modules_to_save"),
-    ("targets that are not there", {"config": {"target_modules": ["no_such"]}}, "attached"),
-    ("a target pattern that is none", {"config": {"target_modules": "(["}}, "attached"),
-    ("an unknown setting of the adapter", {"config": {"bias": "everything"}}, "attached|fit"),
-    ("weights of other names", {}, "fit"),
-    ("weights that are no safetensors", {"adapter_model__safetensors": b"hello"}, "attached"),
-    ("configuration that is no JSON", {"adapter_config__json": b"{"}, "JSON"),
-    ("two kinds in one run", {"model__safetensors": b""}, "attached|fit|kinds"),
-]:
-    CASES.add("checkpoint", what, lambda folder, options=options: attach(folder, **options), names)
-
-
-def names_its_base(folder: Path, base: Any) -> Any:
-    run = run_folder(folder, curriculum={"reward": str(folder / "run") if base == "itself" else base})
-    return load_reward(run)
-
-
-for what, base in [
-    ("itself", "itself"),
-    ("code to import", "os:system"),
-    ("code that is there", "tests.bad_input.cases_models:reward"),
-    ("nothing", None),
-    ("a list", ["pickscore"]),
-    ("a misspelt reward", "pikscore"),
-    ("a path with a NUL", "a\0b"),
-]:
-    CASES.add(
-        "checkpoint", f"a run that names {what} as its base", lambda f, base=base: names_its_base(f, base), "rewar|path"
-    )
-
-
-def full(folder: Path, state: dict[str, torch.Tensor] | bytes) -> Any:
-    """Switch to a step of full weights."""
-    step = folder / "run" / "step_02"
-    step.mkdir(parents=True)
-    (folder / "run" / "curriculum.json").write_text("{}")
-    if isinstance(state, bytes):
-        (step / "model.safetensors").write_bytes(state)
-    else:
-        save_file(state, step / "model.safetensors")
-    return StepSeries(reward().module, folder / "run").use(2)
-
-
-for what, state in {
-    "full weights of no bytes": b"",
-    "full weights of other names": {"x": torch.zeros(1)},
-    "full weights of another shape": {"logit_scale": torch.zeros(3)},
-}.items():
-    CASES.add("checkpoint", what, lambda folder, state=state: full(folder, state), "checkpoint")
-
-
-def imported(folder: Path, files: dict[str, Any]) -> Any:
-    """Import full checkpoints."""
-    (folder / "from").mkdir()
-    for name, content in files.items():
-        if isinstance(content, bytes):
-            (folder / "from" / name).write_bytes(content)
-        else:
-            torch.save(content(folder) if callable(content) else content, folder / "from" / name)
-    return import_series(folder / "from", folder / "run", reward())
-
-
-for what, files, names in [
-    ("none to import", {"readme.txt": b"x"}, "no checkpoints"),
-    ("two files for a step", {"Ct14.pt": {}, "step_14.pt": {}}, "two checkpoints"),
-    ("imported from a pickle that runs a command", {"Ct14.pt": Payload}, "cannot be read"),
-    ("imported from another model", {"Ct14.pt": {"x": torch.zeros(2)}}, "another model"),
-    ("imported from nothing", {"Ct14.pt": {}}, "another model"),
-]:
-    CASES.add("checkpoint", what, lambda folder, files=files: imported(folder, files), names)
-CASES.add(
-    "checkpoint", "a folder to import that is not there", lambda f: import_series(f / "no", f / "r", reward()), "no"
-)
-CASES.add(
-    "checkpoint", "a saved state of something else",
-    lambda folder: (torch.save({"a": 1}, folder / "state.pt"), read_state_file(folder)), "saved state",
-)  # fmt: skip
-CASES.add(
-    "checkpoint", "a saved state that runs a command",
-    lambda folder: ((folder / "state.pt").write_bytes(pickle.dumps(Payload(folder))), read_state_file(folder)), "saved state",
-)  # fmt: skip
-
-
-def passed_over(folder: Path) -> bool:
-    """Names that are no steps are passed over."""
-    for name in ("step_../x", "step_1x", "step_", "Ct14.pt.exe", "ct.pt"):
-        (folder / name.replace("/", "_")).write_text("x")
-    return find_checkpoints(folder) == {}
-
-
-CASES.add("checkpoint", "names that are no steps", passed_over, skip="files by other names are passed over")
-
-
-def bank(folder: Path, about: Any, pixels: bytes) -> Any:
-    from ttsnap_lib.curriculum import images
-
-    (folder / images._BANK).write_text(json.dumps(about))
-    (folder / images._PIXELS).write_bytes(pixels)
-    return ImageBank.load(folder)
-
-
-def npy(array: Any, **options: Any) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    np.save(buffer, array, **options)
-    return buffer.getvalue()
-
-
-PIXELS = npy(np.zeros((1, 1, 1, 2, 2, 3), np.uint8))
-ABOUT = {"schema": 1, "prompts": ["a cat"], "steps": [0]}
-for what, about, pixels in [
-    ("a bank without prompts", {"steps": [0]}, PIXELS),
-    ("a bank that is a list", [1], PIXELS),
-    ("a bank of no bytes", ABOUT, b""),
-    ("a bank of pickled pixels", ABOUT, npy(np.array([{}], dtype=object), allow_pickle=True)),
-    ("a bank that claims 10^15 pixels", ABOUT, PIXELS.replace(b"(1, 1, 1, 2, 2, 3)", b"(99999, 99999, 3)")),
-    ("a bank of another shape", ABOUT, npy(np.zeros((2, 2), np.uint8))),
-]:
-    CASES.add("training pictures", what, lambda f, about=about, pixels=pixels: bank(f, about, pixels), "bank")
-CASES.each(
-    "training pictures",
-    open_images,
-    [
-        ("a folder that is not there", "none/at/all", "trajectories"),
-        ("a pocket set of no numbers", "pocket-flux:train:manyxfew", "trajectories"),
-        ("a number", 5, ""),
-        ("a NUL", "a\0b", ""),
-    ],
-)
-
-# -- pipelines ---------------------------------------------------------------------------------------------------------
-
-CASES.each(
-    "pipeline settings",
-    Settings.from_dict,
-    [
-        ("unknown key", {"n_step": 4}, "Did you mean 'n_steps'"),
-        ("a number for a mapping", 5, "mapping"),
-        ("no steps", {"n_steps": 0}, "n_steps"),
-        ("10^9 steps", {"n_steps": 10**9}, "10000"),
-        ("size zero", {"height": 0}, "height"),
-        ("10^12 pixels", {"height": 10**6, "width": 10**6}, "height x width"),
-        ("size as text", {"width": "512"}, "width"),
-        ("guidance negative", {"guidance": -1}, "guidance"),
-        ("guidance NaN", {"guidance": float("nan")}, "guidance"),
-        ("text of 10^6 tokens", {"max_sequence_length": 10**6}, "512"),
-        ("negative prompt a list", {"negative_prompt": ["x"]}, "negative_prompt"),
-    ],
-)
-CASES.each(
-    "pipeline settings",
-    lambda options: NegToMe(**options),
-    [
-        ("a group of none", {"group_size": 0}, "group_size"),
-        ("a cosine of two", {"threshold": 2}, "threshold"),
-        ("alpha negative", {"alpha": -1}, "alpha"),
-        ("a window turned round", {"start": 100, "end": 900}, "start"),
-        ("unknown matching", {"matching": "both"}, "matching"),
-    ],
-)
-CASES.each(
-    "pipeline",
-    load_pipeline,
-    [
-        ("misspelt", "pocket-fluks", "Did you mean 'pocket-flux'"),
-        ("nothing", "", "model"),
-        ("a number", 5, "model"),
-        ("a path that is not there", "./none", "none"),
-        ("a NUL", "a\0b", ""),
-        ("a name of 5000 letters", "x" * 5000, ""),
-    ],
-)
-CASES.each(
-    "pipeline",
-    lambda options: load_pipeline("pocket-flux", **options),
-    [
-        ("a device that is none", {"device": "gpu"}, "device"),
-        ("a device a number", {"device": 1.5}, "device"),
-        ("a type that is none", {"dtype": "fp13"}, "dtype"),
-        ("a scheduler that is none", {"scheduler": "eular"}, "Did you mean 'euler'"),
-        ("offload on the CPU", {"device": "cpu", "offload": "model"}, "offload"),
-    ],
-)
-
-
-@functools.cache
-def flux() -> Any:
-    """Return the pocket pipeline, loaded once."""
-    return load_pipeline("pocket-flux", device="cpu")
-
-
-def bright(prompts: Any, images: Any) -> list[float]:
-    return [float(np.asarray(image).mean()) for image in images]
-
-
-SHORT = Settings(n_steps=3)
-CASES.each(
-    "search",
-    lambda changes: search(**{"pipeline": flux(), "prompt": "a cat", "reward": bright, "candidates": 2, **changes}),
-    [
-        ("a blank prompt", {"prompt": " "}, "prompt"),
-        ("a list of prompts", {"prompt": ["a cat"]}, "prompt"),
-        ("a pipeline that is none", {"pipeline": 5}, "model|pipeline"),
-        ("no reward", {"reward": []}, "reward"),
-        ("a reward that is none", {"reward": 5}, "callable"),
-        ("the same reward twice", {"reward": [bright, bright]}, "reward|distinct"),
-        ("a schedule that is a tuple", {"schedule": (1, 2)}, "schedule"),
-        ("a schedule past the end", {"schedule": Schedule((5,), (0.5,)), "settings": SHORT}, "at most 1"),
-        ("an unknown method", {"method": "ttsnp"}, "Did you mean"),
-        ("ttsnap with a base reward", {"method": "ttsnap", "schedule": Schedule((2,), (0.5,))}, "noise-aware"),
-        ("budget and candidates", {"budget": 10.0}, "either budget or candidates"),
-        ("a budget without a cost", {"candidates": None, "budget": 10.0}, "cost"),
-        ("a cost that is a number", {"cost": 5}, "cost"),
-        ("a cost of other steps", {"cost": CostModel(step=1, verify=1, n_steps=7)}, "n_steps"),
-        ("10^12 candidates", {"candidates": 10**12}, "1000000"),
-        ("seed negative", {"seed": -1}, "seed"),
-        ("deadline NaN", {"deadline_s": float("nan")}, "deadline_s"),
-        ("deadline zero", {"deadline_s": 0}, "deadline_s"),
-        ("batch zero", {"batch_size": 0}, "batch_size"),
-        ("weights for a rank sum", {"weights": [1.0]}, "weights"),
-        ("a reward reported that is not there", {"report": ["x"]}, "report"),
-        ("a decoder that is not there", {"decoder": "./none"}, "decoder"),
-        ("a size that the model cannot take", {"settings": Settings(n_steps=3, height=33)}, "multiple"),
-        (
-            "a negative prompt without guidance",
-            {"settings": Settings(n_steps=3, negative_prompt="x")},
-            "negative_prompt",
-        ),
-        ("settings that are a mapping", {"settings": {"n_steps": 3}}, "settings"),
-    ],
-)
-CASES.each(
-    "generation",
-    lambda changes: generate(
-        **{"pipeline": flux(), "prompts": ["a cat"], "on_batch": lambda *given: None, "settings": SHORT, **changes}
-    ),
-    [
-        ("a blank prompt", {"prompts": [" "]}, "blank"),
-        ("nowhere to put it", {"on_batch": None}, "folder"),
-        ("no images", {"images_per_prompt": 0}, "images_per_prompt"),
-        ("10^12 images", {"images_per_prompt": 10**12}, "1000000"),
-        ("a step out of range", {"steps": [3]}, "steps"),
-        ("seed negative", {"seed": -1}, "seed"),
-        ("batch zero", {"batch_size": 0}, "batch_size"),
-        ("10^9 rows in a batch", {"batch_size": 10**9}, "65536"),
-        ("a shard beyond its count", {"shard": (2, 2)}, "shard"),
-        ("no threads", {"cpu_threads": 0}, "cpu_threads"),
-        ("no workers", {"workers": 0}, "workers"),
-        ("an image that is not wanted", {"only": [(0, 99)]}, "only"),
-        ("a format with loss", {"image_format": "jpeg"}, "image_format"),
-        ("a pipeline that is none", {"pipeline": 5}, "pipeline"),
-        ("a NegToMe group that does not divide", {"negtome": NegToMe(group_size=4), "batch_size": 6}, "multiple"),
-    ],
-)
-CASES.add(
-    "generation", "into a file",
-    lambda folder: ((folder / "f").write_text("x"), generate(flux(), ["a cat"], folder / "f" / "g")), "not a folder",
-)  # fmt: skip
-CASES.each(
-    "cost measurement",
-    lambda changes: measure_costs(**{"pipeline": flux(), "reward": reward(), "settings": SHORT, **changes}),
-    [
-        ("no batch sizes", {"batch_sizes": []}, "batch_sizes"),
-        ("a batch of none", {"batch_sizes": [0]}, "batch_sizes"),
-        ("no repeats", {"repeats": 0}, "repeats"),
-    ],
-)
-
-
-def model_index(folder: Path, content: Any) -> Any:
-    (folder / "model_index.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    return load_pipeline(folder)
-
-
-EVIL = {"_class_name": ["evil", "Pipeline"], "_diffusers_version": "0.39.0"}
-for what, content in [
-    ("a folder of another class", {"_class_name": "AudioLDMPipeline"}),
-    ("a folder that brings code", EVIL),
-    ("a folder whose part is code", {"_class_name": "FluxPipeline", "vae": ["evil", "Vae"]}),
-    ("a folder with parts missing", {"_class_name": "FluxPipeline", "vae": ["diffusers", "AutoencoderKL"]}),
-    ("an index that is no JSON", "{"),
-    ("an index that is a list", [1]),
-    ("an index nested too deep", "[" * 100_000),
-    ("an index without a class", {}),
-]:
-    CASES.add("pipeline", what, lambda folder, content=content: model_index(folder, content), "")

@@ -5,11 +5,31 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from tests.bad_input import cases_commands, cases_files, cases_models, cases_notebooks, cases_values
+from tests.bad_input import (
+    cases_checkpoints,
+    cases_commands,
+    cases_files,
+    cases_models,
+    cases_notebooks,
+    cases_pictures,
+    cases_pipelines,
+    cases_tensors,
+    cases_values,
+)
 from tests.bad_input.drill import Case
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "bad-input.md"
-MODULES = (cases_values, cases_files, cases_notebooks, cases_models, cases_commands)
+MODULES = (
+    cases_values,
+    cases_files,
+    cases_pictures,
+    cases_tensors,
+    cases_notebooks,
+    cases_models,
+    cases_checkpoints,
+    cases_pipelines,
+    cases_commands,
+)
 BEGIN, END = "<!-- table: python -m tests.bad_input.table -->", "<!-- end of the table -->"
 
 

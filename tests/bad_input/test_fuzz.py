@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
-from tests.bad_input.cases_files import GOOD, IDENTITY, png, saved
 from tests.bad_input.cases_notebooks import DECLARED, notebook
+from tests.bad_input.cases_pictures import GOOD, IDENTITY, png, saved
 from tests.bad_input.drill import check_message, time_limit
 from ttsnap_lib import CostModel, Schedule
 from ttsnap_lib._images import read_image

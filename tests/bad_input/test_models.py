@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.bad_input.cases_models import CASES, reward
+from tests.bad_input import cases_checkpoints, cases_models, cases_pipelines
 from tests.bad_input.drill import check
 
 
@@ -14,9 +14,12 @@ def _ready():
     """Libraries load before the memory of a case is measured; one thread, since processes share few cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    reward()
+    cases_models.reward()
     yield
     torch.set_num_threads(before)
+
+
+CASES = [*cases_models.CASES, *cases_checkpoints.CASES, *cases_pipelines.CASES]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -1,0 +1,211 @@
+"""Trajectory folders: their manifests, their pictures, and links among them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tests.bad_input.drill import Cases
+from ttsnap_lib._images import read_image
+from ttsnap_lib.trajectories import MANIFEST, Manifest, Trajectories, read_batches, verify
+
+CASES = Cases()
+
+# -- manifests ---------------------------------------------------------------------------------------------------------
+
+IDENTITY = {"n_steps": 2, "height": 4, "width": 6, "image_format": "png", "seed": 0}
+GOOD = {"schema": 1, "identity": IDENTITY, "prompts": ["a cat"], "images_per_prompt": 2, "provenance": []}
+
+
+def manifest(folder: Path, **changes: Any) -> Manifest:
+    """Read a manifest with changes, of its identity where they belong there; "gone" takes a key out."""
+    content = {**GOOD, "identity": dict(IDENTITY)}
+    for key, value in changes.items():
+        part = content["identity"] if key in (*IDENTITY, "batch") and isinstance(content["identity"], dict) else content
+        part[key] = value
+        if value == "gone":
+            del part[key]
+    (folder / MANIFEST).write_text(json.dumps(content))
+    return Manifest.read(folder)
+
+
+for what, changes, names in [
+    ("another schema", {"schema": 2}, "schema"),
+    ("no schema", {"schema": "gone"}, "schema"),
+    ("no identity", {"identity": "gone"}, "identity"),
+    ("identity a list", {"identity": list(IDENTITY)}, "identity"),
+    ("prompts one text", {"prompts": "a cat"}, "prompts"),
+    ("prompts of numbers", {"prompts": [5]}, "prompt 0"),
+    ("prompts blank", {"prompts": [" "]}, "prompt 0"),
+    ("no prompts", {"prompts": []}, "prompt"),
+    ("no images", {"images_per_prompt": 0}, "images_per_prompt"),
+    ("a billion images", {"images_per_prompt": 10**9}, "1000000"),
+    ("images as text", {"images_per_prompt": "2"}, "images_per_prompt"),
+    ("a billion steps", {"n_steps": 10**9}, "n_steps"),
+    ("steps negative", {"n_steps": -2}, "n_steps"),
+    ("steps as text", {"n_steps": "2"}, "n_steps"),
+    ("no steps", {"n_steps": "gone"}, "n_steps"),
+    ("a picture of 10^12 pixels", {"height": 10**6, "width": 10**6}, "height x width"),
+    ("no height", {"height": "gone"}, "height"),
+    ("width negative", {"width": -6}, "width"),
+    ("format that climbs", {"image_format": "/../../../outside/secret.txt"}, "image_format"),
+    ("format not in use", {"image_format": "bmp"}, "image_format"),
+    ("format a list", {"image_format": ["png"]}, "image_format"),
+    ("seed as text", {"seed": "0"}, "seed"),
+    ("batch a number", {"batch": 8}, "batch"),
+    ("batch of none", {"batch": {"size": 0}}, "batch"),
+    ("provenance of texts", {"provenance": ["me"]}, "provenance"),
+]:
+    CASES.add("manifest", what, lambda folder, changes=changes: manifest(folder, **changes), names)
+
+# -- pictures and trajectory folders -----------------------------------------------------------------------------------
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """Return a PNG chunk."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(
+    width: int, height: int, data: bytes | None = None, extra: bytes = b"", depth: int = 8, color: int = 2
+) -> bytes:
+    """Return the bytes of a PNG that claims a size."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    body = zlib.compress(bytes((width * 3 + 1) * height)) if data is None else data
+    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def saved(image: Image.Image, **options: Any) -> bytes:
+    """Return an image's file."""
+    import io
+
+    buffer = io.BytesIO()
+    image.save(buffer, **options)
+    return buffer.getvalue()
+
+
+SVG = '<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
+PICTURES = [
+    ("no bytes", b"", "no PNG"),
+    ("text", "hello", "no PNG"),
+    ("a bomb of 60000 x 60000", png(60_000, 60_000, zlib.compress(bytes(10_000_000))), "size|large|damaged"),
+    ("a bomb in a text chunk", png(6, 4, extra=chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50_000_000)))), "damaged"),
+    ("half of it", png(6, 4)[:40], "damaged|no PNG"),
+    ("no picture data", png(6, 4, b""), "damaged"),
+    ("another size", png(6, 5), "another size"),
+    ("size zero", png(0, 0, b""), ""),
+    ("gray", saved(Image.new("L", (6, 4)), format="PNG"), "RGB"),
+    ("a palette", saved(Image.new("P", (6, 4)), format="PNG"), "RGB"),
+    ("with transparency", saved(Image.new("RGBA", (6, 4)), format="PNG"), "RGB"),
+    ("a JPEG by the name of PNG", saved(Image.new("RGB", (6, 4)), format="JPEG"), "no PNG"),
+    ("a TIFF by the name of PNG", saved(Image.new("RGB", (6, 4)), format="TIFF"), "no PNG"),
+    ("a vector graphic", SVG, "no PNG"),
+    ("PostScript", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 4\n", "no PNG"),
+    ("WebP header alone", b"RIFF\x10\x00\x00\x00WEBPVP8L", ""),
+]
+CASES.files("picture", "s00.png", lambda path: read_image(path, (4, 6)), PICTURES)
+CASES.files(
+    "picture",
+    "big.png",
+    read_image,
+    [("a bomb, where no size is known", png(60_000, 60_000, zlib.compress(bytes(10_000_000))), "large|damaged")],
+)
+
+
+def trajectories(folder: Path) -> Path:
+    """Fill a small trajectory folder by hand."""
+    folder.mkdir(exist_ok=True)
+    manifest(folder)
+    for image in range(2):
+        (folder / "p0000" / f"id{image:03d}").mkdir(parents=True)
+        for step in range(2):
+            (folder / "p0000" / f"id{image:03d}" / f"s{step:02d}.png").write_bytes(png(6, 4))
+    return folder
+
+
+def linked(folder: Path, part: str, target: str) -> Path:
+    """Return a trajectory folder in which `part` is a symbolic link."""
+    place = trajectories(folder) / part
+    if place.is_dir():
+        place.rename(folder.parent / "outside" / "moved")
+        shutil.move(folder.parent / "outside" / "moved", folder / "elsewhere")
+        target = str(folder / "elsewhere")
+    else:
+        place.unlink()
+    place.symlink_to(target)
+    return folder
+
+
+LINKS = {
+    "a prompt's folder": "p0000",
+    "an image's folder": "p0000/id001",
+    "a picture": "p0000/id001/s01.png",
+}
+for what, part in LINKS.items():
+    CASES.add(
+        "trajectory folder",
+        f"{what} is a link, read in batches",
+        lambda folder, part=part: list(read_batches(linked(folder, part, "../../../outside/secret.txt"))),
+        "missing|incomplete",
+    )
+    CASES.add(
+        "trajectory folder",
+        f"{what} is a link, read alone",
+        lambda folder, part=part: Trajectories(linked(folder, part, "../../../outside/secret.txt")).read(0, 1, 1),
+        "link",
+    )
+
+
+def link_is_foreign(folder: Path, part: str) -> bool:
+    report = verify(linked(folder, part, "../../../outside/secret.txt"))
+    return not report.ok and bool(report.repairs()) and report.count("foreign") >= 1
+
+
+for what, part in LINKS.items():
+    CASES.add(
+        "trajectory folder",
+        f"{what} is a link, verified",
+        lambda folder, part=part: link_is_foreign(folder, part),
+        skip="`ttsnap verify` lists the link as foreign and the pictures as missing",
+    )
+
+
+def pipe_for_a_picture(folder: Path) -> Path:
+    place = trajectories(folder) / "p0000" / "id000" / "s00.png"
+    place.unlink()
+    os.mkfifo(place)
+    return folder
+
+
+CASES.add(
+    "trajectory folder", "a picture is a pipe", lambda f: Trajectories(pipe_for_a_picture(f)).read(0, 0, 0), "file"
+)
+CASES.add("trajectory folder", "no folder", lambda folder: Trajectories(folder / "none"), "no trajectory folder")
+CASES.add("trajectory folder", "a step out of range", lambda f: list(read_batches(trajectories(f), steps=[2])), "steps")
+CASES.add(
+    "trajectory folder", "a prompt out of range", lambda f: list(read_batches(trajectories(f), prompts=[1])), "prom"
+)
+
+
+def broken_journal(folder: Path) -> bool:
+    journal = trajectories(folder) / ".ttsnap" / "checksums" / "x.jsonl"
+    journal.parent.mkdir(parents=True)
+    journal.write_bytes(
+        b'{"prompt": 0}\n[1]\n\xff\xfe\n{"prompt": [], "image": {}, "crc32": {"a": 1}}\n' + b"[" * 100_000
+    )
+    return verify(folder).ok
+
+
+CASES.add(
+    "trajectory folder",
+    "a journal of checksums that is garbage",
+    broken_journal,
+    skip="lines that are no checksums are passed over; pictures are decoded instead",
+)
