@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 import yaml
 
@@ -101,7 +103,7 @@ def test_wheel_holds_the_package_and_its_data(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for path in ROOT.joinpath("notebooks").glob("*.ipynb"):
         assert f"ttsnap_lib/_notebooks/{path.name}" in names
-    for start in ("_data_cache/pocket/flux.zarr/", "configs/", "pocket/models/"):
+    for start in ("_data_cache/pocket/flux.zarr/", "_data_cache/pocket/sdxl.zarr/", "configs/", "pocket/models/"):
         assert any(name.startswith(f"ttsnap_lib/{start}") for name in names), start
     outside = [name for name in names if not name.startswith("ttsnap_lib/") and ".dist-info/" not in name]
     assert not outside, outside
@@ -114,10 +116,12 @@ def test_wheel_imports_without_the_repository(call):
         "import sys, ttsnap_lib; print(ttsnap_lib.__file__); "
         "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'xarray'} & set(sys.modules); assert not heavy, heavy; "
         "from ttsnap_lib import open_rewards; "
-        "from ttsnap_lib.paths import repository_root; assert repository_root() is None; "
-        "print(dict(open_rewards('pocket-flux').sizes))",
+        "from ttsnap_lib.paths import SHIPPED_TENSORS, repository_root; assert repository_root() is None; "
+        "print([float(open_rewards(name)['noise_aware'].mean()) for name in SHIPPED_TENSORS])",
     )  # fmt: skip
-    assert told.startswith(str(call.place)) and "'prompt'" in told
+    place, means = told.strip().splitlines()
+    assert place.startswith(str(call.place))
+    assert len(json.loads(means)) == 2 and np.isfinite(json.loads(means)).all()
 
 
 @pytest.mark.slow
