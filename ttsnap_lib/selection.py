@@ -6,6 +6,7 @@ import numpy as np
 
 __all__ = ["Z_GRID", "choose"]
 
+# Compiled into _kernels.py, whose cache looks at that file alone: whoever changes this number has to touch it.
 Z_GRID = 2.0**24
 """Sums of z-scores are compared in whole multiples of 1 / Z_GRID, the resolution of float32: candidates that are equal
 on paper (two of them, two rewards that disagree) differ by 1e-15 in their sums, and rounding would choose for us."""
