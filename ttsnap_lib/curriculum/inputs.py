@@ -38,6 +38,10 @@ def gather(
 ) -> RunData:
     """Open pictures and targets as :func:`ttsnap_lib.curriculum.finetune` takes them.
 
+    Returns
+    -------
+    RunData
+
     Raises
     ------
     CurriculumError, TrajectoryError
