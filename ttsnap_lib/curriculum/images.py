@@ -139,6 +139,7 @@ class ImageBank:
         batch_size: int = 64,
         cpu_threads: int | None = 1,
         settings: Any = None,
+        negtome: Any = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> ImageBank:
         """Generate the pictures into memory with :func:`ttsnap_lib.generate.generate`.
@@ -167,6 +168,7 @@ class ImageBank:
             batch_size=batch_size,
             cpu_threads=cpu_threads,
             settings=settings,
+            negtome=negtome,
             progress=progress,
         )
         return cls(pixels, prompts, kept)
