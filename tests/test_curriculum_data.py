@@ -60,7 +60,25 @@ def test_a_generated_bank_is_the_folder_and_comes_back(tmp_path):
     np.testing.assert_allclose(made.read(*rows, 1).astype(int), decoded.read(*rows, 1), atol=1)
     again = open_images(made.save(tmp_path / "bank"))
     np.testing.assert_array_equal(again.read(*rows, -1), made.read(*rows, -1))
-    assert again.digest() == made.digest() != decoded.digest()
+    assert again.digest() == made.digest() != made.select([1, 0]).digest()
+    assert ImageBank(made.pixels[:, :, 1:], prompts, [2]).digest() == made.digest()  # its clean pictures tell a bank
+
+
+def test_a_pocket_bank_of_more_steps_is_not_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("TTSNAP_DATA_CACHE", str(tmp_path))
+    more = open_images("pocket-flux:train:2x2", steps=[0, 3, 5])
+    made = sorted(tmp_path.rglob("bank.json"))
+    again = open_images("pocket-flux:train:2x2", steps=[3])
+    assert sorted(tmp_path.rglob("bank.json")) == made
+    assert again.steps == more.steps == [0, 3, 5, 19]
+    assert open_images("pocket-flux:train:2x2", steps=[4]).steps == [4, 19]
+
+
+def test_reading_a_folder_gives_one_digest(tmp_path):
+    pipeline = tiny.flux()
+    settings = Settings(n_steps=2, height=32, width=32, max_sequence_length=8)
+    generate(pipeline, ["a cat"], tmp_path / "folder", images_per_prompt=2, settings=settings, cpu_threads=1)
+    read = open_images(tmp_path / "folder")
     assert read.digest() == open_images(tmp_path / "folder").digest()
 
 

@@ -81,8 +81,9 @@ class ImageBank:
         return self.pixels[prompts, images, self._column[step]]
 
     def digest(self) -> str:
-        """Return a digest of prompts, sizes and the clean pictures."""
-        digest = hashlib.sha256(json.dumps([self.prompts, self.pixels.shape, self.steps]).encode())
+        """Return a digest of prompts, sizes and the clean pictures; which steps are at hand plays no part."""
+        shape = self.pixels.shape
+        digest = hashlib.sha256(json.dumps([self.prompts, shape[1], shape[3:]]).encode())
         for row in self.pixels[:, :, -1]:
             digest.update(row.tobytes())
         return digest.hexdigest()[:16]
@@ -132,6 +133,7 @@ class ImageBank:
         batch_size: int = 64,
         cpu_threads: int | None = 1,
         settings: Any = None,
+        negtome: Any = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> ImageBank:
         """Generate the pictures into memory with :func:`ttsnap_lib.generate.generate`.
@@ -160,6 +162,7 @@ class ImageBank:
             batch_size=batch_size,
             cpu_threads=cpu_threads,
             settings=settings,
+            negtome=negtome,
             progress=progress,
         )
         return cls(pixels, prompts, kept)
@@ -257,11 +260,13 @@ def _pocket_bank(match: re.Match[str], steps: Sequence[int] | None, progress: An
     for path in sorted(pocket_folder(model).rglob("*.safetensors")):
         weights.update(path.read_bytes())
     wanted = sorted(range(20) if steps is None else steps)
-    key = hashlib.sha256(json.dumps([weights.hexdigest(), prompts, wanted, match["images"], seed]).encode()).hexdigest()
-    name = f"{model}-{match['split']}-{match['prompts']}x{match['images']}-{key[:10]}"
-    folder = data_cache() / "pocket" / "training" / name
-    if (folder / _BANK).is_file():
-        return ImageBank.load(folder)
+    key = hashlib.sha256(json.dumps([weights.hexdigest(), prompts, match["images"], seed]).encode()).hexdigest()[:10]
+    name = f"{model}-{match['split']}-{match['prompts']}x{match['images']}-{key}"
+    place = data_cache() / "pocket" / "training"
+    folder = place / f"{name}-steps-{hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:6]}"
+    for found in [folder / _BANK, *sorted(place.glob(f"{name}-steps-*/{_BANK}"))]:  # a bank of more steps will do
+        if found.is_file() and set(wanted) <= set((bank := ImageBank.load(found.parent)).steps):
+            return bank
     bank = ImageBank.generated(
         load_pipeline(model), prompts, int(match["images"]), steps=wanted, seed=seed, progress=progress
     )
