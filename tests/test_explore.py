@@ -10,9 +10,10 @@ import pytest
 
 from ttsnap_lib import CostModel, Schedule
 from ttsnap_lib._explore import available_mark, compute
+from ttsnap_lib._explore_canvas import PANELS
 from ttsnap_lib._explore_pool import Pool
 from ttsnap_lib._explore_state import State
-from ttsnap_lib._explore_view import PANELS, Panels, draw
+from ttsnap_lib._explore_view import Panels, draw
 from ttsnap_lib.errors import BudgetError, ConfigError, TTSnapError
 from ttsnap_lib.metrics import kendall_tau
 from ttsnap_lib.simulate import curves
@@ -156,7 +157,8 @@ def test_updating_in_place_gives_the_picture_of_a_full_drawing(pool):
     for schedule, budget in ((EARLY, 4), (LATER, 4), (LATER, 8), (Schedule((3, 4, 5, 9), (0.7,) * 4), 6), (EARLY, 4)):
         moved.update(compute(state(schedule=schedule, budget=budget * ONE), pool, 1))
         seen.append(pixels(moved.png()))
-        moved._background, moved._touched, moved._stale = None, set(PANELS), set(PANELS)
+        canvas = moved.canvas
+        canvas._background, canvas.touched, canvas.stale = None, set(PANELS), set(PANELS)
         np.testing.assert_array_equal(seen[-1], pixels(moved.png()))
     assert all(np.abs(one - other).max() > 100 for one, other in itertools.pairwise(seen))
 
@@ -165,7 +167,7 @@ def test_panels_that_show_the_same_are_not_drawn_again(pool):
     moved = Panels()
     for keep in (0.4, 0.41):
         moved.update(compute(state(schedule=Schedule((2, 6), (keep, 0.4))), pool, 1))
-        touched = set(moved._touched)
+        touched = set(moved.canvas.touched)
         moved.png()
     assert "reward" in touched and "tau" not in touched  # the steps are where they were
 

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 
-from ttsnap_lib import paths
+from ttsnap_lib import _writing
 from ttsnap_lib.__main__ import main
 from ttsnap_lib.errors import DiskError, TensorError
 from ttsnap_lib.paths import atomic_folder, atomic_write, disk_error, tidy, typed_disk_errors
@@ -31,7 +31,7 @@ def _write(folder, text):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, exchange):
     if not exchange:
-        monkeypatch.setattr(paths, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(_writing, "_exchange", lambda one, other: False)
     for text in ("old", "new"):
         _write(tmp_path / "set", text)
     assert (tmp_path / "set" / "file").read_text() == "new"
@@ -51,8 +51,10 @@ def test_no_reader_finds_the_place_empty(tmp_path, monkeypatch):
 
 def test_a_folder_that_was_being_replaced_comes_back(tmp_path, monkeypatch):
     _write(tmp_path / "set", "old")
-    monkeypatch.setattr(paths, "_exchange", lambda one, other: False)
-    monkeypatch.setattr(paths.shutil, "rmtree", lambda *given, **options: None)  # the process is gone: nothing tidies
+    monkeypatch.setattr(_writing, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(
+        _writing.shutil, "rmtree", lambda *given, **options: None
+    )  # the process is gone: nothing tidies
     real, count = os.replace, iter(range(9))
 
     def ends(one, other):

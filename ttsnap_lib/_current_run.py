@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ._reading import read_json
 from .checks import plain_name
-from .errors import ConfigError, DiskError, RunError
-from .paths import atomic_write, data_cache, write_json
+from .errors import ConfigError, RunError
+from .paths import atomic_write, data_cache, typed_disk_errors, write_json
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -103,15 +103,8 @@ def current_run(name: str | None = None) -> Run:
         return Run(Path(given), headless=True, _token=os.environ.get(TOKEN_VARIABLE, ""))
     stem = name or Path(os.environ.get("JPY_SESSION_NAME", "notebook")).stem
     folder = data_cache() / "runs" / stem / "interactive"
-    try:
+    with typed_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiskError(
-            f"cannot make {folder}",
-            value=error.strerror,
-            bound="a folder that can be made",
-            remedy="Set TTSNAP_DATA_CACHE to a folder you may write to.",
-        ) from error
     return Run(folder)
 
 

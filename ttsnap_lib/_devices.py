@@ -1,15 +1,17 @@
-"""The device that a name stands for, when it is there."""
+"""The device that a name stands for, when it is there, and what its memory says when it is full."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from .errors import DeviceError
 
-__all__ = ["as_device"]
+__all__ = ["as_device", "default_device", "memory_errors"]
 
 
 def as_device(name: Any) -> torch.device:
@@ -40,3 +42,24 @@ def as_device(name: Any) -> torch.device:
             f"device {place} is not there", value=str(place), bound="a device of this machine", remedy=remedy
         )
     return place
+
+
+def default_device() -> torch.device:
+    """Return the accelerator when there is one (this process's own under a launcher), else the CPU."""
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+@contextlib.contextmanager
+def memory_errors(n: int, *, doing: str = "", remedy: str) -> Iterator[None]:
+    """Turn torch's "out of memory" into a DeviceError that says how many images were at once."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"out of memory with {n} images at once{doing}",
+            value=n,
+            bound="as many as the memory holds",
+            remedy=remedy,
+        ) from error

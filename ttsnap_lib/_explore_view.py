@@ -1,60 +1,28 @@
-"""Draws what the explorer shows: five panels whose artists are updated in place, and a quick way to PNG.
-
-Everything that a slider moves is an animated artist: the rest (axes, ticks, labels, legends) is drawn once and kept as
-a picture. Each panel has a tile of the picture to itself, so that a move costs the moving artists of the panels that
-changed, and new limits cost the ticks of one panel. A saved figure holds all.
-"""
+"""Draws what the explorer shows: five panels whose artists are made once and then follow the result."""
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._explore_canvas import PANELS, Canvas, new_figure
 from ._explore_state import Change, Curve, Result
 from .plots import METHOD_LABELS, method_style, reward_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-__all__ = ["PANELS", "Panels", "draw", "new_figure"]
+__all__ = ["Panels", "draw"]
 
-PANELS = ("reward", "tau", "funnel", "gain", "change")
-_TILES = {  # left, bottom, right, top in parts of the figure: an axes with its title, ticks and labels
-    "reward": (0.0, 0.49, 0.605, 1.0),
-    "tau": (0.605, 0.49, 1.0, 1.0),
-    "funnel": (0.0, 0.255, 1.0, 0.49),
-    "gain": (0.0, 0.0, 0.46, 0.255),
-    "change": (0.46, 0.0, 1.0, 0.255),
-}
 _MAX_STAGES = 5
 _GREY, _INK = "0.35", "0.15"
 _PINNED = {"linestyle": ":", "marker": "D"}
 
 
-def new_figure(dpi: float = 100) -> tuple[Figure, dict[str, Axes]]:
-    """Return a figure outside pyplot and its five axes by name."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.2, 7.4), dpi=dpi, facecolor="white")
-    FigureCanvasAgg(figure)
-    places = {
-        "reward": (0.075, 0.565, 0.515, 0.375),
-        "tau": (0.665, 0.565, 0.32, 0.375),
-        "funnel": (0.02, 0.295, 0.965, 0.175),
-        "gain": (0.12, 0.075, 0.30, 0.135),
-        "change": (0.55, 0.075, 0.435, 0.145),
-    }
-    return figure, {name: figure.add_axes(place) for name, place in places.items()}
-
-
 def draw(result: Result, ax: Mapping[str, Axes] | None = None) -> dict[str, Axes]:
-    """Draw a result onto five axes, named as in :data:`PANELS`; on a new figure when none are given.
+    """Draw a result onto five axes, named reward, tau, funnel, gain and change; on a new figure when none are given.
 
     Source of the measures: reward against budget and relative gain, paper section 4; Kendall tau, its appendix.
 
@@ -77,15 +45,11 @@ class Panels:
     """
 
     def __init__(self, axes: Mapping[str, Axes] | None = None) -> None:
-        self.axes = dict(axes) if axes is not None else new_figure()[1]
-        self.figure = self.axes["reward"].figure
+        self.canvas = Canvas(axes)
+        self.axes, self._move = self.canvas.axes, self.canvas.move
         self._context: Any = None
-        self._background: np.ndarray | None = None  # the parts that stay, (height, width, RGBA)
-        self._stale = set(PANELS)  # panels whose part that stays has to be drawn anew
-        self._touched = set(PANELS)  # panels whose moving artists have to be drawn anew
         self._drawn: dict[str, Any] = {}  # what the moving artists of a panel show
         self._fitted: set[str] = set()  # panels whose limits are ours
-        self._own = axes is None
 
     # -- following a result -------------------------------------------------------------------------------------
 
@@ -100,44 +64,18 @@ class Panels:
             shows = getattr(self, f"_{name}")(result)
             if name not in self._drawn or self._drawn[name] != shows:
                 self._drawn[name] = shows
-                self._touched.add(name)
+                self.canvas.touched.add(name)
 
     def png(self) -> bytes:
-        """Return the picture; only what has changed is drawn. The figure must be one of :func:`new_figure`."""
-        canvas: Any = self.figure.canvas  # Agg
-        if self._background is None:
-            canvas.draw()  # leaves the animated artists out
-        picture = np.asarray(canvas.buffer_rgba())
-        tiles = {name: self._tile(name) for name in self._touched | self._stale}
-        if self._background is None:
-            self._background = picture.copy()
-        else:
-            for name in self._stale:
-                picture[tiles[name]] = 255
-                self.axes[name].draw(canvas.get_renderer())
-                self._background[tiles[name]] = picture[tiles[name]]
-        for name, tile in tiles.items():
-            picture[tile] = self._background[tile]
-            for artist in self._moving[name]:
-                if artist.get_visible():
-                    self.axes[name].draw_artist(artist)
-        self._stale, self._touched = set(), set()
-        return _png(picture)
-
-    def _tile(self, name: str) -> tuple[slice, slice]:
-        left, bottom, right, top = _TILES[name]
-        width, height = self.figure.canvas.get_width_height(physical=True)
-        rows = slice(round((1 - top) * height), round((1 - bottom) * height))
-        return rows, slice(round(left * width), round(right * width))
+        """Return the picture; only what has changed is drawn."""
+        return self.canvas.png()
 
     # -- the parts that stay ------------------------------------------------------------------------------------
 
     def _build(self, result: Result) -> None:
         state = result.state
-        self._moving: dict[str, list[Any]] = {name: [] for name in PANELS}
-        self._names = {ax: name for name, ax in self.axes.items()}
-        self._background, self._drawn, self._fitted = None, {}, set()
-        self._stale = set(PANELS)
+        self.canvas.forget()
+        self._drawn, self._fitted = {}, set()
         for name, ax in self.axes.items():
             ax.clear()
             ax.set_facecolor("white")
@@ -231,17 +169,6 @@ class Panels:
         (line,) = ax.plot([], [], label=label, markersize=4, linewidth=width, **style)
         return self._move(ax, band), self._move(ax, line)
 
-    def _move(self, ax: Axes, artist: Any) -> Any:
-        artist.set_animated(True)
-        name = self._names[ax]
-        self._moving[name].append(artist)
-        if self._own and not artist.get_clip_on():  # text may not reach into another panel's tile: it would stay there
-            from matplotlib.transforms import Bbox, TransformedBbox
-
-            artist.set_clip_box(TransformedBbox(Bbox(np.reshape(_TILES[name], (2, 2))), self.figure.transFigure))
-            artist.set_clip_on(True)
-        return artist
-
     # -- the parts that move ------------------------------------------------------------------------------------
 
     # Each returns what it shows, to be compared with what stood there before.
@@ -329,7 +256,7 @@ class Panels:
         space = margin * max(high - low, 1e-9)
         (ax.set_ylim if axis == "y" else ax.set_xlim)(low - space, high + space)
         self._fitted.add(name)
-        self._stale.add(name)
+        self.canvas.stale.add(name)
 
 
 class _Plain:
@@ -350,17 +277,3 @@ def _follow(artists: tuple[Any, Any], curve: Curve | _Plain | None) -> None:
 
 def _title(ax: Axes, text: str, x: float = 0.0) -> None:
     ax.set_title(text, fontsize=10, loc="left", x=x, color=_INK, weight="bold")
-
-
-def _png(rgba: np.ndarray) -> bytes:
-    """Encode without row filters at the lowest level: a chart packs well anyway, three times quicker than Pillow."""
-    height, width, _ = rgba.shape
-    rows = np.zeros((height, 1 + 3 * width), np.uint8)
-    rows[:, 1:] = rgba[:, :, :3].reshape(height, -1)
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows.tobytes(), 1)), chunk(b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)

@@ -16,6 +16,7 @@ __all__ = [
     "Journal",
     "PromptState",
     "checksum",
+    "file_name",
     "image_name",
     "is_prompt_name",
     "prompt_name",
@@ -43,6 +44,11 @@ def image_name(image: int) -> str:
 def step_name(step: int, image_format: str) -> str:
     """Return the file name of a step: two digits, more when needed."""
     return f"s{step:02d}.{image_format}"
+
+
+def file_name(prompt: int, image: int, step: int, image_format: str) -> str:
+    """Return the path of one step of one image within the trajectory folder."""
+    return f"{prompt_name(prompt)}/{image_name(image)}/{step_name(step, image_format)}"
 
 
 def is_prompt_name(name: str) -> bool:

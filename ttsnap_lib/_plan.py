@@ -25,6 +25,7 @@ __all__ = [
     "checked_folder",
     "environment_shard",
     "missing_rows",
+    "others_at_work",
     "parse_shard",
     "require_disk",
     "shard_lock",
@@ -234,7 +235,7 @@ def shard_lock(folder: Path, shard: tuple[int, int]) -> Iterator[contextlib.Exit
     with lock(locks / "start.lock", wait=True):  # one at a time: two starting at once would trip over each other
         held = contextlib.ExitStack()
         try:
-            held.enter_context(_named(lock(locks / f"shard-{index}-of-{count}.lock"), f"shard {index}/{count}", folder))
+            held.enter_context(_named(lock(_shard_file(folder, index, count)), f"shard {index}/{count}", folder))
             for other in sorted(locks.glob("shard-*-of-*.lock")):
                 if not other.name.endswith(f"-of-{count}.lock"):
                     with _named(lock(other), other.stem.replace("-", " "), folder):
@@ -243,6 +244,24 @@ def shard_lock(folder: Path, shard: tuple[int, int]) -> Iterator[contextlib.Exit
         except BaseException:
             held.close()
             raise
+
+
+def others_at_work(folder: Path, shard: tuple[int, int]) -> bool:
+    """Tell whether another process holds another shard of `folder`, of the same number of shards."""
+    index, count = shard
+    for other in range(count):
+        if other == index:
+            continue
+        try:
+            with lock(_shard_file(folder, other, count)):
+                pass
+        except DiskError:
+            return True
+    return False
+
+
+def _shard_file(folder: Path, index: int, count: int) -> Path:
+    return folder / HIDDEN / "locks" / f"shard-{index}-of-{count}.lock"
 
 
 @contextlib.contextmanager

@@ -6,16 +6,29 @@ nesting, a few bytes of aliases that stand for billions of values, a pipe that n
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, TTSnapError
 
-__all__ = ["MAX_ALIASED", "MAX_BYTES", "MAX_DEPTH", "as_path", "parse_yaml", "read_bytes", "read_json", "read_yaml"]
+__all__ = [
+    "MAX_ALIASED",
+    "MAX_BYTES",
+    "MAX_DEPTH",
+    "as_path",
+    "failures_as",
+    "parse_yaml",
+    "read_bytes",
+    "read_json",
+    "read_yaml",
+    "reason",
+]
 
 MAX_BYTES = 256 * 2**20
 """Largest text file that is read: a reward file of a million values has 20 MB."""
@@ -45,6 +58,21 @@ def as_path(name: str, value: Any, *, error: type[TTSnapError] = ConfigError) ->
     if b"\0" in encoded or len(encoded) > 4095 or any(len(part) > 255 for part in encoded.split(b"/")):
         raise error(name, value=os.fspath(path), bound=bound, remedy="Check the spelling.")
     return path
+
+
+@contextlib.contextmanager
+def failures_as(error: type[TTSnapError], problem: str, *, value: object, bound: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a library raises on a broken file into `error`, with its reason; an `error` passes as it is.
+
+    Libraries fail in many ways for one bad file (Pillow, numpy, zarr, torch, safetensors, peft): that the file is bad
+    is the fact that matters.
+    """
+    try:
+        yield
+    except error:
+        raise
+    except Exception as failure:
+        raise error(f"{problem} ({reason(failure)})", value=value, bound=bound, remedy=remedy) from failure
 
 
 def read_bytes(
@@ -111,7 +139,7 @@ def read_json(
     try:
         found = json.loads(content.decode("utf-8-sig"), **hooks)
     except (ValueError, RecursionError) as failure:
-        raise error(f"{what} {path} is not whole JSON", value=_reason(failure), bound=bound, remedy=remedy) from failure
+        raise error(f"{what} {path} is not whole JSON", value=reason(failure), bound=bound, remedy=remedy) from failure
     if kind is not None and not isinstance(found, kind):
         raise error(f"{what} {path}", value=found, bound=bound, remedy=remedy)
     return found
@@ -154,7 +182,7 @@ def parse_yaml(
         raise error(f"{what} is not taken", value=value, bound=bound, remedy=remedy) from None
     except Exception as failure:  # besides YAMLError, its constructors raise IndexError, KeyError, AttributeError
         raise error(
-            f"{what} cannot be read", value=_reason(failure), bound="YAML of plain values, each key once", remedy=remedy
+            f"{what} cannot be read", value=reason(failure), bound="YAML of plain values, each key once", remedy=remedy
         ) from failure
 
 
@@ -238,5 +266,7 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _reason(failure: BaseException) -> str:
-    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:160]}"
+def reason(failure: BaseException) -> str:
+    """Return the kind of a library's error and the start of its text, on one line."""
+    text = " ".join(str(failure).split())[:160]
+    return f"{type(failure).__name__}: {text}" if text else type(failure).__name__

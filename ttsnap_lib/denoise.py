@@ -28,12 +28,15 @@ import torch
 
 from ._adapters import adapter_of
 from ._candidates import Candidates, Conditioning, image_generator, image_seed
+from ._devices import memory_errors
 from ._segments import history_of, make_segment, noise_levels, prepare
 from ._settings import Settings, as_settings, resolve
 from .checks import integer
-from .errors import ConfigError, DeviceError, PipelineError
+from .errors import ConfigError, PipelineError
 
 __all__ = ["Candidates", "Conditioning", "Denoiser", "Settings", "image_generator", "image_seed"]
+
+_SMALLER = "Use a smaller batch, a smaller size, or load_pipeline(..., offload='model')."
 
 
 class Denoiser:
@@ -121,7 +124,7 @@ class Denoiser:
             raise ConfigError(
                 "prompts", value=prompts, bound="a list of at least one text", remedy="Give the prompts as a list."
             )
-        with _readable_memory_errors(len(prompts)):
+        with memory_errors(len(prompts), remedy=_SMALLER):
             return Conditioning(MappingProxyType(self._adapter.encode(self.pipeline, list(prompts), self.settings)))
 
     def noise(self, generators: Sequence[torch.Generator]) -> Candidates:
@@ -194,7 +197,7 @@ class Denoiser:
                 remedy="Record steps that this part runs, and pass on_x0.",
             )
         segment = make_segment(self._scheduler, first, last_step, record, on_x0, candidates.history)
-        with self._installed(segment), _readable_memory_errors(len(candidates)):
+        with self._installed(segment), memory_errors(len(candidates), remedy=_SMALLER):
             latents = self._call(conditioning.embeds, candidates.latents)
         return Candidates(latents, last_step, history_of(segment))
 
@@ -250,7 +253,7 @@ class Denoiser:
             vae.to(dtype=torch.float32)
         try:
             latents = self._adapter.descale(latents.to(self.device, vae.dtype), vae.config)
-            with _readable_memory_errors(len(latents)):
+            with memory_errors(len(latents), remedy=_SMALLER):
                 return vae.decode(latents, return_dict=False)[0]
         finally:
             if upcast:
@@ -277,16 +280,3 @@ class Denoiser:
             for name in [name for name in own if name.startswith("_") and name not in before]:
                 del own[name]
             own.update(before)
-
-
-@contextlib.contextmanager
-def _readable_memory_errors(n: int) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(
-            f"out of memory with {n} images at once",
-            value=n,
-            bound="as many as the memory holds",
-            remedy="Use a smaller batch, a smaller size, or load_pipeline(..., offload='model').",
-        ) from error

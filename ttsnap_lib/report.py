@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._current_run import read_if_whole
-from ._reading import as_path
+from ._reading import as_path, failures_as
 from .errors import RunError
 from .paths import atomic_write
 
@@ -62,7 +62,13 @@ def render(folder: str | Path, output: str | Path | None = None) -> Path:
     folder = as_path("folder", folder, error=RunError)
     manifest, sweep = read_if_whole(folder / "manifest.json"), read_if_whole(folder / "sweep.json")
     remedy = "Give the folder that `ttsnap run` or `ttsnap sweep` printed."
-    try:
+    with failures_as(
+        RunError,
+        f"a file of {folder} is broken",
+        value=str(folder),
+        bound="records, tables and notebook as the run wrote them",
+        remedy=f"Run it again with --force. {remedy}",
+    ):
         if sweep is not None and "runs" in sweep:
             title, parts = _sweep_parts(folder, sweep)
         elif manifest is not None and "notebook" in manifest:
@@ -74,15 +80,6 @@ def render(folder: str | Path, output: str | Path | None = None) -> Path:
                 bound="a run folder (manifest.json of a notebook) or a sweep folder (sweep.json)",
                 remedy=remedy,
             )
-    except RunError:
-        raise
-    except Exception as error:  # records, tables and notebooks that are not as the runner writes them
-        raise RunError(
-            f"a file of {folder} is broken ({type(error).__name__}: {str(error)[:160]})",
-            value=str(folder),
-            bound="records, tables and notebook as the run wrote them",
-            remedy=f"Run it again with --force. {remedy}",
-        ) from error
     path = Path(output) if output is not None else folder / "report.html"
     body = "\n".join([f"<h1>{_text(title)}</h1>", *parts])
     with atomic_write(path, "w") as file:

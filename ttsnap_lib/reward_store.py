@@ -9,34 +9,21 @@ from __future__ import annotations
 import contextlib
 import glob
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ._plan import shard_lock
+from ._plan import others_at_work, shard_lock
+from ._store_plan import PARTIAL, PENDING, SCORED, RewardPlan, planned, write_store
 from .errors import TensorError
 from .paths import tidy, typed_disk_errors
-from .tensors import COPIED, DIMS, FINETUNED, PROMPT_CHUNK, check_rewards, make_rewards, open_rewards, write_zarr
+from .tensors import FINETUNED, PROMPT_CHUNK, open_rewards
 
 if TYPE_CHECKING:
-    import xarray as xr
     import zarr
 
 __all__ = ["RewardPlan", "RewardStore", "open_store"]
-
-_PENDING, _PARTIAL, _SCORED = "pending", "partial", "scored"
-_ATTRIBUTE = "scores"  # reward -> {"weights": fingerprint, "noise_aware": {step: fingerprint}}
-
-
-@dataclass(frozen=True)
-class RewardPlan:
-    """One reward to be scored: its name, and digests of its weights and of its noise-aware weights per step."""
-
-    name: str
-    weights: str
-    noise_aware: Mapping[int, str] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -73,17 +60,17 @@ def open_store(
         with shard_lock(beside, shard) as held:
             tidy(path.parent, glob.escape(path.name))
             old = open_rewards(path).load() if path.exists() else None
-            new = _planned(old, path, rewards, list(prompts), n_images, sorted(steps), dict(attributes or {}))
+            new = planned(old, path, rewards, list(prompts), n_images, sorted(steps), dict(attributes or {}))
             if old is None or not old.identical(new):
-                if shard[1] > 1 and old is not None and _others_at_work(beside, shard):
+                if shard[1] > 1 and old is not None and others_at_work(beside, shard):
                     raise TensorError(
                         f"{path} cannot be widened while other shards write it",
                         value=str(path),
                         bound="one process while rewards, prompts, images or steps are added",
                         remedy="Wait for them to end, or start all shards with the same settings.",
                     )
-                _write(new, path)
-            elif not _others_at_work(beside, shard):
+                write_store(new, path)
+            elif not others_at_work(beside, shard):
                 for leftover in path.rglob("*.partial"):  # a chunk that was being written when a process ended
                     leftover.unlink()
         stack.enter_context(held)
@@ -156,171 +143,10 @@ class RewardStore:
     def settle(self, prompt: int) -> None:
         """Bring ``status`` of a prompt up to date."""
         gaps = np.isnan(np.stack([np.asarray(self._array(name)[:, prompt]) for name in ("base", "noise_aware")]))
-        status = _PENDING if gaps.all() else _PARTIAL if gaps.any() else _SCORED
+        status = PENDING if gaps.all() else PARTIAL if gaps.any() else SCORED
         if self._array("status")[prompt] != status:
             with typed_disk_errors(self.path):
                 self._array("status")[prompt] = status
 
     def _array(self, name: str) -> zarr.Array:
         return cast("zarr.Array", self._group[name])
-
-
-def _planned(
-    old: xr.Dataset | None,
-    path: Path,
-    rewards: Sequence[RewardPlan],
-    prompts: list[str],
-    n_images: int,
-    steps: list[int],
-    attributes: dict[str, Any],
-) -> xr.Dataset:
-    """Return the tensor as it has to stand before scoring begins."""
-    names = [plan.name for plan in rewards]
-    scores: dict[str, Any] = {}
-    if old is not None:
-        _check_same(old, path, rewards, prompts, attributes)
-        scores = {name: dict(entry) for name, entry in _scores(old, path).items()}
-        names = [str(name) for name in old["reward"].values]
-        names += [plan.name for plan in rewards if plan.name not in names]
-        texts = [str(value) for value in old["prompt_text"].values] if "prompt_text" in old.coords else []
-        prompts = max(texts, prompts, key=len)
-        n_images = max(n_images, old.sizes["image"])
-        steps = sorted({*steps, *(int(step) for step in old["step"].values)})
-    shape = (len(names), len(prompts), n_images, len(steps))
-    new = make_rewards(
-        np.full(shape, np.nan, np.float32),
-        rewards=names,
-        prompt_text=prompts,
-        steps=steps,
-        attributes=attributes if old is None else {**attributes, **old.attrs},
-    )
-    new["status"][:] = _PENDING
-    source = np.full((len(names), len(steps)), COPIED, dtype=f"<U{len(COPIED)}")
-    columns = {step: k for k, step in enumerate(steps)}
-    if old is not None:
-        index = {
-            "reward": np.array([names.index(str(name)) for name in old["reward"].values]),
-            "step": np.array([columns[int(step)] for step in old["step"].values]),
-        }
-        block = np.ix_(index["reward"], old["prompt"].values, old["image"].values, index["step"])
-        for variable in ("base", "noise_aware"):
-            new[variable].values[block] = old[variable].transpose(*DIMS).values
-        source[np.ix_(index["reward"], index["step"])] = old["noise_aware_source"].transpose("reward", "step").values
-        new["status"].values[old["prompt"].values] = old["status"].values
-        if shape != tuple(old["base"].transpose(*DIMS).shape):
-            whole = new["status"].values == _SCORED
-            new["status"].values[whole] = _PARTIAL
-    for plan in rewards:
-        row = names.index(plan.name)
-        entry = scores.setdefault(plan.name, {"weights": plan.weights, "noise_aware": {}})
-        for step, digest in plan.noise_aware.items():
-            entry["noise_aware"] = {**entry["noise_aware"], str(step): digest}
-            if step in columns and source[row, columns[step]] != FINETUNED:
-                source[row, columns[step]] = FINETUNED
-                new["noise_aware"].values[row, :, :, columns[step]] = np.nan
-                new["status"].values[new["status"].values == _SCORED] = _PARTIAL
-    new["noise_aware_source"] = (("reward", "step"), source.astype(object))
-    new.attrs[_ATTRIBUTE] = scores
-    return new
-
-
-def _check_same(
-    old: xr.Dataset, path: Path, rewards: Sequence[RewardPlan], prompts: list[str], attributes: dict[str, Any]
-) -> None:
-    other = "Choose another --out, or remove the tensor."
-    for dim in ("prompt", "image"):
-        if not np.array_equal(old[dim].values, np.arange(old.sizes[dim])):
-            raise TensorError(
-                f"{path} holds a selection of a tensor",
-                value=old[dim].values.tolist(),
-                bound=f"{dim} 0 to {old.sizes[dim] - 1}",
-                remedy=other,
-            )
-    texts = [str(value) for value in old["prompt_text"].values] if "prompt_text" in old.coords else None
-    if texts is None:
-        raise TensorError(
-            f"{path} does not say which prompts it holds",
-            value=str(path),
-            bound="a tensor with prompt_text",
-            remedy=other,
-        )
-    for index, (there, here) in enumerate(zip(texts, prompts, strict=False)):
-        if there != here:
-            raise TensorError(f"{path}: prompt {index} is another one", value=here, bound=repr(there), remedy=other)
-    was, now = old.attrs.get("trajectories"), attributes.get("trajectories")
-    if now is not None and was != now:
-        raise TensorError(
-            f"{path} was scored from other trajectories",
-            value=attributes.get("model"),
-            bound=f"those of {old.attrs.get('model')} ({was})",
-            remedy=other,
-        )
-    scores = _scores(old, path)
-    for plan in rewards:
-        if plan.name not in [str(name) for name in old["reward"].values]:
-            continue
-        remedy = f"Choose another --out, or another name for {plan.name} (name=)."
-        entry = scores.get(plan.name)
-        if entry is None or entry.get("weights") != plan.weights:
-            raise TensorError(
-                f"{path} holds scores of {plan.name} by other weights",
-                value=plan.weights,
-                bound=str(entry.get("weights")) if entry else "scores that this program made",
-                remedy=remedy,
-            )
-        for step, digest in plan.noise_aware.items():
-            known = entry["noise_aware"].get(str(step), digest)
-            if known != digest:
-                raise TensorError(
-                    f"{path} holds noise-aware scores of {plan.name} at step {step} by other weights",
-                    value=digest,
-                    bound=known,
-                    remedy=remedy,
-                )
-
-
-def _scores(old: xr.Dataset, path: Path) -> dict[str, dict[str, Any]]:
-    """Return what the tensor says about the weights behind its scores."""
-    found = old.attrs.get(_ATTRIBUTE, {})
-    entries = list(found.values()) if isinstance(found, Mapping) else [None]
-    whole = all(isinstance(entry, Mapping) and isinstance(entry.get("noise_aware"), Mapping) for entry in entries)
-    if not whole or not {"noise_aware_source", "status"} <= set(old.variables):
-        raise TensorError(
-            f"{path} does not say how it was scored",
-            value=found,
-            bound="noise_aware_source, status, and the weights of each reward, as `ttsnap score` writes them",
-            remedy="Choose another --out, or remove the tensor.",
-        )
-    return dict(found)
-
-
-def _write(dataset: xr.Dataset, path: Path) -> None:
-    """Write the whole store beside and rename."""
-    check_rewards(dataset)
-    dataset = dataset.copy()
-    sizes = dataset.sizes
-    for name in ("reward", "status", "prompt_text", "noise_aware_source"):
-        dataset[name] = dataset[name].astype(str)
-    dataset["status"] = dataset["status"].astype(f"<U{len(_PENDING)}")
-    dataset["noise_aware_source"] = dataset["noise_aware_source"].astype(f"<U{len(COPIED)}")
-    for variable in dataset.variables.values():
-        variable.encoding = {}
-    prompts = min(PROMPT_CHUNK, sizes["prompt"])
-    values = {"chunks": (1, prompts, sizes["image"], sizes["step"]), "dtype": "float32"}
-    encoding = {"base": values, "noise_aware": values, "status": {"chunks": (prompts,)}}
-    write_zarr(dataset, path, encoding)
-
-
-def _others_at_work(beside: Path, shard: tuple[int, int]) -> bool:
-    from .errors import DiskError
-    from .paths import lock
-
-    for other in range(shard[1]):
-        if other == shard[0]:
-            continue
-        try:
-            with lock(beside / ".ttsnap" / "locks" / f"shard-{other}-of-{shard[1]}.lock"):
-                pass
-        except DiskError:
-            return True
-    return False

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from . import provenance
 from ._current_run import FOLDER_VARIABLE, TOKEN_VARIABLE, Run, current_run, read_if_whole
-from ._reading import as_path
+from ._run_plan import Plan, find_notebook, plan
 from .checks import real
-from .errors import ConfigError, DiskError, RunError
-from .parameters import declared_parameters, injected_source, parameter_hash, read_notebook, resolve, tagged_cell
-from .paths import data_cache, git_state, lock, notebooks_folder, repository_root, typed_disk_errors, write_json
+from .errors import DiskError, RunError
+from .parameters import injected_source, read_notebook, tagged_cell
+from .paths import git_state, lock, repository_root, typed_disk_errors, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,59 +67,14 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A checked run that has not started: everything that can be wrong beforehand has been looked at."""
+class _Kernel:
+    """How a notebook is executed; see :func:`run`."""
 
-    notebook: Path
-    parameters: dict[str, Any]
-    folder: Path
-
-    @property
-    def run_hash(self) -> str:
-        """Hash of the resolved parameters, the name of the run folder."""
-        return self.folder.name
-
-
-def find_notebook(notebook: str | Path) -> Path:
-    """Return the path of `notebook`: a path, or the name of a shipped notebook (``simulate``).
-
-    Raises
-    ------
-    ConfigError
-        No such file and no such name.
-    """
-    path = as_path("notebook", notebook).expanduser()
-    if path.suffix == ".ipynb" and path.exists():
-        return path.resolve()
-    shipped = notebooks_folder() / f"{path.stem}.ipynb"
-    if path.parent == Path(".") and shipped.exists():
-        return shipped
-    names = sorted(found.stem for found in notebooks_folder().glob("*.ipynb"))
-    raise ConfigError(
-        "notebook", value=str(notebook), bound=f"a path of an .ipynb file, or one of {names}",
-        remedy="Check the spelling and the folder.",
-    )  # fmt: skip
-
-
-def plan(
-    notebook: str | Path, parameters: Mapping[str, Any] | None = None, *, folder: str | Path | None = None
-) -> Plan:
-    """Check `notebook` and `parameters` and return where the run will stand, without running anything.
-
-    Returns
-    -------
-    Plan
-
-    Raises
-    ------
-    ConfigError
-        A notebook that cannot be read, an unknown parameter, a value of the wrong type.
-    """
-    path = find_notebook(notebook)
-    content = read_notebook(path)
-    resolved = resolve(declared_parameters(content, path.name), dict(parameters or {}), path.name)
-    root = Path(folder) if folder is not None else data_cache() / "runs"
-    return Plan(path, resolved, root.absolute() / path.stem / parameter_hash(resolved))
+    say: Callable[[str], None]
+    echo: bool
+    timeout_s: float | None
+    environment: Mapping[str, str]
+    warm: bool
 
 
 def run(
@@ -177,16 +132,17 @@ def run(
     planned = plan(notebook, parameters, folder=folder)
     timeout_s = None if timeout_s is None else real("timeout_s", timeout_s, 0, open_low=True)
     say = progress or (lambda line: None)
+    kernel = _Kernel(say, echo, timeout_s, dict(environment or {}), warm)
     gate = planned.folder.parent / ".locks" / planned.run_hash
     try:
         with lock(gate):
-            return _run_locked(planned, force, say, echo, timeout_s, environment, warm)
+            return _run_locked(planned, force, kernel)
     except DiskError as error:
         if error.value != str(gate):
             raise
     say("another process is at this run; waiting for it")
     with lock(gate, wait=True):
-        return _run_locked(planned, False, say, echo, timeout_s, environment, warm)
+        return _run_locked(planned, False, kernel)
 
 
 def finished(planned: Plan) -> RunResult | None:
@@ -205,31 +161,16 @@ def finished(planned: Plan) -> RunResult | None:
     return RunResult(planned.notebook.stem, planned.folder, planned.run_hash, planned.parameters, manifest, reused=True)
 
 
-def _run_locked(
-    planned: Plan,
-    force: bool,
-    say: Callable[[str], None],
-    echo: bool,
-    timeout_s: float | None,
-    environment: Mapping[str, str] | None,
-    warm: bool,
-) -> RunResult:
+def _run_locked(planned: Plan, force: bool, kernel: _Kernel) -> RunResult:
     done = None if force else finished(planned)
     if done is not None:
-        say(f"finished before: {done.folder}")
+        kernel.say(f"finished before: {done.folder}")
         return done
     with typed_disk_errors(planned.folder):
-        return _run_anew(planned, say, echo, timeout_s, environment, warm)
+        return _run_anew(planned, kernel)
 
 
-def _run_anew(
-    planned: Plan,
-    say: Callable[[str], None],
-    echo: bool,
-    timeout_s: float | None,
-    environment: Mapping[str, str] | None,
-    warm: bool,
-) -> RunResult:
+def _run_anew(planned: Plan, kernel: _Kernel) -> RunResult:
     shutil.rmtree(planned.folder, ignore_errors=True)  # the remains of a failed or killed run
     content = read_notebook(planned.notebook)
     manifest: dict[str, Any] = {
@@ -249,7 +190,7 @@ def _run_anew(
     }
     write_json(planned.folder / "manifest.json", manifest)
     begin = time.monotonic()
-    error = _execute(planned, content, manifest["token"], say, echo, timeout_s, environment, warm)
+    error = _execute(planned, content, manifest["token"], kernel)
     recorded = read_if_whole(planned.folder / "recorded.json") or {}
     (planned.folder / "recorded.json").unlink(missing_ok=True)
     manifest |= {
@@ -267,16 +208,7 @@ def _run_anew(
     return RunResult(planned.notebook.stem, planned.folder, planned.run_hash, planned.parameters, manifest)
 
 
-def _execute(
-    planned: Plan,
-    content: dict[str, Any],
-    token: str,
-    say: Callable[[str], None],
-    echo: bool,
-    timeout_s: float | None,
-    environment: Mapping[str, str] | None,
-    warm: bool,
-) -> RunError | None:
+def _execute(planned: Plan, content: dict[str, Any], token: str, kernel: _Kernel) -> RunError | None:
     """Execute into ``executed.ipynb`` of the run folder; return the failure of a cell, if one failed."""
     import nbformat
 
@@ -301,11 +233,11 @@ def _execute(
         node,
         planned.folder / "executed.ipynb",
         parameters=planned.parameters,
-        environment={**(environment or {}), **extra},
-        say=say,
-        echo=sys.stdout if echo else None,
-        timeout_s=timeout_s,
-        warm=warm,
+        environment={**kernel.environment, **extra},
+        say=kernel.say,
+        echo=sys.stdout if kernel.echo else None,
+        timeout_s=kernel.timeout_s,
+        warm=kernel.warm,
     )
     if failure is None:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ._reading import failures_as
 from .errors import CheckpointError, PipelineError
 
 __all__ = ["find_adapters", "load_decoder"]
@@ -34,13 +35,12 @@ def load_decoder(source: Any, pipeline: Any) -> Any:
         from .pocket import POCKET_MODELS, pocket_folder
 
         place = pocket_folder(str(source)) if str(source) in POCKET_MODELS else source
-        try:
+        with failures_as(
+            PipelineError, "tiny decoder cannot be loaded", value=str(source),
+            bound="a folder or hub id of an AutoencoderTiny",
+            remedy="pocket-tiny for the pocket models, madebyollin/taef1 for FLUX, madebyollin/taesdxl for SDXL.",
+        ):  # fmt: skip
             decoder = AutoencoderTiny.from_pretrained(place, torch_dtype=pipeline.vae.dtype)
-        except Exception as error:  # the hub raises many kinds
-            raise PipelineError(
-                "tiny decoder cannot be loaded", value=str(source), bound="a folder or hub id of an AutoencoderTiny",
-                remedy="pocket-tiny for the pocket models, madebyollin/taef1 for FLUX, madebyollin/taesdxl for SDXL.",
-            ) from error  # fmt: skip
         decoder = decoder.to(pipeline._execution_device).eval()
     channels = [getattr(getattr(one, "config", None), "latent_channels", None) for one in (decoder, pipeline.vae)]
     if channels[0] != channels[1]:

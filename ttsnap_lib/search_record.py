@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._reading import read_json
+from ._reading import failures_as, read_json
 from .checks import known_keys
 from .costs import CostModel
 from .errors import SearchError
@@ -150,16 +150,11 @@ class SearchRecord:
             No record, or one that cannot be read.
         """
         path = Path(folder) / "record.json"
-        try:
-            content = read_json(path, "search record", error=SearchError, remedy="Check the folder, or search again.")
+        remedy = "Check the folder, or search again."
+        content = read_json(path, "search record", error=SearchError, remedy=remedy)
+        bound = "record.json as SearchResult.save() writes it"
+        with failures_as(SearchError, "search record cannot be read", value=str(path), bound=bound, remedy=remedy):
             return cls.from_dict({key: value for key, value in content.items() if key not in ("cost", "complete")})
-        except SearchError:
-            raise
-        except Exception as error:  # a field of another kind fails in its own way
-            raise SearchError(
-                f"search record cannot be read ({error.__class__.__name__})", value=str(path),
-                bound="record.json as SearchResult.save() writes it", remedy="Check the folder, or search again.",
-            ) from error  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tests.bad_input.drill import Cases
 from ttsnap_lib import CostModel, Schedule
 from ttsnap_lib._images import read_image
 from ttsnap_lib._reading import parse_yaml
-from ttsnap_lib.curriculum.config import load_config
+from ttsnap_lib.curriculum import load_config
 from ttsnap_lib.grids import load_grid
 from ttsnap_lib.interop import export_ground_truth, export_published, import_ground_truth
 from ttsnap_lib.parameters import read_notebook

@@ -53,20 +53,19 @@ def _rows(model: str, n_prompts: int) -> list[Row]:
         rewards = live[method][0]
         # Live is one draw per prompt, the simulation the mean of many: the difference has the spread of one draw.
         gap = rewards - drawn.per_prompt[0]
-        low, high = _interval(gap)
+        estimate = _estimate(gap)
         rows += [
             Row(f"{method}: live reward over {n_prompts} held-out prompts, {n} candidates", rewards.mean(), "reward"),
             Row(f"  simulated on a pool of {POOL}", float(drawn.mean[0]), "reward",
                 note=f"{drawn.low[0]:.3f} to {drawn.high[0]:.3f}"),
-            Row("  live - simulated, paired", gap.mean(), "reward", note=f"95% interval {low:.3f} to {high:.3f}"),
-            Row("  zero within the interval (1 yes)", float(low <= 0 <= high), "", at_least=1),
+            Row("  live - simulated, paired", estimate.mean, "reward", note=f"95% interval {_span(estimate)}"),
+            Row("  zero within the interval (1 yes)", float(estimate.low <= 0 <= estimate.high), "", at_least=1),
         ]  # fmt: skip
         if method != "best_of_n":
-            won = rewards - live["best_of_n"][0]
-            low, high = _interval(won)
+            won = _estimate(rewards - live["best_of_n"][0])
             promise = 0.0 if method == "ttsnap" else None
-            rows.append(Row(f"{method} - best_of_n live at equal FLOPs, lower end of 95%", low, "reward", promise,
-                            note=f"mean {won.mean():.3f}, {low:.3f} to {high:.3f}"))  # fmt: skip
+            rows.append(Row(f"{method} - best_of_n live at equal FLOPs, lower end of 95%", won.low, "reward", promise,
+                            note=f"mean {won.mean:.3f}, {_span(won)}"))  # fmt: skip
     rows += _equal_seconds(pipeline, reward, prompts, methods, measured.seconds, common)
     for k, step in enumerate(SCHEDULE.steps):
         rows.append(Row(f"tau of the base reward at step {step}: tiny decoder", tiny_tau[k], "",
@@ -136,12 +135,9 @@ def _equal_seconds(pipeline, reward, prompts, methods, costs: CostModel, common)
     live = _live(pipeline, reward, prompts, methods, MULTIPLE * costs.total(1), costs, common, seed=2)
     rows = []
     for method in methods[1:]:
-        low, high = _interval(live[method][0] - live["best_of_n"][0])
-        mean = (live[method][0] - live["best_of_n"][0]).mean()
+        won = _estimate(live[method][0] - live["best_of_n"][0])
         rows += [
-            Row(
-                f"{method} - best_of_n live at equal budgeted seconds", mean, "reward", note=f"{low:.3f} to {high:.3f}"
-            ),
+            Row(f"{method} - best_of_n live at equal budgeted seconds", won.mean, "reward", note=_span(won)),
             Row("  seconds that it took / Best-of-N's", live[method][1].mean() / live["best_of_n"][1].mean(), "x"),
         ]
     return rows
@@ -174,6 +170,9 @@ def _tensor(pipeline, reward, prompts, decoder, settings):
     return make_rewards(base, aware, rewards=[reward.name]), *tau
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(metrics.bootstrap_means(values, 0, 4000), (0.025, 0.975))
-    return float(low), float(high)
+def _estimate(values: np.ndarray) -> metrics.Estimate:
+    return metrics.Estimate.over_prompts(values, 0, resamples=4000)
+
+
+def _span(estimate: metrics.Estimate) -> str:
+    return f"{estimate.low:.3f} to {estimate.high:.3f}"

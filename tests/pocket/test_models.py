@@ -99,17 +99,14 @@ def test_clip_agrees_with_the_oracle_within_prompts(drawn, clip):
     texts = np.repeat(prompts, images).tolist()
     scores = clip_scores(clip, texts, pictures.astype(np.float32) / 255).reshape(len(prompts), -1)
     oracle = oracle_score(texts, pictures).reshape(scores.shape)
-    print(rank_agreement(scores, oracle), oracle.mean(), oracle.std(axis=1).mean())
-    # measured 0.29 for both on 48 prompts of 8; the standard error at 32 prompts of 8 is about 0.07
-    assert rank_agreement(scores, oracle) > 0.1
+    assert rank_agreement(scores, oracle) > 0.4  # a reward that is mostly noise teaches nothing
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pocket-flux", "pocket-sdxl"])
 def test_figures_on_held_out_prompts(name, clip):
     figures, _ = measure(name, clip, pocket_prompts("evaluation", 48), 8)
-    # measured 0.29 on the selection split (48 prompts of 8, standard error 0.06)
-    assert figures["spearman_clip_oracle"] >= 0.18
+    assert figures["spearman_clip_oracle"] >= 0.4
     assert 0.4 < figures["oracle_mean"] < 0.95
     tau = figures["kendall_tau_by_step"]
     assert tau[2] < tau[6] < tau[11] < tau[15] < tau[19] == 1.0

@@ -23,7 +23,7 @@ _NAMES = {
     "gain_where_useful": "report",
     "ground_truth_targets": "targets",
     "import_series": "exchange",
-    "load_config": "config",
+    "load_config": "config_files",
     "load_series": "exchange",
     "loss_curves": "figures",
     "losses_table": "figures",
@@ -31,7 +31,7 @@ _NAMES = {
     "open_images": "images",
     "own_targets": "targets",
     "push_series": "exchange",
-    "shipped_configs": "config",
+    "shipped_configs": "config_files",
     "tau_by_step": "figures",
     "validate": "validation",
 }

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ttsnap_lib._reading import as_path, read_json
+from ttsnap_lib._reading import as_path, failures_as, read_json
 from ttsnap_lib.checks import integer
 from ttsnap_lib.errors import CurriculumError, TrajectoryError
 from ttsnap_lib.paths import atomic_folder, data_cache, write_json
@@ -103,19 +103,12 @@ class ImageBank:
     @classmethod
     def load(cls, folder: str | Path) -> ImageBank:
         """Open a saved bank; the pixels stay on disk until they are read."""
-        try:
-            about = read_json(Path(folder) / _BANK, "bank", error=TrajectoryError, remedy="Make it again.")
+        again = "Make it again."
+        about = read_json(Path(folder) / _BANK, "bank", error=TrajectoryError, remedy=again)
+        bound = "a bank as ImageBank.save() writes it"
+        with failures_as(TrajectoryError, "bank cannot be read", value=str(folder), bound=bound, remedy=again):
             pixels = np.load(Path(folder) / _PIXELS, mmap_mode="r", allow_pickle=False)
             return cls(pixels, about["prompts"], about["steps"])
-        except TrajectoryError:
-            raise
-        except Exception as error:  # numpy and fields of other kinds fail in their own ways
-            raise TrajectoryError(
-                f"bank {folder} cannot be read ({type(error).__name__}: {error})",
-                value=str(folder),
-                bound="a bank as ImageBank.save() writes it",
-                remedy="Make it again.",
-            ) from error
 
     @classmethod
     def from_folder(cls, folder: str | Path, **options: Any) -> ImageBank:
@@ -139,6 +132,7 @@ class ImageBank:
         batch_size: int = 64,
         cpu_threads: int | None = 1,
         settings: Any = None,
+        negtome: Any = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> ImageBank:
         """Generate the pictures into memory with :func:`ttsnap_lib.generate.generate`.
@@ -167,6 +161,7 @@ class ImageBank:
             batch_size=batch_size,
             cpu_threads=cpu_threads,
             settings=settings,
+            negtome=negtome,
             progress=progress,
         )
         return cls(pixels, prompts, kept)

@@ -19,15 +19,15 @@ def model_pixels(reward: Reward, pictures: np.ndarray) -> torch.Tensor:
     Raises
     ------
     CurriculumError
-        A reward without weights, so without preprocessing of its own.
+        A reward without preprocessing of its own.
     """
     preprocessing = reward.preprocessing
     if preprocessing is None:
         raise CurriculumError(
-            f"reward {reward.name} has no weights to train",
+            f"reward {reward.name} has no preprocessing",
             value=reward.name,
-            bound="a reward with weights",
-            remedy="Finetune a model reward, not a function.",
+            bound="a reward that says how pictures become its model's input",
+            remedy="Give the reward a Preprocessing.",
         )
     if pictures.shape[1:3] == (preprocessing.size, preprocessing.size) and preprocessing.resize_to is None:
         levels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)

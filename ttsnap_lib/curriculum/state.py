@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ttsnap_lib._reading import failures_as
 from ttsnap_lib.errors import CheckpointError, CurriculumError
 from ttsnap_lib.paths import atomic_write, write_json
 
@@ -99,17 +100,16 @@ def read_state_file(folder: Path) -> dict[str, Any] | None:
     path = folder / STATE
     if not path.is_file():
         return None
-    try:
+    with failures_as(
+        CheckpointError,
+        "saved state cannot be read",
+        value=str(path),
+        bound="a whole file of ttsnap finetune",
+        remedy="Delete it: the run begins anew, and checkpoints of finished steps are made again.",
+    ):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["identity"]
         return state
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(
-            f"saved state cannot be read ({type(error).__name__})",
-            value=str(path),
-            bound="a whole file of ttsnap finetune",
-            remedy="Delete it: the run begins anew, and checkpoints of finished steps are made again.",
-        ) from error
 
 
 def write_curriculum(

@@ -21,14 +21,14 @@ from ttsnap_lib.rewards.steps import step_folders
 
 from .batches import Loader, Plan
 from .config import CurriculumConfig
-from .images import ImageBank, Images, open_images
+from .images import Images
+from .inputs import RunData, gather
 from .loop import Trainer
 from .report import metrics_table
 from .state import CURRICULUM, STATE, array_digest, identity, open_run, read_state_file, write_curriculum
-from .subset import PromptSubset
-from .targets import ground_truth_targets, own_targets, score_step
+from .targets import score_step
 from .validation import measures
-from .weights import Weights
+from .weights import Weights, trainable_module
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -149,25 +149,12 @@ def finetune(
         raise CurriculumError("trajectories", value=None, bound="a folder", remedy="Say what to train on.")
     if reward is None:
         reward = load_reward(config.reward, device=device, **(reward_options or {}))
-    if reward.module is None:
-        raise CurriculumError(
-            f"reward {reward.name} has no weights to train",
-            value=reward.name,
-            bound="a reward with weights",
-            remedy="Finetune a model reward, not a function.",
-        )
+    module = trainable_module(reward)
     accelerator = _accelerator(config, reward, folder)
+    held_source = validation if validation is not None else config.validation
     with accelerator.main_process_first():  # one process generates or scores, the others find its cache
-        train = open_images(source, steps=config.steps)
-        held_source = validation if validation is not None else config.validation
-        held = open_images(held_source, steps=config.steps) if held_source is not None else None
-        _check_steps(config, train)
-        goal = _targets(targets, train, reward, config)
-        held_goal: Any = _targets(validation_targets, held, reward, config) if held is not None else None
-    if held is None and config.validation_prompts:
-        train, goal, held, held_goal = _split(train, goal, config)
-    if held is not None:
-        _check_steps(config, held)
+        data = gather(source, held_source, targets, validation_targets, reward, config)
+    train, (held, held_targets) = data.train, data.held or (None, None)
 
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
@@ -180,17 +167,17 @@ def finetune(
             config,
             reward=reward.fingerprint(),
             pictures=train.digest(),
-            targets=array_digest(goal),
+            targets=array_digest(data.targets),
             validation=None if held is None else held.digest(),
-            validation_targets=array_digest(held_goal),
+            validation_targets=array_digest(held_targets),
         )
         open_run(folder, who)
-        base = _base_validation(accelerator, reward, held, held_goal, config)
-        parameters = sum(p.numel() for p in reward.module.parameters())
+        base = _base_validation(accelerator, reward, data, config)
+        parameters = sum(p.numel() for p in module.parameters())
         weights = Weights(reward, config)
         plan = Plan(config, len(train.prompts), train.n_images)
         loader = Loader(
-            plan, train, goal, reward, process=accelerator.process_index, processes=accelerator.num_processes
+            plan, train, data.targets, reward, process=accelerator.process_index, processes=accelerator.num_processes
         )
         trained = sum(p.numel() for p in weights.parameters.values())
         about = {"trained_parameters": trained, "base_parameters": parameters}
@@ -199,7 +186,7 @@ def finetune(
             write_curriculum(folder, reward.name, config, who, [], about)  # last: with it the run has begun
         trainer = Trainer(
             accelerator, reward, weights, loader, config, folder, identity=who, about=about,
-            validation=None if held is None else (held, held_goal, base), progress=progress, listener=listener,
+            validation=None if data.held is None else (*data.held, base), progress=progress, listener=listener,
         )  # fmt: skip
         if config.tracker:
             plain = {key: value for key, value in config.to_dict().items() if isinstance(value, int | float | str)}
@@ -252,54 +239,14 @@ def _accelerator(config: CurriculumConfig, reward: Reward, folder: Path) -> Any:
     )
 
 
-def _check_steps(config: CurriculumConfig, images: Images) -> None:
-    there = images.steps if isinstance(images, ImageBank) else range(images.n_steps)
-    missing = [step for step in config.steps if step not in there]
-    if missing:
-        raise CurriculumError(
-            f"step {missing[0]} has no images",
-            value=missing,
-            bound=f"steps of the trajectories: {list(there)[:3]} ... {list(there)[-1]}",
-            remedy="Leave these steps out of the curriculum, or generate trajectories that have them.",
-        )
-
-
-def _targets(given: Any, images: Images, reward: Reward, config: CurriculumConfig) -> np.ndarray:
-    if given is None:
-        return own_targets(reward, images)
-    if isinstance(given, str | Path):
-        return ground_truth_targets(given, images, reward, check=config.check_targets)
-    targets = np.asarray(given, np.float32)
-    if targets.shape != (len(images.prompts), images.n_images) or not np.isfinite(targets).all():
-        raise CurriculumError(
-            "targets",
-            value=targets.shape,
-            bound=f"finite numbers ({len(images.prompts)}, {images.n_images}), one per image",
-            remedy="Give the targets of these trajectories.",
-        )
-    return targets
-
-
-def _split(train: Images, goal: np.ndarray, config: CurriculumConfig) -> tuple[Images, np.ndarray, Images, np.ndarray]:
-    cut = len(train.prompts) - config.validation_prompts
-    if cut < 1:
-        raise CurriculumError(
-            "validation_prompts",
-            value=config.validation_prompts,
-            bound=f"fewer than the {len(train.prompts)} prompts",
-            remedy="Lower it, or name other pictures for validation.",
-        )
-    return PromptSubset(train, 0, cut), goal[:cut], PromptSubset(train, cut, len(train.prompts)), goal[cut:]
-
-
-def _base_validation(accelerator: Any, reward: Reward, held: Images | None, goal: Any, config: CurriculumConfig) -> Any:
-    if held is None:
+def _base_validation(accelerator: Any, reward: Reward, data: RunData, config: CurriculumConfig) -> dict[int, Any]:
+    if data.held is None:
         return {}
-    found = {}
+    (held, targets), found = data.held, {}
     shard = (accelerator.process_index, accelerator.num_processes)
     for step in config.steps:
         scores = torch.from_numpy(score_step(reward, held, step, shard=shard)).to(accelerator.device)
-        found[step] = measures(accelerator.reduce(scores, "sum").cpu().numpy(), goal)
+        found[step] = measures(accelerator.reduce(scores, "sum").cpu().numpy(), targets)
     return found
 
 

@@ -17,7 +17,7 @@ from ttsnap_lib.rewards.base import Reward
 
 from .config import CurriculumConfig
 
-__all__ = ["RewardModule", "Weights", "checkpoint_blocks", "own_randomness"]
+__all__ = ["RewardModule", "Weights", "checkpoint_blocks", "own_randomness", "trainable_module"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -33,6 +33,31 @@ class RewardModule(torch.nn.Module):
     def forward(self, pixels: torch.Tensor, text: Any) -> torch.Tensor:
         """Return the rewards (n,)."""
         return self._reward[0].forward(pixels, text)
+
+
+def trainable_module(reward: Reward) -> torch.nn.Module:
+    """Return the module of a base reward.
+
+    Raises
+    ------
+    CurriculumError
+        A reward without weights, or with noise-aware ones already.
+    """
+    if reward.module is None:
+        raise CurriculumError(
+            f"reward {reward.name} has no weights to train",
+            value=reward.name,
+            bound="a reward with weights",
+            remedy="Finetune a model reward, not a function.",
+        )
+    if reward.adapter_steps:
+        raise CurriculumError(
+            f"reward {reward.name} has noise-aware weights already",
+            value=reward.adapter_steps,
+            bound="a base reward",
+            remedy="Load it without adapters.",
+        )
+    return reward.module
 
 
 class Weights:
@@ -51,33 +76,20 @@ class Weights:
     """
 
     def __init__(self, reward: Reward, config: CurriculumConfig) -> None:
-        if reward.module is None:
-            raise CurriculumError(
-                f"reward {reward.name} has no weights to train",
-                value=reward.name,
-                bound="a reward with weights",
-                remedy="Finetune a model reward, not a function.",
-            )
-        if reward.adapter_steps:
-            raise CurriculumError(
-                f"reward {reward.name} has noise-aware weights already",
-                value=reward.adapter_steps,
-                bound="a base reward",
-                remedy="Load it without adapters.",
-            )
-        self.reward, self.config, self.module = reward, config, reward.module
+        module = trainable_module(reward)
+        self.reward, self.config, self.module = reward, config, module
         self._peft: Any = None
         if config.method == "lora":
             self._inject()
         else:
             self._choose()
         # Dropout of the base stays off: the target is what the base says without it.
-        reward.module.eval()
-        for name, part in reward.module.named_modules():
+        module.eval()
+        for name, part in module.named_modules():
             if "lora_dropout" in name:
                 part.train()
         if config.gradient_checkpointing:
-            checkpoint_blocks(reward.module)
+            checkpoint_blocks(module)
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:

@@ -77,7 +77,12 @@ def _pictures(images: np.ndarray | Sequence) -> np.ndarray:
         )
     array = array.astype(np.float64) / (255.0 if array.dtype == np.uint8 else 1.0)
     if not np.isfinite(array).all():
-        raise RewardError("images for the oracle", bound="finite values", remedy="Check what made the image.")
+        raise RewardError(
+            "images for the oracle",
+            value=array[~np.isfinite(array)].flat[0],
+            bound="finite values",
+            remedy="Check what made the image.",
+        )
     return array
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,25 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ttsnap_lib._devices import as_device
+from ttsnap_lib._devices import as_device, default_device, memory_errors
 from ttsnap_lib.checks import integer
-from ttsnap_lib.errors import CheckpointError, DeviceError, RewardError
+from ttsnap_lib.errors import CheckpointError, RewardError
 
 from .inputs import Images, as_list, check_tensor, open_image, prompt_list
 from .preprocess import Preprocessing
 from .text import TextBatch, TextCache
+from .weights import sampled_digest
 
 if TYPE_CHECKING:
     from .steps import StepSeries
 
-__all__ = ["Reward", "default_device"]
-
-
-def default_device() -> torch.device:
-    """Return the accelerator when there is one (this process's own under a launcher), else the CPU."""
-    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+__all__ = ["Reward"]
 
 
 class Reward:
@@ -165,7 +157,7 @@ class Reward:
         rows = prompt_list(prompts, n)
         size = self.batch_size if batch_size is None else integer("batch_size", batch_size, 1)
         parts = []
-        with self._scoring():
+        with self._scoring(min(n, size)):
             for start in range(0, n, size):
                 part = images[start : start + size]
                 parts.append(self._score_batch(rows[start : start + size], part))
@@ -183,7 +175,7 @@ class Reward:
     def score_pixels(self, prompts: str | Sequence[str], pixels: torch.Tensor) -> np.ndarray:
         """Return the scores (n,) of images that are preprocessed already, without checks of the values."""
         rows = prompt_list(prompts, len(pixels))
-        with self._scoring():
+        with self._scoring(len(rows)):
             return self._score_batch(rows, pixels, ready=True)
 
     def use_step(self, step: int | None) -> Reward:
@@ -253,16 +245,11 @@ class Reward:
 
         It tells scores of one model from those of another when a tensor is resumed; it is no security measure.
         """
-        digest = hashlib.blake2b(digest_size=8)
-        digest.update(f"{type(self).__name__} {self.preprocessing} {self.dtype} {self._settings()}".encode())
-        adapted = "lora" if self._series is not None and self._series.kind == "lora" else ""
-        for key, value in sorted(self._base_state().items()):
-            if adapted and ".lora_" in key:
-                continue
-            flat = value.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 256)].float().cpu().numpy()
-            digest.update(f"{key.replace('.base_layer', '')} {tuple(value.shape)}".encode() + sample.tobytes())
-        return digest.hexdigest()
+        about = f"{type(self).__name__} {self.preprocessing} {self.dtype} {self._settings()}"
+        state = self._base_state()
+        if self.series_kind == "lora":  # the adapters wrap the base weights, and are not among them
+            state = {key.replace(".base_layer", ""): value for key, value in state.items() if ".lora_" not in key}
+        return sampled_digest(about, state)
 
     def _settings(self) -> str:
         """Return the settings of the family that change the scores."""
@@ -308,21 +295,18 @@ class Reward:
         return self._texts.rows(prompts, self.encode_text, (self.step, versions))
 
     @contextlib.contextmanager
-    def _scoring(self) -> Iterator[None]:
-        """No gradients, no dropout; training mode comes back afterwards."""
+    def _scoring(self, n: int) -> Iterator[None]:
+        """For `n` images at once: no gradients, no dropout; training mode comes back afterwards."""
         training = [part for part in self.module.modules() if part.training] if self.module is not None else []
+        remedy = "Use a smaller batch_size, or dtype bfloat16."
         try:
             for part in training:
                 part.training = False
-            with torch.no_grad():
+            with (
+                torch.no_grad(),
+                memory_errors(n, doing=f" while scoring with {self.name} on {self.device}", remedy=remedy),
+            ):
                 yield
-        except torch.OutOfMemoryError as error:
-            raise DeviceError(
-                f"out of memory while scoring with {self.name} on {self.device}",
-                value=str(error).splitlines()[0],
-                bound="as many images as the memory holds",
-                remedy="Use a smaller batch_size, or dtype bfloat16.",
-            ) from error
         finally:
             for part in training:
                 part.training = True

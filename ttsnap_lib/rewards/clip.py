@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ttsnap_lib._reading import reason
 from ttsnap_lib.checks import real
 from ttsnap_lib.errors import RewardError
 
@@ -170,9 +171,8 @@ def _pretrained(load: Any, source: str, what: str, revision: str | None, **optio
         return load(source, **({} if local else {"revision": revision or "main"}), **trust, **options)
     except Exception as error:  # OSError, ValueError, JSON and safetensors errors, all for one bad folder
         if local:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
             raise RewardError(
-                f"{what} cannot be loaded ({type(error).__name__}: {reason[:160]})",
+                f"{what} cannot be loaded ({reason(error)})",
                 value=source,
                 bound="a folder with a CLIPModel, its tokenizer and its CLIPImageProcessor",
                 remedy="Save model and processor into it with save_pretrained(), or check the path.",

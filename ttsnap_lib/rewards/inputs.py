@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ttsnap_lib._images import MAX_PIXELS
+from ttsnap_lib._reading import failures_as
 from ttsnap_lib.errors import RewardError
 
 __all__ = ["Images", "as_list", "check_tensor", "open_image", "prompt_list"]
@@ -50,22 +51,14 @@ def open_image(image: Any) -> Image.Image:
         return image
     if isinstance(image, str | Path):
         remedy = "Generate it again, or save it as PNG."
-        try:
+        bound = f"a whole image file, one of {', '.join(_FORMATS)}"
+        with failures_as(RewardError, "image cannot be read", value=str(image), bound=bound, remedy=remedy):
             if not Path(image).is_file():
                 raise RewardError("image", value=str(image), bound="an existing image file", remedy=remedy)
             with Image.open(image, formats=_FORMATS) as file:
                 _check_pixels(file, str(image))
                 file.load()
                 return file
-        except RewardError:
-            raise
-        except Exception as error:  # Pillow reports damage in many ways
-            raise RewardError(
-                f"image cannot be read ({type(error).__name__})",
-                value=str(image),
-                bound=f"a whole image file, one of {', '.join(_FORMATS)}",
-                remedy=remedy,
-            ) from error
     raise RewardError(
         "images",
         value=type(image).__name__,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ttsnap_lib._reading import as_path, read_json
+from ttsnap_lib._reading import as_path, failures_as, read_json
 from ttsnap_lib.checks import choice, integer
 from ttsnap_lib.errors import CheckpointError
 
@@ -147,21 +147,19 @@ class StepSeries:
         for step, path in self._folders.items():
             name = _name(step)
             _check_adapter(path)
-            try:
+            with failures_as(
+                CheckpointError,
+                "adapter cannot be attached",
+                value=str(path),
+                bound="a LoRA adapter of this base model",
+                remedy="Use the base model it was trained on, or train it again.",
+            ):
                 if self._peft is None:
                     self._peft = PeftModel.from_pretrained(self._module, str(path), adapter_name=name)
                 else:
                     self._peft.load_adapter(str(path), adapter_name=name, torch_device=str(device))
                 with safe_open(path / _ADAPTER, framework="pt") as file:
                     stored = set(file.keys())
-            except Exception as error:  # peft, JSON, safetensors and shape errors
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise CheckpointError(
-                    f"adapter cannot be attached ({type(error).__name__}: {reason[:200]})",
-                    value=str(path),
-                    bound="a LoRA adapter of this base model",
-                    remedy="Use the base model it was trained on, or train it again.",
-                ) from error
             wanted = set(get_peft_model_state_dict(self._peft, adapter_name=name))
             if stored != wanted:
                 raise CheckpointError(
@@ -183,15 +181,14 @@ class StepSeries:
         state: dict[str, torch.Tensor] = {}
         if step is not None:
             path = self._folders[step] / _FULL
-            try:
+            with failures_as(
+                CheckpointError,
+                "checkpoint cannot be read",
+                value=str(path),
+                bound="a whole safetensors file",
+                remedy="Train this step again, or remove its folder.",
+            ):
                 state = load_file(path)
-            except Exception as error:
-                raise CheckpointError(
-                    f"checkpoint cannot be read ({type(error).__name__})",
-                    value=str(path),
-                    bound="a whole safetensors file",
-                    remedy="Train this step again, or remove its folder.",
-                ) from error
             bad = [key for key, value in state.items() if key not in own or own[key].shape != value.shape]
             if bad or not state:
                 raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -10,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ttsnap_lib._reading import as_path
+from ttsnap_lib._reading import as_path, failures_as, reason
 from ttsnap_lib.errors import RewardError
 
-__all__ = ["check_keys", "fetch", "load_strict", "read_state"]
+__all__ = ["check_keys", "fetch", "load_strict", "read_state", "sampled_digest"]
 
 
 def fetch(repo: str, filename: str, *, revision: str | None = None, what: str = "weights") -> Path:
@@ -40,9 +41,8 @@ def offline_error(
     command = " ".join(["hf", "download", repo, *([filename] if filename else [])])
     if revision:
         command += f" --revision {revision}"
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return RewardError(
-        f"{what} of {repo}{'/' + filename if filename else ''} cannot be had ({type(error).__name__}: {reason[:160]})",
+        f"{what} of {repo}{'/' + filename if filename else ''} cannot be had ({reason(error)})",
         value=repo,
         bound=f"a repository of the hub, in the cache {cache} or reachable, or a local path",
         remedy=f"Run `{command}` where there is a network and copy the cache (HF_HOME), or pass the local path.",
@@ -70,20 +70,19 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
         raise RewardError(
             "weights file", value=str(path), bound="an existing file", remedy="Check the path, or download the weights."
         )
-    try:
+    with failures_as(
+        RewardError,
+        "weights file cannot be read",
+        value=str(path),
+        bound="safetensors, or a torch file of tensors and plain values",
+        remedy="Download it again, or save the state dict alone as safetensors.",
+    ):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format fails in its own way; the file is the fact that matters
-        raise RewardError(
-            f"weights file cannot be read ({type(error).__name__})",
-            value=str(path),
-            bound="safetensors, or a torch file of tensors and plain values",
-            remedy="Download it again, or save the state dict alone as safetensors.",
-        ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(
@@ -156,6 +155,16 @@ def load_strict(
                 remedy="Use the checkpoint that belongs to this reward.",
             )
     module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+
+
+def sampled_digest(about: str, state: Mapping[str, torch.Tensor]) -> str:
+    """Return a short digest of a text and of at most 511 values of each tensor; no security measure."""
+    digest = hashlib.blake2b(about.encode(), digest_size=8)
+    for key, value in sorted(state.items()):
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 256)].float().cpu().numpy()
+        digest.update(f"{key} {tuple(value.shape)}".encode() + sample.tobytes())
+    return digest.hexdigest()
 
 
 def is_local(source: str | os.PathLike) -> bool:
