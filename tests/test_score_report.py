@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from tests.score_world import fill
-from ttsnap_lib import plots_scores
+from ttsnap_lib import plots, plots_scores
 from ttsnap_lib.errors import ConfigError, TensorError
 from ttsnap_lib.score_report import best_and_worst, rank_correlation, step_summary
 from ttsnap_lib.tensors import make_rewards
@@ -62,7 +62,12 @@ def test_best_and_worst(dataset):
 
 
 def test_figures_show_what_they_say(dataset, tmp_path):
-    figure = plots_scores.reward_histograms(dataset, bins=40)
+    both = plots_scores.reward_histograms(dataset, bins=40)
+    assert len(both.axes) == 4 * 2
+    assert [ax.get_xlabel().split(" (")[0] for ax in both.axes[-2:]] == [
+        plots.reward_label(str(r)) for r in dataset["reward"].values
+    ]
+    figure = plots_scores.reward_histograms(dataset, reward=str(dataset["reward"].values[0]), bins=40)
     assert [ax.get_ylabel() for ax in figure.axes] == [f"step {k}" for k in range(4)]
     drawn = [sum(patch.get_height() for patch in ax.patches[:40]) for ax in figure.axes]
     assert drawn == [18] * 4  # every image counted once

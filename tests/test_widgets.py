@@ -286,6 +286,13 @@ def test_copied_text_leads_back_to_the_state(dataset, tmp_path):
     first.controls.copy_as.value = "schedule YAML"
     assert Schedule.from_yaml(first.actions.copy()) == first.controls.schedule
 
+    first.controls.copy_as.value = "command that runs it"
+    words = shlex.split(first.actions.copy())
+    assert words[:2] == ["ttsnap", "search"]
+    assert Schedule.from_yaml(words[words.index("--schedule") + 1]) == first.controls.schedule
+    state = first.state
+    assert int(words[words.index("--candidates") + 1]) == state.cost.candidates(state.budget, state.schedule)
+
     first.controls.copy_as.value = "command line"
     words = shlex.split(first.actions.copy())
     assert words[:3] == ["ttsnap", "run", "explore"]

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ._current_run import current_run
 from ._explore_pool import Pool
 from ._explore_state import State
-from ._explore_text import copy_text, message_html
+from ._explore_text import SEARCH, copy_text, message_html
 from ._explore_view import draw
+from .answers import search_command
 from .errors import ConfigError, TTSnapError
 from .optimize import OptimizedSchedule, optimize_schedule
 
@@ -152,7 +153,11 @@ class Actions:
         """Write the state in the chosen format into the field and, where the browser lets it, to the clipboard."""
         explorer, controls = self._explorer, self._explorer.controls
         try:
-            text = copy_text(controls.copy_as.value, explorer.parameters(), controls.method.value, controls.schedule)
+            kind, parameters = controls.copy_as.value, explorer.parameters()
+            if kind == SEARCH:
+                text = self._search_line(parameters["cost"])
+            else:
+                text = copy_text(kind, parameters, controls.method.value, controls.schedule)
         except TTSnapError as error:
             explorer.say(str(error))
             return ""
@@ -168,6 +173,12 @@ class Actions:
             },
         )
         return text
+
+    def _search_line(self, cost: str) -> str:
+        state, dataset = self._explorer.state, self._explorer.pool.dataset
+        schedule = None if state.method == "best_of_n" else state.schedule
+        n = state.cost.candidates(state.budget, schedule)
+        return search_command(dataset.attrs.get("model", "MODEL"), state.rewards, cost, n, schedule, state.method)
 
     def save(self) -> Path | None:
         """Save figure and table with all iterations done; return the PNG's path."""

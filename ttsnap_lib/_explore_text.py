@@ -11,9 +11,10 @@ from ._explore_state import Change, Curve, Result
 from .plots import METHOD_LABELS, reward_label
 from .schedule import Schedule
 
-__all__ = ["COPY_FORMATS", "STYLE", "copy_text", "message_html", "numbers_html"]
+__all__ = ["COPY_FORMATS", "SEARCH", "STYLE", "copy_text", "message_html", "numbers_html"]
 
-COPY_FORMATS = ("papermill parameters", "schedule YAML", "command line")
+SEARCH = "command that runs it"
+COPY_FORMATS = (SEARCH, "schedule YAML", "papermill parameters", "command line")
 _COMMAND = "ttsnap run explore"
 
 STYLE = """<style>
@@ -69,7 +70,7 @@ def message_html(text: str) -> str:
 
 
 def copy_text(kind: str, parameters: Mapping[str, Any], method: str, schedule: Schedule) -> str:
-    """Return the state in one of :data:`COPY_FORMATS`.
+    """Return the state in one of :data:`COPY_FORMATS` but :data:`SEARCH`, which needs the tensor's model.
 
     Parameters
     ----------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,14 +25,14 @@ __all__ = ["correlation_heatmap", "extreme_images", "reward_histograms"]
 def reward_histograms(
     dataset: xr.Dataset, *, reward: str | None = None, steps: Sequence[int] | None = None, bins: int | None = None
 ) -> Figure:
-    """Draw the distribution of a reward over all images, one row per step: base filled, noise-aware as a line.
+    """Draw the distribution of rewards over all images, a row per step: base filled, noise-aware as a line.
 
     Parameters
     ----------
     dataset : xarray.Dataset
         A reward tensor.
     reward : str, optional
-        Which one; the first when not given.
+        Which one; all, side by side, when not given.
     steps : sequence of int, optional
         Which steps (their coordinates); up to six of them, evenly spread, when not given.
     bins : int, optional
@@ -42,40 +42,44 @@ def reward_histograms(
     -------
     Figure
     """
-    import seaborn as sns
     from matplotlib import pyplot as plt
 
-    names = [str(name) for name in dataset["reward"].values]
-    name = names[0] if reward is None else reward
+    names = [str(name) for name in dataset["reward"].values] if reward is None else [reward]
     every = dataset["step"].values
     steps = every[np.unique(np.linspace(0, len(every) - 1, 6).round().astype(int))] if steps is None else list(steps)
-    chosen = dataset.sel(reward=name, step=list(steps))
+    size = (1.4 + 5 * len(names), 0.75 * len(steps) + 0.9)
+    figure, axes = plt.subplots(len(steps), len(names), figsize=size, sharex="col", squeeze=False, layout="constrained")
+    for column, name in zip(axes.T, names, strict=True):
+        _histogram_column(column, dataset.sel(reward=name, step=list(steps)), bins)
+        column[-1].set_xlabel(f"{reward_label(name)} (dotted: median of the base reward)")
+    for ax, step in zip(axes[:, 0], steps, strict=True):
+        ax.set_ylabel(f"step {int(step)}", rotation=0, ha="right", va="center")
+    return figure
+
+
+def _histogram_column(axes: Sequence[Axes], chosen: xr.Dataset, bins: int | None) -> None:
+    import seaborn as sns
+
     values = np.concatenate([chosen[variant].values.ravel() for variant in ("base", "noise_aware")])
     values = values[np.isfinite(values)]
     if bins is None:
         bins = int(np.clip(2 * np.sqrt(chosen["base"].isel(step=0).size), 8, 40))
     edges = np.linspace(values.min(), values.max() + 1e-9, bins + 1)
     colors = sns.color_palette("colorblind")
-    figure, axes = plt.subplots(
-        len(steps), 1, figsize=(6.4, 0.75 * len(steps) + 0.9), sharex=True, squeeze=False, layout="constrained"
-    )
-    for ax, step in zip(axes[:, 0], steps, strict=True):
-        at = chosen.sel(step=step)
+    handles: dict[str, Any] = {}
+    for k, ax in enumerate(axes):
+        at = chosen.isel(step=k)
         base, aware = at["base"].values.ravel(), at["noise_aware"].values.ravel()
         ax.hist(base, bins=edges, color=colors[7], alpha=0.75, label="base")
         source = str(at["noise_aware_source"].values) if "noise_aware_source" in at else "finetuned"
         if source == "finetuned":
             ax.hist(aware, bins=edges, histtype="step", color=colors[0], linewidth=1.5, label="noise-aware")
         ax.axvline(np.nanmedian(base), color="0.25", linewidth=1, linestyle=":")
-        ax.set_ylabel(f"step {int(step)}", rotation=0, ha="right", va="center")
         ax.set_yticks([])
         ax.spines[["top", "right", "left"]].set_visible(False)
-    handles = {
-        label: handle for ax in axes[:, 0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    axes[0, 0].legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="upper left")
-    axes[-1, 0].set_xlabel(f"{reward_label(name)} (dotted: median of the base reward)")
-    return figure
+        shown, labels = ax.get_legend_handles_labels()
+        handles |= dict(zip(labels, shown, strict=True))
+    axes[0].legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="upper left")
 
 
 def correlation_heatmap(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:

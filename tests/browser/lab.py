@@ -26,7 +26,10 @@ from typing import Any
 
 import pytest
 
-__all__ = ["ARTIFACTS", "ROOT", "Site", "browser", "check_outputs", "chromium", "copy_notebook", "run_all", "serve"]
+__all__ = [
+    "ARTIFACTS", "ROOT", "Site", "browser", "check_outputs", "chromium", "copy_notebook", "keep_pages", "run_all", "serve",
+    "shut_down",
+]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]
 ARTIFACTS = ROOT / "test-artifacts"
@@ -57,7 +60,9 @@ class Site:
 
     def url(self, notebook: str) -> str:
         """Return the address of a notebook in the served folder."""
-        path = {"lab": "lab/tree/", "notebook": "notebooks/", "voila": "voila/render/"}[self.kind]
+        # A workspace of its own, or Lab opens the notebooks of the last visit again beside this one.
+        lab = f"lab/workspaces/{Path(notebook).stem}/tree/"
+        path = {"lab": lab, "notebook": "notebooks/", "voila": "voila/render/"}[self.kind]
         return f"{self.base}/{path}{notebook}?token={self.token}"
 
 
@@ -96,7 +101,8 @@ def serve(kind: str, folder: Path) -> Iterator[Site]:
     with tempfile.TemporaryDirectory(prefix="ttsnap-lab-", ignore_cleanup_errors=True) as home:
         python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = {
-            **os.environ,
+            # Tests draw without a screen; a reader's kernel draws into the notebook.
+            **{key: value for key, value in os.environ.items() if key != "MPLBACKEND"},
             "PYTHONPATH": python_path,
             "JUPYTER_CONFIG_DIR": f"{home}/config",
             "JUPYTER_DATA_DIR": f"{home}/data",
@@ -236,6 +242,35 @@ def run_all(page: Any, timeout_s: float = 600) -> dict:
         timeout_s * 1000,
     )
     return page.evaluate("() => window.jupyterapp.shell.currentWidget.content.model.toJSON()")
+
+
+def keep_pages(page: Any, name: str, page_px: int = 1400) -> list[Path]:
+    """Keep the whole notebook that is open in JupyterLab as ``<name>-1.png`` and so on, from top to bottom."""
+    for old in ARTIFACTS.glob(f"{name}-*.png"):
+        old.unlink()
+    before = page.viewport_size
+    page.set_viewport_size({"width": before["width"], "height": page_px})
+    panel = page.locator(".jp-NotebookPanel:visible .jp-WindowedPanel-outer")
+    kept: list[Path] = []
+    place, last = 0, -1
+    while place != last and len(kept) < 40:
+        last = place
+        # Cells are drawn when they come into view, so each page is scrolled to and waited for.
+        panel.evaluate(
+            "(outer, k) => { outer.scrollTop = k ? outer.scrollTop + outer.clientHeight - 40 : 0; }", len(kept)
+        )
+        page.wait_for_timeout(2000)
+        place = panel.evaluate("(outer) => outer.scrollTop + 1")
+        if place != last:
+            kept.append(ARTIFACTS / f"{name}-{len(kept) + 1}.png")
+            page.screenshot(path=kept[-1])
+    page.set_viewport_size(before)
+    return kept
+
+
+def shut_down(page: Any) -> None:
+    """End the kernel of the notebook that is open."""
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
 
 
 def check_outputs(notebook: dict) -> None:

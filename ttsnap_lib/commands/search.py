@@ -26,7 +26,11 @@ def add(commands: Any) -> None:
     search.add_argument("--reward", nargs="+", default=["pocket-clip"], help="reward models; several select jointly")
     search.add_argument("--report", nargs="+", default=[], help="rewards that are measured but never select")
     search.add_argument("--adapters", metavar="FOLDER", help="noise-aware checkpoints of the first reward, or pocket")
-    search.add_argument("--schedule", metavar="FILE", help="YAML of `ttsnap optimize`; no pruning without one")
+    search.add_argument(
+        "--schedule",
+        metavar="FILE",
+        help="YAML of `ttsnap optimize`, or '{steps: [2, 6], keep_ratios: [0.4, 0.5]}'; no pruning without one",
+    )
     search.add_argument("--method", choices=("best_of_n", "ttsp", "ttsnap"), help="default: by schedule and adapters")
     search.add_argument("--budget", type=float, help="compute per prompt in the unit of --cost")
     search.add_argument("--candidates", type=int, metavar="N", help="seeds to try, instead of a budget")
@@ -79,6 +83,14 @@ def _settings(arguments: argparse.Namespace) -> Any:
     return Settings(n_steps=arguments.steps, guidance=arguments.guidance, height=height, width=width)
 
 
+def _schedule(source: str | None) -> Any:
+    from ttsnap_lib.schedule import Schedule
+
+    if not source:
+        return None
+    return Schedule.from_yaml(source if source.lstrip().startswith("{") else Path(source))
+
+
 def _pipeline(arguments: argparse.Namespace) -> Any:
     from ttsnap_lib.checks import integer
     from ttsnap_lib.pipelines import load_pipeline
@@ -101,14 +113,13 @@ def _search(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.costs import CostModel
     from ttsnap_lib.negtome import NegToMe
     from ttsnap_lib.prompts import read_prompts
-    from ttsnap_lib.schedule import Schedule
     from ttsnap_lib.search_many import check_one_source, search_many
     from ttsnap_lib.search_models import find_adapters, load_decoder
 
     # What costs nothing to check comes before any model is loaded.
     check_one_source(arguments.prompt, arguments.prompts)
     prompts = read_prompts(arguments.prompts, limit=arguments.limit) if arguments.prompts else [arguments.prompt]
-    schedule = Schedule.from_yaml(Path(arguments.schedule)) if arguments.schedule else None
+    schedule = _schedule(arguments.schedule)
     cost = CostModel.load(arguments.cost) if arguments.cost else None
     settings = _settings(arguments)
     negtome = None

@@ -1,0 +1,78 @@
+"""The table that a reader takes from a simulation, and the commands that follow from it."""
+
+from __future__ import annotations
+
+import shlex
+
+import numpy as np
+import pytest
+
+from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel, Schedule
+from ttsnap_lib.__main__ import main
+from ttsnap_lib.answers import by_budget, optimize_command, search_command
+from ttsnap_lib.simulate import curves
+from ttsnap_lib.synthetic import synthetic_rewards
+
+COST = "flux-512+image_reward"
+
+
+@pytest.fixture(scope="module")
+def result():
+    cost = CostModel.load(COST)
+    rewards = synthetic_rewards(12, 120, 20, rewards=("image_reward", "pickscore"))
+    budgets = [multiple * cost.total(1) for multiple in (2, 4, 8)]
+    return curves(rewards, ["best_of_n", "ttsnap"], budgets, cost, PUBLISHED_SCHEDULE, iterations=40, rng=0)
+
+
+def test_the_table_sets_the_methods_side_by_side(result):
+    table, frame = by_budget(result, "TFLOPs"), result.frame()
+    assert table.index.names == ["reward", "budget (TFLOPs)"] and len(table) == 2 * 3
+    assert list(dict.fromkeys(table.columns.get_level_values(0))) == ["Best-of-N", "TTSnap"]
+    assert ("Best-of-N", "over Best-of-N") not in table.columns
+    ours = frame[frame["method"] == "ttsnap"]
+    assert table["TTSnap", "candidates"].tolist() == ours["n"].tolist()
+    assert table["TTSnap", "mean reward"].tolist() == [f"{mean:.3f}" for mean in ours["mean"]]
+    assert table["TTSnap", "over Best-of-N"].iloc[0].startswith(f"{ours['gain'].iloc[0]:+.3f} [")
+
+
+def test_what_best_of_n_needs_lies_on_its_own_curve(result):
+    table, frame = by_budget(result, "TFLOPs"), result.frame()
+    base, ours = (frame[frame["method"] == name].reset_index(drop=True) for name in ("best_of_n", "ttsnap"))
+    told = 0
+    for k, text in enumerate(table["TTSnap", "Best-of-N needs (TFLOPs)"]):
+        curve, mean = base[base["reward"] == ours["reward"][k]], ours["mean"][k]
+        if text:
+            told += 1
+            assert np.interp(float(text), curve["budget"], curve["mean"]) == pytest.approx(mean, abs=2e-3)
+        else:
+            assert not curve["mean"].min() <= mean <= curve["mean"].max()
+    assert told  # at the smaller budgets Best-of-N comes that far
+
+
+def test_the_optimize_line_is_taken_by_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = optimize_command("synthetic", COST, [2.0000000001, 4, 6.5], ["image_reward"])
+    assert "--budgets 2,4,6.5" in line
+    assert main([*shlex.split(line)[1:], "--trials", "20", "-q"]) == 0
+    assert Schedule.from_yaml(tmp_path / "schedule.yaml").steps
+
+
+def test_the_search_line_runs_the_schedule_that_was_simulated(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    schedule = Schedule((2, 5), (0.5, 0.5))
+    line = search_command("pocket-flux", ["pocket-clip"], "pocket-flux-tiny+pocket-clip", 4, schedule)
+    assert "--adapters pocket" in line and "--tiny pocket-tiny" in line
+    assert main([*shlex.split(line)[1:], "--threads", "1", "-q"]) == 0
+    assert (tmp_path / "best" / "image.png").exists()
+    assert "ttsnap" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("model", "cost", "method", "wanted", "missing"), [
+    ("flux", COST, "ttsnap", ["black-forest-labs/FLUX.1-dev", "--size 512", "--adapters NOISE_AWARE"], "--tiny"),
+    ("sdxl", "sdxl-1024-tiny+image_reward", "ttsp", ["--size 1024", "--tiny madebyollin/taesdxl"], "--adapters"),
+    ("pocket-sdxl", "pocket-sdxl+pocket-clip", "best_of_n", ["--model pocket-sdxl"], "--schedule"),
+    ("synthetic stand-in", COST, "ttsnap", ["--model MODEL"], "synthetic"),
+])  # fmt: skip
+def test_the_search_line_names_what_the_tensor_was_made_with(model, cost, method, wanted, missing):
+    line = search_command(model, ["image_reward"], cost, 9, PUBLISHED_SCHEDULE, method)
+    assert all(words in line for words in wanted) and missing not in line
