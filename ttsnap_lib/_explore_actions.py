@@ -8,7 +8,7 @@ import io
 import json
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ._current_run import current_run
 from ._explore_pool import Pool
@@ -175,7 +175,7 @@ class Actions:
         return text
 
     def _search_line(self, cost: str) -> str:
-        state, dataset = self._explorer.state, self._explorer.pool.dataset
+        state, dataset = cast("State", self._explorer.state), self._explorer.pool.dataset
         schedule = None if state.method == "best_of_n" else state.schedule
         n = state.cost.candidates(state.budget, schedule)
         return search_command(dataset.attrs.get("model", "MODEL"), state.rewards, cost, n, schedule, state.method)

@@ -64,7 +64,7 @@ def _histogram_column(axes: Sequence[Axes], chosen: xr.Dataset, bins: int | None
     values = values[np.isfinite(values)]
     if bins is None:
         bins = int(np.clip(2 * np.sqrt(chosen["base"].isel(step=0).size), 8, 40))
-    edges = np.linspace(values.min(), values.max() + 1e-9, bins + 1)
+    edges = np.linspace(values.min(), values.max() + 1e-9, bins + 1).tolist()
     colors = sns.color_palette("colorblind")
     handles: dict[str, Any] = {}
     for k, ax in enumerate(axes):

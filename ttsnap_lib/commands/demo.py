@@ -40,12 +40,17 @@ def _demo(arguments: argparse.Namespace) -> int:
         parameters = {"tensor": str(tensor), "rewards": [reward], "cost": f"{model}-512+{reward}"}
     else:
         made.append(runner.run("generate", _GENERATE, progress=_say("generate")))
+        made.append(runner.run("finetune", _FINETUNE, progress=_say("finetune")))
     made.append(runner.run("simulate", parameters, progress=_say("simulate")))
     print(f"\nDone in {time.monotonic() - start:.0f} s. What it made:")
     for result in made:
         print(f"  {result.folder}")
         for path in [*result.tables.values(), *result.figures.values(), result.folder / "executed.ipynb"]:
             print(f"    {path.name}")
+    if not arguments.values:
+        print("\nKendall tau of a small finetuning on held-out prompts, base and noise-aware:")
+        shown = made[1].table("comparison")[["step", "base_tau", "noise_aware_tau", "gain", "gain_low", "gain_high"]]
+        print(shown.round(3).to_string(index=False))
     print("\nRelative gain over Best-of-N in percent, with its 95% interval over prompts:")
     print(made[-1].table("relative_gains").round(1).to_string(index=False))
     print(_NEXT)
@@ -57,6 +62,7 @@ def _say(name: str) -> Callable[[str], None]:
 
 
 _GENERATE = {"prompts": "pocket:evaluation:3", "images": 4, "compare_diversity": False}
+_FINETUNE = {"trajectories": "pocket-sdxl:train:96x8+mirror", "steps": [2, 0]}
 _NEXT = """
 Next:
   make lab                                  open the notebooks: explore.ipynb moves a schedule by hand
