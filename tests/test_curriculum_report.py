@@ -126,6 +126,15 @@ def test_curves_are_drawn_while_it_trains(clip, run, tmp_path, capsys):
     assert "Figure" in capsys.readouterr().out  # outside a notebook `display` prints
 
 
+def test_the_end_of_a_step_is_drawn_however_seldom_curves_are(monkeypatch):
+    live, drawn = LiveCurves(every_s=1e9), []
+    monkeypatch.setattr(live, "_show", lambda: drawn.append(len(live.rows)))
+    for step in (5, 3):
+        live({"event": "update", "step": step, "update": 1, "loss": 1.0})
+        live({"event": "step", "step": step, "base_tau": 0.4, "before_tau": 0.4, "after_tau": 0.5})
+    assert drawn == [1, 2]
+
+
 def test_mirrored_pictures_swap_left_and_right():
     captions = ["a small red ring left of a large blue square on a pink background",
                 "a small red ring on a pink background"]  # fmt: skip

@@ -152,11 +152,14 @@ def pixels(png: bytes) -> np.ndarray:
 
 def test_updating_in_place_gives_the_picture_of_a_full_drawing(pool):
     """Bit for bit, after every move: panels are drawn one by one, and nothing of the move before may stay."""
-    moved = Panels()
+    moved, never_full = Panels(), Panels()
     seen = []
     for schedule, budget in ((EARLY, 4), (LATER, 4), (LATER, 8), (Schedule((3, 4, 5, 9), (0.7,) * 4), 6), (EARLY, 4)):
-        moved.update(compute(state(schedule=schedule, budget=budget * ONE), pool, 1))
+        result = compute(state(schedule=schedule, budget=budget * ONE), pool, 1)
+        moved.update(result)
+        never_full.update(result)
         seen.append(pixels(moved.png()))
+        np.testing.assert_array_equal(seen[-1], pixels(never_full.png()))  # nothing adds up over moves
         canvas = moved.canvas
         canvas._background, canvas.touched, canvas.stale = None, set(PANELS), set(PANELS)
         np.testing.assert_array_equal(seen[-1], pixels(moved.png()))

@@ -28,6 +28,17 @@ def picture(page) -> str:
     return page.locator("img.widget-image").get_attribute("src")
 
 
+def keep_picture(page, name: str) -> None:
+    """Keep the picture's own bytes, to hold beside the screenshot: what is wrong there alone, the browser did."""
+    kept = page.evaluate(
+        """async () => {
+            const bytes = await (await fetch(document.querySelector("img.widget-image").src)).arrayBuffer();
+            return Array.from(new Uint8Array(bytes));
+        }"""
+    )
+    (ARTIFACTS / f"{name}.png").write_bytes(bytes(kept))
+
+
 def press(page, name: str, key: str) -> float:
     """Press a key on a slider and return the milliseconds until another picture is on the screen."""
     handle = slider(page, name)
@@ -150,6 +161,9 @@ def test_every_control_is_reached_by_the_tab_key(lab):
 
 
 def test_copy_reaches_the_clipboard(lab):
+    lab.locator(".widget-dropdown", has=lab.get_by_text("as", exact=True)).locator("select").select_option(
+        "schedule YAML"
+    )
     lab.get_by_role("button", name="Copy", exact=True).click()
     lab.wait_for_selector(".widget-textarea textarea:visible")
     text = lab.locator(".widget-textarea textarea").input_value()
@@ -174,6 +188,7 @@ def test_optimise_in_the_background(lab):
     match = re.search(r"against the pinned schedule ([+-][\d.]+)", numbers(lab))
     assert float(match.group(1)) > 0  # from a poor schedule there is much to gain
     lab.screenshot(path=ARTIFACTS / "lab-4-optimised.png")
+    keep_picture(lab, "lab-4-optimised-picture")
     assert lab.problems == []
 
 
@@ -206,5 +221,6 @@ def test_elsewhere(kind, folder):
         page.wait_for_function("(text) => document.querySelector('.ttsnap-numbers').innerText !== text", arg=before)
         settle(page)
         page.screenshot(path=ARTIFACTS / f"{kind}.png")
+        keep_picture(page, f"{kind}-picture")
         # Voila 0.5 beside JupyterLab 4.6 trips over an extension of its own, on any page.
         assert [text for text in page.problems if kind != "voila" or "getter for the shared module" not in text] == []

@@ -30,6 +30,8 @@ def loss_curves(losses: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     -------
     Axes
     """
+    from matplotlib.ticker import LogFormatter
+
     ax = axes_or_new(ax, (5.2, 3.2))
     offset = 0
     for k, (step, rows) in enumerate(losses.groupby("step", sort=False)):
@@ -41,6 +43,9 @@ def loss_curves(losses: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="update (numbers above: denoising step)", ylabel="loss")
     if (losses["loss"] > 0).all():
         ax.set_yscale("log")
+        # Plain numbers: a loss seldom spans a power of ten.
+        ax.yaxis.set_major_formatter(LogFormatter())
+        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     return tidy(ax)
 
 
@@ -104,7 +109,9 @@ class LiveCurves:
             self.losses.append(event)
         elif event["event"] == "step":
             self.rows.append(event)
-        if self.losses and time.monotonic() - self._drawn > self.every_s:
+        # The end of a step is always drawn, or the last one would be missing from the picture that stays.
+        due = event["event"] == "step" or time.monotonic() - self._drawn > self.every_s
+        if self.losses and due:
             self._show()
             self._drawn = time.monotonic()
 
