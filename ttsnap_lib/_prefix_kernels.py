@@ -114,19 +114,18 @@ def _best_sets(order, best):
     """Fill `best`, (rank, word), with the sets of the best 0, 1, 2 ... positions; beyond the width with all."""
     one = np.uint64(1)
     width = order.shape[0]
-    if best.shape[1] == 1:
+    for w in range(best.shape[1]):
         word = np.uint64(0)
-        for r in range(width):
-            word |= one << np.uint64(order[r])
-            best[r + 1, 0] = word
+        if best.shape[1] == 1:
+            for r in range(width):
+                word |= one << np.uint64(order[r])
+                best[r + 1, w] = word
+        else:
+            for r in range(width):
+                word |= np.uint64(order[r] >> 6 == w) << np.uint64(order[r] & 63)
+                best[r + 1, w] = word
         for r in range(width + 1, best.shape[0]):
-            best[r, 0] = word
-        return
-    best[0, :] = np.uint64(0)
-    for r in range(best.shape[0] - 1):
-        best[r + 1, :] = best[r, :]
-        if r < width:
-            best[r + 1, order[r] >> 6] |= one << np.uint64(order[r] & 63)
+            best[r, w] = word
 
 
 @njit(nogil=True, cache=True)
