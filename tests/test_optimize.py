@@ -350,6 +350,24 @@ def test_command(tmp_path, capsys):
     assert main([*arguments, "--tune", "5:1"]) == 1
 
 
+def test_command_tells_flatness_and_transfer(tmp_path, capsys):
+    tensor = save_rewards(world(prompts=20, rewards=2), tmp_path / "t.zarr")
+    other = save_rewards(world(prompts=20, seed=1), tmp_path / "u.zarr")
+    COST.save(tmp_path / "cost.json")
+    arguments = ["optimize", str(tensor), "--cost", str(tmp_path / "cost.json"), "--budgets", "2:5", "--trials", "64"]
+    assert main([*arguments, "-q", "--reward", "r0", "--flatness", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "as good as the chosen one" in printed and printed.count("step ") >= 6  # the chosen one and at least four
+    assert main([*arguments, "--transfer", str(other)]) == 0
+    printed = capsys.readouterr().out
+    header = printed.splitlines()[2].split()
+    assert header == ["t/r0", "t/r1", "u/r0"]
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[3:7]}
+    assert set(rows) == {*header, "published"} and rows["published"] == ["NaN"] * 3  # eight steps only
+    assert all(float(rows[name][k]) > 0 for k, name in enumerate(header))  # each on its own ground
+    assert "cannot run" in printed
+
+
 def test_ranges():
     assert parse_range("x", "2:5", float) == [2, 3, 4, 5]
     assert parse_range("x", "0:10:5,12", int) == [0, 5, 10, 12]
