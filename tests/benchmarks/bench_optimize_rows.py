@@ -45,7 +45,7 @@ def _case(case: TuningCase, dataset) -> list[Row]:
         Row(f"{case.name}: held-out gain, median of {len(SEEDS)} seeds", statistics.median(gains), "%", case.wanted,
             note=f"seeds {min(gains):.1f} to {max(gains):.1f}, interval {low:.1f} to {high:.1f}; {middle.schedule}"),
         Row("  the published schedule there", _published(case, dataset, middle.test), "%"),
-        Row("  tuned on those same prompts, an upper bound", ceiling.tuned_gain, "%"),
+        Row("  tuned on those same prompts: about what there is to find", ceiling.tuned_gain, "%"),
         Row("  seconds", statistics.median(seconds), "s", at_most=SECONDS, note=f"{min(seconds):.0f} to {max(seconds):.0f}"),
     ]  # fmt: skip
 
