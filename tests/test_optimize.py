@@ -366,6 +366,8 @@ def test_command_tells_flatness_and_transfer(tmp_path, capsys):
     assert set(rows) == {*header, "published"} and rows["published"] == ["NaN"] * 3  # eight steps only
     assert all(float(rows[name][k]) > 0 for k, name in enumerate(header))  # each on its own ground
     assert "cannot run" in printed
+    assert main([*arguments, "--transfer", str(other), "--out", str(tmp_path / "s.yaml")]) == 1
+    assert "--out with --transfer" in capsys.readouterr().err
 
 
 def test_ranges():

@@ -66,6 +66,8 @@ def _optimize(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.progress import progress_bar
     from ttsnap_lib.tensors import drop_repeats, open_rewards
 
+    if arguments.transfer is not None:
+        _refuse_beside_transfer(arguments)
     dataset = open_rewards(arguments.tensor)
     cost = CostModel.load(arguments.cost)
     multiples = parse_range("--budgets", arguments.budgets, float)
@@ -78,6 +80,8 @@ def _optimize(arguments: argparse.Namespace) -> int:
     dataset = drop_repeats(dataset) if arguments.distinct else dataset
     if arguments.transfer is not None:
         others = {name: open_rewards(name) for name in arguments.transfer}
+        if arguments.distinct:
+            others = {name: drop_repeats(other) for name, other in others.items()}
         return _transfer(arguments, {arguments.tensor: dataset, **others}, cost, np.array(multiples) * cost.total(1))
     objective = arguments.objective or ("area" if len(multiples) > 1 else "single")
     result = optimize_schedule(
@@ -146,6 +150,21 @@ def _flatness(result: Any, dataset: Any, arguments: argparse.Namespace) -> str:
     head = f"\n{int(table['within'].sum())} of {len(table)} schedules are as good as the chosen one, within the paired"
     table["schedule"] = table["schedule"].map(str)
     return f"{head} interval; behind: points\n\n{table.round(2).to_string(index=False)}"
+
+
+def _refuse_beside_transfer(arguments: argparse.Namespace) -> None:
+    """Name an option that a matrix of many schedules has no use for, instead of passing it over."""
+    from ttsnap_lib.errors import ConfigError
+
+    for name in ("objective", "report", "flatness", "out", "trials_out"):
+        if getattr(arguments, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{option} with --transfer",
+                value=str(getattr(arguments, name)),
+                bound="--transfer alone: it tunes many schedules, each by one reward",
+                remedy=f"Leave out {option}, or run the command once more without --transfer.",
+            )
 
 
 def _transfer(arguments: argparse.Namespace, tensors: dict[str, Any], cost: Any, budgets: Any) -> int:
