@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 
 import pytest
+
+from tests.reference_data import MISSING, reference_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,9 +32,9 @@ def own_cache(monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def reference() -> Path:
     """Folder of the published reward tensors and golden results; tests that need it skip without it."""
-    folder = Path(os.environ.get("TTSNAP_REFERENCE", ROOT.parent / "shared" / "reference"))
-    if not (folder / "golden_official.npz").exists():
-        pytest.skip("published reference data not found; set TTSNAP_REFERENCE to its folder")
+    folder = reference_folder()
+    if folder is None:
+        pytest.skip(MISSING)
     return folder
 
 

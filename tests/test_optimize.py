@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.benchmarks.bench_optimize_rows import frontier_row
+from tests.benchmarks.tuning_cases import CASES, POCKET
+from tests.reference_data import MISSING
 from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel, Schedule, import_published, optimize_schedule, save_rewards
 from ttsnap_lib.__main__ import main
 from ttsnap_lib._scoring import _CONTROL, Scorer, Selection, balanced_subsets
@@ -96,6 +99,35 @@ def test_scores_equal_prune(combine):
             assert [found[row, p], best[row, p]] == pytest.approx(sums, abs=1e-9)
 
 
+@pytest.mark.parametrize("pool", [150, 300])  # sets of several words; positions that do not fit into a byte
+def test_scores_of_large_pools_equal_prune(pool):
+    """Budgets from a few candidates to the whole pool go through tables of several widths."""
+    data = world(prompts=3, pool=pool)
+    checks = data["noise_aware"].transpose("prompt", "image", "step", "reward").values
+    final = data["base"].isel(step=-1).transpose("prompt", "image", "reward").values.astype(float)
+    selection = Selection((0,), "rank_sum", None, np.ones(1))
+    scorer = Scorer(checks, tuple(range(8)), final, selection, 4, np.random.default_rng(3))
+    schedule = Schedule((1, 3, 6), (0.7, 0.5, 0.1))
+    sizes = [1, 2, 40, 64, 65, 128, 129, pool]
+    found = scorer.sums(schedule.steps, np.array([schedule.survivors(n) for n in sizes]), 1, 4, prompts=slice(1, 3))
+    for p in (1, 2):
+        for row, n in enumerate(sizes):
+            subsets = scorer._labels[p][scorer.subsets[1:4, :n]]
+            pruned, best = (
+                final[p, prune(checks[p : p + 1], subsets, plan, final[p : p + 1])[:, 0]].sum()
+                for plan in (schedule, Schedule())
+            )
+            control = best - 3 * scorer.exact[n - 1, p, 0]
+            assert found[row, p - 1] == pytest.approx(pruned - _CONTROL * control, abs=1e-9)
+
+
+def test_missing_values_are_refused_by_the_scorer():
+    checks, final = np.zeros((2, 6, 1, 1)), np.zeros((2, 6, 1))
+    checks[1, 3] = np.nan
+    with pytest.raises(TensorError, match="missing"):
+        Scorer(checks, (0,), final, Selection((0,), "rank_sum", None, np.ones(1)), 2, np.random.default_rng(0))
+
+
 def test_closed_form_of_the_baseline():
     data = world(prompts=5, pool=16)
     final = data["base"].values[0, :, :, -1:]
@@ -158,6 +190,27 @@ def test_frontier_has_a_schedule_for_every_budget():
     assert found.tuned_gain >= area.tuned_gain - 3
     for row in found.frontier.itertuples():
         assert COST.candidates(row.budget, row.schedule) == row.n
+    assert (area.frontier["over_single"] == 0).all()
+
+
+def test_frontier_is_no_worse_than_one_schedule_on_held_out_prompts():
+    """At no budget is it surely worse, and what the table tells of the difference is what the simulation finds."""
+    # A check costs three steps: what pays at a large budget leaves too few candidates at a small one.
+    cost = CostModel(step=1.0, verify=2.0, decode=1.0, n_steps=8)
+    budgets = np.array([2, 3, 4, 8, 12]) * cost.total(1)
+    found = fast(world(prompts=80, pool=64), cost=cost, budgets=budgets, objective="frontier", n_trials=300,
+                 level=1 - 0.05 / 5)  # fmt: skip
+    table = found.frontier
+    assert (table["over_single_high"] >= 0).all() and table["over_single_low"][0] > 0
+    assert (table["over_single_low"] <= table["over_single"]).all()
+    # The numbers are those of the public simulation of either schedule, on the same subsets (Monte Carlo, paired).
+    test = world(prompts=80, pool=64).isel(prompt=found.test)
+    for row in table.itertuples():
+        own, single = (
+            curves(test, ["ttsnap"], [row.budget], cost, plan, iterations=300, rng=1, resamples=20).per_prompt[-1, 0, 0]
+            for plan in (row.schedule, found.schedule)
+        )
+        assert row.over_single == pytest.approx((own - single).mean(), abs=0.03)
 
 
 def test_several_rewards_and_reported_ones():
@@ -297,6 +350,26 @@ def test_command(tmp_path, capsys):
     assert main([*arguments, "--tune", "5:1"]) == 1
 
 
+def test_command_tells_flatness_and_transfer(tmp_path, capsys):
+    tensor = save_rewards(world(prompts=20, rewards=2), tmp_path / "t.zarr")
+    other = save_rewards(world(prompts=20, seed=1), tmp_path / "u.zarr")
+    COST.save(tmp_path / "cost.json")
+    arguments = ["optimize", str(tensor), "--cost", str(tmp_path / "cost.json"), "--budgets", "2:5", "--trials", "64"]
+    assert main([*arguments, "-q", "--reward", "r0", "--flatness", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "as good as the chosen one" in printed and printed.count("step ") >= 6  # the chosen one and at least four
+    assert main([*arguments, "--transfer", str(other)]) == 0
+    printed = capsys.readouterr().out
+    header = printed.splitlines()[2].split()
+    assert header == ["t/r0", "t/r1", "u/r0"]
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[3:7]}
+    assert set(rows) == {*header, "published"} and rows["published"] == ["NaN"] * 3  # eight steps only
+    assert all(float(rows[name][k]) > 0 for k, name in enumerate(header))  # each on its own ground
+    assert "cannot run" in printed
+    assert main([*arguments, "--transfer", str(other), "--out", str(tmp_path / "s.yaml")]) == 1
+    assert "--out with --transfer" in capsys.readouterr().err
+
+
 def test_ranges():
     assert parse_range("x", "2:5", float) == [2, 3, 4, 5]
     assert parse_range("x", "0:10:5,12", int) == [0, 5, 10, 12]
@@ -315,3 +388,13 @@ def test_published_tensors(reference):
     found = optimize_schedule(data, cost, budgets, tune=even, test=odd, n_trials=1000)
     assert found.test_gain >= 24.0 and found.over_published_interval[0] > 0
     assert found.published_gain == pytest.approx(22.2, abs=1.5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], *POCKET], ids=lambda case: case.name)
+def test_frontier_of_real_tensors_is_no_worse_than_one_schedule(case):
+    dataset = case.dataset()
+    if dataset is None:
+        pytest.skip(MISSING)
+    assert frontier_row(case, dataset, n_trials=4000).kept

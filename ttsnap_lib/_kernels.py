@@ -16,13 +16,13 @@ from numba.extending import intrinsic
 
 from .selection import Z_GRID
 
-__all__ = ["RANK_SUM", "Z_SCORE", "multi_reward", "single_reward", "tau_b"]
+__all__ = ["RANK_SUM", "Z_SCORE", "count_ones", "multi_reward", "single_reward", "tau_b", "trailing_zeros"]
 
 RANK_SUM, Z_SCORE = 0, 1
 
 
 @intrinsic
-def _trailing_zeros(typingctx, word):
+def trailing_zeros(typingctx, word):
     def generate(context, builder, signature, arguments):
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
 
@@ -30,7 +30,7 @@ def _trailing_zeros(typingctx, word):
 
 
 @intrinsic
-def _count_ones(typingctx, word):
+def count_ones(typingctx, word):
     def generate(context, builder, signature, arguments):
         return builder.ctpop(arguments[0])
 
@@ -98,7 +98,7 @@ def single_reward(first, moves, last, valid, subsets, counts, values, winners, s
                             word = here[w]
                             base = w << 6
                             while word != 0 and left > 0:
-                                position = base + np.int64(_trailing_zeros(word))
+                                position = base + np.int64(trailing_zeros(word))
                                 rank = moves[p, k, position]
                                 if rank >= limit:
                                     fault[0], fault[1] = p, k + 1
@@ -123,7 +123,7 @@ def single_reward(first, moves, last, valid, subsets, counts, values, winners, s
 def _lowest(bits):
     for w in range(bits.shape[0]):
         if bits[w] != 0:
-            return (w << 6) + np.int64(_trailing_zeros(bits[w]))
+            return (w << 6) + np.int64(trailing_zeros(bits[w]))
     return -1
 
 
@@ -169,7 +169,7 @@ def multi_reward(mode, ranks, scores, valid, labels, subsets, counts, values, wi
                 for w in range(n_words):
                     word = entry[w]
                     while word != 0:
-                        chosen[n] = (w << 6) + np.int64(_trailing_zeros(word))
+                        chosen[n] = (w << 6) + np.int64(trailing_zeros(word))
                         word &= word - one
                         n += 1
                 for k in range(n_levels):
@@ -190,11 +190,11 @@ def multi_reward(mode, ranks, scores, valid, labels, subsets, counts, values, wi
                             total = 0
                             for w in range(n_words):
                                 below[w] = total
-                                total += np.int64(_count_ones(bits[w]))
+                                total += np.int64(count_ones(bits[w]))
                             for j in range(n):
                                 rank = ranks[p, k, r, chosen[j]]
                                 mask = (one << np.uint64(rank & 63)) - one
-                                rank_sum[j] += below[rank >> 6] + np.int64(_count_ones(bits[rank >> 6] & mask))
+                                rank_sum[j] += below[rank >> 6] + np.int64(count_ones(bits[rank >> 6] & mask))
                         n = _keep_lowest(rank_sum, chosen, n, keep, histogram)
                     else:
                         for j in range(n):

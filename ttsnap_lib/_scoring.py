@@ -1,9 +1,10 @@
 """Mean reward of many schedules on the same prompts and subsets, fast: what does not change is computed once.
 
-Three things make an estimate cheap. Ranks, and the moves between any two steps, are kept. Subsets are balanced: a
-random order of the pool and its rotations, so that every image stands equally often at every place; each subset alone
-is still uniformly random. And the known mean of Best-of-n is used as a control: what the subsets at hand give the best
-of n too much, they give the pruned choice too much, nearly.
+Three things make an estimate cheap. The order of every subset at every step is kept, so that a schedule only intersects
+sets (:mod:`ttsnap_lib._prefix_kernels`). Subsets are balanced: a random order of the pool and its rotations, so that
+every image stands equally often at every place; each subset alone is still uniformly random. And the known mean of
+Best-of-n is used as a control: what the subsets at hand give the best of n too much, they give the pruned choice too
+much, nearly.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = ["Scorer", "Selection", "balanced_subsets"]
 
 _CONTROL = 0.8  # share of the control that is taken off; the best share lies between 0.7 and 1 on the published data
 _BLOCK = 8  # rotations of one order
+_NARROWEST = 64  # candidates of the narrowest table: one machine word
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,17 @@ class Scorer:
         # Merit first, then every reward: a search sums one column only.
         self._values = np.concatenate([(rewards @ selection.merit)[:, :, None], rewards], axis=2)
         self._merit = np.ascontiguousarray(self._values[:, :, :1])
-        self._moves: dict[tuple[int, int], np.ndarray] = {}
         self._draw(iterations, rng)
         chosen = list(selection.selecting)
         columns = {step: checks[:, :, k][:, :, chosen] for k, step in enumerate(steps)}
         columns[-1] = rewards[:, :, chosen]  # the final choice
+        if any(np.isnan(column).any() for column in columns.values()):
+            raise TensorError(
+                "reward tensor with missing values",
+                value=float("nan"),
+                bound="a number for every image, at every step that a schedule may check",
+                remedy="Score the missing images, or drop them with tensors.drop_missing().",
+            )
         if selection.joint:
             self._scores, self._ranks, self._valid = {}, {}, {}
             for step, column in columns.items():
@@ -123,7 +131,8 @@ class Scorer:
         self.subsets = balanced_subsets(self.pool, iterations, rng)
         # Images in another order for each prompt, so that prompts have subsets of their own.
         self._labels = rng.permuted(np.tile(np.arange(self.pool), (self.n_prompts, 1)), axis=1).astype(np.int32)
-        self._entries: dict[int, np.ndarray] = {}
+        self._orders: dict[int, np.ndarray] = {}
+        self._ordered: set[tuple[int, int]] = set()
         self._controls: dict[tuple[int, int], np.ndarray] = {}
         self._lock = threading.Lock()
 
@@ -135,60 +144,65 @@ class Scorer:
 
         The control is taken off, where there is one. `counts` is (budget, stage + 1), ascending, all above 0.
         """
-        from . import _kernels  # numba: paid for where it is used
-
         values = self._values if every_reward else self._merit
-        values = values[prompts]
-        sums = np.zeros((len(counts), values.shape[0], values.shape[2]))
-        fault = np.full(2, -1, np.int64)
-        subsets = self.subsets[first:last]
-        no_winners = np.empty((0, 0, 0), np.int32)
-        path = (*steps, -1)
+        start, stop, _ = prompts.indices(self.n_prompts)
+        sums = np.zeros((len(counts), stop - start, values.shape[2]))
         if self._selection.joint:
-            mode = _kernels.RANK_SUM if self._selection.combine == "rank_sum" else _kernels.Z_SCORE
-            ranks, scores, valid = (
-                np.stack([table[s][prompts] for s in path], 1) for table in (self._ranks, self._scores, self._valid)
-            )
-            labels = self._labels[prompts]
-            _kernels.multi_reward(mode, ranks, scores, valid, labels, subsets, counts, values, no_winners, sums, fault)
+            self._add_joint(steps, counts, slice(first, last), prompts, values, sums)
         else:
-            levels = [self._levels[s] for s in path]
-            moves = np.empty((values.shape[0], len(steps), self.pool), np.int32)
-            for k in range(len(steps)):
-                moves[:, k] = self._move(path[k], path[k + 1])[prompts]
-            valid = np.stack([level.valid[prompts] for level in levels], axis=1)
-            _kernels.single_reward(
-                self._entry(path[0])[prompts], moves, levels[-1].order[prompts], valid, subsets, counts, values, no_winners,
-                sums, fault,
-            )  # fmt: skip
+            self._add(steps, counts, (first, last), (start, stop), values, sums)
             share = _CONTROL if steps else 1.0  # without a check the control is the thing itself
             sums -= share * self._control(first, last, every_reward)[counts[:, 0] - 1][:, prompts]
-        if fault[0] >= 0:
-            raise TensorError(
-                "reward tensor with missing values",
-                value=float("nan"),
-                bound="a number for every image, at every step that a schedule may check",
-                remedy="Score the missing images, or drop them with tensors.drop_missing().",
-            )
         return sums if every_reward else sums[:, :, 0]
 
-    def _move(self, here: int, there: int) -> np.ndarray:
-        key = (here, there)
-        if key not in self._moves:  # two threads may both compute it: the same array
-            self._moves[key] = np.take_along_axis(self._levels[there].rank, self._levels[here].order, axis=1)
-        return self._moves[key]
+    def _add(self, steps, counts, iterations, prompts, values, sums) -> None:
+        from ._prefix_kernels import prefix_sums  # numba: paid for where it is used
 
-    def _entry(self, step: int) -> np.ndarray:
-        if step not in self._entries:
-            self._entries[step] = np.take_along_axis(self._levels[step].rank, self._labels, axis=1)
-        return self._entries[step]
+        done, width = 0, _NARROWEST  # small budgets in narrow tables: a search over fewer candidates, in fewer words
+        while done < len(counts):
+            width = min(width, self.pool)
+            rows = slice(done, int(np.searchsorted(counts[:, 0], width, side="right")))
+            if rows.stop > rows.start:
+                path = np.array([self._table(step, width) for step in (*steps, -1)])
+                prefix_sums(
+                    self._orders[width], path, self._labels, self.subsets, prompts, iterations, counts[rows], values,
+                    sums[rows],
+                )  # fmt: skip
+            done, width = rows.stop, 2 * width
+
+    def _add_joint(self, steps, counts, iterations, prompts, values, sums) -> None:
+        from . import _kernels
+
+        mode = _kernels.RANK_SUM if self._selection.combine == "rank_sum" else _kernels.Z_SCORE
+        ranks, scores, valid = (
+            np.stack([table[s][prompts] for s in (*steps, -1)], 1) for table in (self._ranks, self._scores, self._valid)
+        )
+        _kernels.multi_reward(
+            mode, ranks, scores, valid, self._labels[prompts], self.subsets[iterations], counts, values[prompts],
+            np.empty((0, 0, 0), np.int32), sums, np.full(2, -1, np.int64),
+        )  # fmt: skip
+
+    def _table(self, step: int, width: int) -> int:
+        """Return where the order of the first `width` positions at a step stands among the tables of that width."""
+        from ._prefix_kernels import ordered_positions
+
+        k = list(self._levels).index(step)
+        if (step, width) not in self._ordered:
+            with self._lock:
+                if width not in self._orders:  # takes memory only where it is filled
+                    shape = (len(self._levels), self.n_prompts, self.iterations, width)
+                    self._orders[width] = np.empty(shape, np.uint8 if width <= 256 else np.uint16)
+            # Two threads may both fill it: with the same.
+            ordered_positions(self._levels[step].rank, self._labels, self.subsets, self._orders[width][k])
+            self._ordered.add((step, width))
+        return k
 
     def _control(self, first: int, last: int, every_reward: bool) -> np.ndarray:
         """Return by how much the subsets flatter Best-of-n, summed over iterations: (n, prompt, column)."""
         key = (first, last)
         with self._lock:
             if key not in self._controls:
-                rank = self._entry(-1)
+                rank = np.take_along_axis(self._levels[-1].rank, self._labels, axis=1)
                 total = np.zeros_like(self.exact)
                 prompts = np.arange(self.n_prompts)
                 for row in self.subsets[first:last]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -33,6 +34,8 @@ class HeldOut:
     mean, best_of_n, low, high : float64 (budget,)
         Mean merit, that of Best-of-N, and the interval of their difference.
     percent : float64 (budget,), gain per budget
+    single, over_single_low, over_single_high : float64 (budget,)
+        Mean merit of the best single schedule, and the interval of `mean` minus that, paired; NaN where it cannot run.
     """
 
     gain: float
@@ -46,6 +49,9 @@ class HeldOut:
     low: np.ndarray
     high: np.ndarray
     percent: np.ndarray
+    single: np.ndarray
+    over_single_low: np.ndarray
+    over_single_high: np.ndarray
 
 
 def per_prompt(scorer: Scorer, steps: tuple[int, ...], counts: np.ndarray) -> np.ndarray:
@@ -64,6 +70,7 @@ def held_out(
     goals: Goals,
     space: SearchSpace,
     chosen: Sequence[Trial],
+    single: Trial,
     published: Schedule | None,
     names: Sequence[str],
     selection: Selection,
@@ -71,14 +78,22 @@ def held_out(
     level: float,
     resamples: int,
 ) -> HeldOut:
-    """Score the schedule chosen at each budget, the published one and Best-of-N on the test prompts, paired."""
+    """Score the schedule chosen at each budget, the single one, the published one and Best-of-N, paired.
+
+    All on the test prompts, that is, those of `scorer`.
+    """
     import pandas as pd
 
-    pruned = np.empty((len(goals.n), scorer.n_prompts, 1 + scorer.n_rewards))
+    pruned, alone = np.full((2, len(goals.n), scorer.n_prompts, 1 + scorer.n_rewards), np.nan)
     for trial in {id(trial): trial for trial in chosen}.values():
         rows = [b for b, other in enumerate(chosen) if other is trial]
         pruned[rows] = per_prompt(scorer, trial.schedule.steps, trial.counts[rows])
-    curves = [best_of_n_per_prompt(scorer, goals.n), pruned]
+    if all(trial is single for trial in chosen):
+        alone = pruned
+    else:
+        runs = single.counts[:, 0] > 0
+        alone[runs] = per_prompt(scorer, single.schedule.steps, single.counts[runs])
+    curves = [best_of_n_per_prompt(scorer, goals.n), pruned, alone]
     if published is not None:
         curves.append(per_prompt(scorer, published.steps, space.counts(published)))
     sizes = np.cumsum([len(curve) for curve in curves])[:-1]
@@ -101,7 +116,7 @@ def held_out(
     gain, samples = gains(1, 0)
     published_gain = over = over_interval = None
     if published is not None:
-        published_gain, published_samples = gains(2, 0)
+        published_gain, published_samples = gains(3, 0)
         over = gain - published_gain
         over_interval = pair(samples - published_samples)
     table: list[tuple] = []
@@ -109,6 +124,9 @@ def held_out(
         point, spread = gains(1, 1 + r)
         table.append((name, r in selection.selecting, point, *pair(spread)))
     low, high = interval(boot[1][:, :, 0] - boot[0][:, 1:, 0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a budget that the single schedule cannot run has no interval
+        single_low, single_high = interval(boot[1][:, :, 0] - boot[2][:, :, 0])
     return HeldOut(
         gain=gain,
         interval=pair(samples),
@@ -121,6 +139,9 @@ def held_out(
         low=low,
         high=high,
         percent=goals.per_budget(mean[1][:, 0], mean[0][:, 0]),
+        single=mean[2][:, 0],
+        over_single_low=single_low,
+        over_single_high=single_high,
     )
 
 
@@ -146,6 +167,10 @@ def frontier_table(
             "high": outcome.high,
             "gain_percent": outcome.percent,
             "tuned_gain_percent": tuned,
+            "single": outcome.single,
+            "over_single": outcome.mean - outcome.single,
+            "over_single_low": outcome.over_single_low,
+            "over_single_high": outcome.over_single_high,
         }
     )
 

@@ -57,7 +57,8 @@ class OptimizedSchedule:
         steps or a budget cannot run it.
     frontier : pandas.DataFrame
         One row per budget: budget, n (candidates), spent, schedule, steps, keep_ratios, then on the test prompts
-        mean, best_of_n, gain (in reward), low, high, gain_percent, and tuned_gain_percent.
+        mean, best_of_n, gain (in reward), low, high, gain_percent, and tuned_gain_percent; then single (the mean of
+        `schedule`, the same for every budget) and over_single, the difference to it, with its paired interval.
     rewards : pandas.DataFrame
         Per reward of the tensor: whether it selects, and the gain on the test prompts with its interval.
     trials : pandas.DataFrame
@@ -200,7 +201,7 @@ def optimize_schedule(
         return limit - 1.3 * draws * race.seconds_per_draw - 0.3
 
     finalists = _FINALISTS * (len(goals.n) ** 0.5 if objective == "frontier" else 1)
-    report_draws = final_iterations * 4 * race.threads * len(setup.test)
+    report_draws = final_iterations * 5 * race.threads * len(setup.test)
     final_draws = report_draws + final_iterations * finalists * len(setup.tune)
     complete = race.run(setup.n_trials, lambda: until(final_draws), progress)
     if not race.finished():
@@ -209,8 +210,9 @@ def optimize_schedule(
     single, chosen, tuned = _choose(race, final, goals, lambda: until(report_draws))
     test_scorer = Scorer(*setup.arrays(setup.test), setup.selection, final_iterations, streams[3])
     outcome = held_out(
-        test_scorer, goals, space, chosen, setup.published, setup.names, setup.selection, streams[4], level, resamples
-    )
+        test_scorer, goals, space, chosen, single, setup.published, setup.names, setup.selection, streams[4], level,
+        resamples,
+    )  # fmt: skip
     return OptimizedSchedule(
         schedule=single.schedule,
         tuned_gain=float(tuned[-1]),

@@ -32,7 +32,6 @@ _PACKAGES = (
     "peft",
     "image-reward",
     "open_clip_torch",
-    "optuna",
     "matplotlib",
     "seaborn",
     "papermill",

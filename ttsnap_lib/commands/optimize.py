@@ -45,6 +45,13 @@ def add(commands: Any) -> None:
     parser.add_argument("--distinct", action="store_true", help="drop repeated images of the pool first")
     parser.add_argument("--out", type=Path, metavar="FILE.yaml", help="write the schedule (frontier: one per budget)")
     parser.add_argument("--trials-out", type=Path, metavar="FILE.csv", help="write every schedule that was tried")
+    parser.add_argument(
+        "--flatness", type=int, metavar="N", help="tell which of the N best schedules are as good, on the test prompts"
+    )
+    parser.add_argument(
+        "--transfer", nargs="*", metavar="TENSOR",
+        help="tune each reward of this tensor, and of those named, alone, and use every schedule on every other",
+    )  # fmt: skip
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(func=_optimize)
 
@@ -59,6 +66,8 @@ def _optimize(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.progress import progress_bar
     from ttsnap_lib.tensors import drop_repeats, open_rewards
 
+    if arguments.transfer is not None:
+        _refuse_beside_transfer(arguments)
     dataset = open_rewards(arguments.tensor)
     cost = CostModel.load(arguments.cost)
     multiples = parse_range("--budgets", arguments.budgets, float)
@@ -69,6 +78,11 @@ def _optimize(arguments: argparse.Namespace) -> int:
         choice("reward", name, known)
     dataset = dataset.sel(reward=[*names, *(name for name in report if name not in names)])
     dataset = drop_repeats(dataset) if arguments.distinct else dataset
+    if arguments.transfer is not None:
+        others = {name: open_rewards(name) for name in arguments.transfer}
+        if arguments.distinct:
+            others = {name: drop_repeats(other) for name, other in others.items()}
+        return _transfer(arguments, {arguments.tensor: dataset, **others}, cost, np.array(multiples) * cost.total(1))
     objective = arguments.objective or ("area" if len(multiples) > 1 else "single")
     result = optimize_schedule(
         dataset,
@@ -88,6 +102,8 @@ def _optimize(arguments: argparse.Namespace) -> int:
         progress=progress_bar("schedules", quiet=arguments.quiet),
     )
     print(_summary(result, multiples, cost.unit))
+    if arguments.flatness is not None:
+        print(_flatness(result, dataset, arguments))
     if arguments.trials_out:
         with atomic_write(arguments.trials_out, "w") as file:
             result.trials.to_csv(file, index=False)
@@ -124,6 +140,65 @@ def _summary(result: Any, multiples: list[float], unit: str) -> str:
     tried = f"{len(result.trials)} schedules in {result.elapsed_s:.0f} s"
     lines.append(f"\n{tried}" + ("" if result.complete else ", cut short: the best so far"))
     return "\n".join(lines)
+
+
+def _flatness(result: Any, dataset: Any, arguments: argparse.Namespace) -> str:
+    from ttsnap_lib.transfer import flatness
+
+    shared = {"combine": arguments.combine, "report": arguments.report or []}
+    table = flatness(result, dataset, top=arguments.flatness, seed=arguments.seed, **shared)
+    head = f"\n{int(table['within'].sum())} of {len(table)} schedules are as good as the chosen one, within the paired"
+    table["schedule"] = table["schedule"].map(str)
+    return f"{head} interval; behind: points\n\n{table.round(2).to_string(index=False)}"
+
+
+def _refuse_beside_transfer(arguments: argparse.Namespace) -> None:
+    """Name an option that a matrix of many schedules has no use for, instead of passing it over."""
+    from ttsnap_lib.errors import ConfigError
+
+    for name in ("objective", "report", "flatness", "out", "trials_out"):
+        if getattr(arguments, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{option} with --transfer",
+                value=str(getattr(arguments, name)),
+                bound="--transfer alone: it tunes many schedules, each by one reward",
+                remedy=f"Leave out {option}, or run the command once more without --transfer.",
+            )
+
+
+def _transfer(arguments: argparse.Namespace, tensors: dict[str, Any], cost: Any, budgets: Any) -> int:
+    """Print what a schedule that was tuned on one reward of one tensor gains on the others."""
+    from ttsnap_lib.transfer import Case, transfer
+
+    cases = {
+        f"{Path(tensor).stem}/{reward}": Case(dataset.sel(reward=[reward]), cost, budgets)
+        for tensor, dataset in tensors.items()
+        for reward in map(str, dataset["reward"].values)
+    }
+    options = {"n_trials": arguments.trials, "max_stages": arguments.max_stages, "time_limit_s": arguments.time_limit}
+    found = transfer(
+        cases,
+        arguments.method,
+        tune=parse_range("--tune", arguments.tune, int) if arguments.tune else None,
+        test=parse_range("--test", arguments.test, int) if arguments.test else None,
+        seed=arguments.seed,
+        copied_steps=arguments.copied_steps,
+        **options,
+    )
+    print("gain over Best-of-N in percent on test prompts; rows: tuned on, columns: used on\n")
+    print(found.gain.round(1).to_string())
+    print("\npoints behind the schedule that was tuned there, with the 95% interval\n")
+    print(_with_interval(found.behind, found.behind_low, found.behind_high).to_string())
+    print()
+    for name, schedule in found.schedules.items():
+        print(f"{name}: {schedule}")
+    return 0
+
+
+def _with_interval(value: Any, low: Any, high: Any) -> Any:
+    text = value.round(1).astype(str) + " [" + low.round(1).astype(str) + ", " + high.round(1).astype(str) + "]"
+    return text.where(value.notna(), "cannot run")
 
 
 def _as_yaml(result: Any) -> str:
