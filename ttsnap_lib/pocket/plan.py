@@ -36,7 +36,7 @@ FULL = Plan(
     fits={
         "text": Fit(700, 128, 3e-3, ema=0.99),
         "vae": Fit(1000, 32, 2e-3),
-        "tiny": Fit(800, 32, 2e-3),
+        "tiny": Fit(6000, 32, 2e-3, ema=0.998),
         "decoder": Fit(400, 32, 1e-3, ema=0.998),
         "flux": Fit(2500, 48, 1.5e-3, muon=True),
         "sdxl": Fit(4300, 32, 1.2e-3),

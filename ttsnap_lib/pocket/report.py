@@ -163,7 +163,8 @@ def _page(figures: dict[str, Any], prompts: Sequence[str]) -> str:
         (
             "Written by `python -m ttsnap_lib.pocket.train --stage report`. Held-out captions of the evaluation split: "
             f"{figures['prompts']} captions, {figures['images_per_prompt']} images each, "
-            f"{figures[names[0]]['threads']} thread(s)."
+            f"{figures[names[0]]['threads']} thread(s). [How the shipped weights came about](training.md); "
+            "[what noise-aware finetuning wins](finetuning.md)."
         ),
         "",
         f"| | {' | '.join(names)} |",

@@ -110,7 +110,7 @@ class Training:
         from .train_vae import train_tiny
 
         pictures = self._renders(2, self.plan.diffusion_pictures)[1]
-        return train_tiny(pictures, self.latents[0], **self._fit_arguments("tiny"))[0]
+        return train_tiny(self.decoder, pictures, self.latents[0], **self._fit_arguments("tiny"))[0]
 
     @functools.cached_property
     def clean_flux(self) -> Any:

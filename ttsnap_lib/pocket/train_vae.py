@@ -111,17 +111,36 @@ def encode(vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
 
 
 def train_tiny(
-    pictures: np.ndarray, latents: torch.Tensor, how: Fit, scratch: Path, seed: int = 0, log: Callable = print
+    vae: AutoencoderKL,
+    pictures: np.ndarray,
+    latents: torch.Tensor,
+    how: Fit,
+    scratch: Path,
+    seed: int = 0,
+    log: Callable = print,
 ) -> tuple[AutoencoderTiny, list]:
-    """Train the tiny autoencoder: its decoder reads, and its encoder writes, the VAE's latents."""
+    """Train the tiny autoencoder: its decoder draws what the VAE's decoder draws, its encoder writes the VAE's latents.
+
+    It has to read estimates, which are not latents of clean pictures: early ones are near a mean of several pictures,
+    later ones a little off. So it learns from mixtures of two latents and from noised ones.
+    """
     tiny = make_tiny_decoder(seed).to(memory_format=torch.channels_last)
+    vae.requires_grad_(False)
 
     def loss(rng: np.random.Generator, batch: int) -> dict[str, torch.Tensor]:
-        rows = rng.integers(len(pictures), size=batch)
-        x, z = to_pixels(pictures[rows]), latents[torch.from_numpy(rows)]
+        rows, others = rng.integers(len(pictures), size=(2, batch))
+        clean = latents[torch.from_numpy(rows)]
+        share = np.where(rng.random(batch) < 0.5, 0.0, rng.uniform(0.0, 0.5, batch)).astype(np.float32)
+        level = (0.5 * rng.random(batch) ** 2).astype(np.float32)
+        noise = torch.from_numpy(rng.standard_normal(tuple(clean.shape), dtype=np.float32))
+        z = torch.lerp(clean, latents[torch.from_numpy(others)], torch.from_numpy(share)[:, None, None, None])
+        z = z + torch.from_numpy(level)[:, None, None, None] * noise
+        with torch.no_grad():
+            wanted = vae.decode(z).sample.clamp(-1, 1)
         made = tiny.decode(z).sample
-        read = F.mse_loss(tiny.encode(x).latents, z)
-        return {"loss": _reconstruction(made, x) + 0.1 * read, "mse": F.mse_loss(made.detach(), x), "encoder": read}
+        read = F.mse_loss(tiny.encode(to_pixels(pictures[rows])).latents, clean)
+        mse = F.mse_loss(made.detach(), wanted)
+        return {"loss": _reconstruction(made, wanted) + 0.1 * read, "mse": mse, "encoder": read}
 
     history = fit("tiny", {"tiny": tiny}, loss, how, seed=seed, scratch=scratch, log=log)
     return tiny.eval(), history
