@@ -14,7 +14,7 @@ __all__ = ["GROUPS", "INTERNAL", "pages", "shown", "slug"]
 GROUPS: dict[str, tuple[str, ...]] = {
     "Schedules and costs": ("schedule", "costs"),
     "Reward tensors": ("tensors", "published", "interop", "synthetic"),
-    "Simulation": ("simulate", "results", "metrics", "selection"),
+    "Simulation": ("simulate", "results", "metrics", "selection", "answers"),
     "Schedule optimiser": ("optimize", "transfer"),
     "Figures and explorer": ("plots", "plots_images", "plots_scores", "plots_search", "widgets", "score_report"),
     "Generation": ("prompts", "pipelines", "denoise", "negtome", "generate", "trajectories", "diversity"),
