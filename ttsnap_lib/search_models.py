@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,23 @@ from ._reading import failures_as
 from .errors import CheckpointError, PipelineError
 
 __all__ = ["find_adapters", "load_decoder"]
+
+_OWN_ENTRY = re.compile(r"\{'block_out_channels': [\[(][^\])]*[\])]\} were passed to AutoencoderTiny")
+
+
+@contextlib.contextmanager
+def _without_false_alarm() -> Iterator[None]:
+    """Keep diffusers quiet about the entry that it writes itself into every saved AutoencoderTiny."""
+    log = logging.getLogger("diffusers.configuration_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return not _OWN_ENTRY.search(record.getMessage())
+
+    log.addFilter(other)
+    try:
+        yield
+    finally:
+        log.removeFilter(other)
 
 
 def load_decoder(source: Any, pipeline: Any) -> Any:
@@ -39,7 +60,7 @@ def load_decoder(source: Any, pipeline: Any) -> Any:
             PipelineError, "tiny decoder cannot be loaded", value=str(source),
             bound="a folder or hub id of an AutoencoderTiny",
             remedy="pocket-tiny for the pocket models, madebyollin/taef1 for FLUX, madebyollin/taesdxl for SDXL.",
-        ):  # fmt: skip
+        ), _without_false_alarm():  # fmt: skip
             decoder = AutoencoderTiny.from_pretrained(place, torch_dtype=pipeline.vae.dtype)
         decoder = decoder.to(pipeline._execution_device).eval()
     channels = [getattr(getattr(one, "config", None), "latent_channels", None) for one in (decoder, pipeline.vae)]

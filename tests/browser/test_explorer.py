@@ -39,23 +39,42 @@ def keep_picture(page, name: str) -> None:
     (ARTIFACTS / f"{name}.png").write_bytes(bytes(kept))
 
 
-def press(page, name: str, key: str) -> float:
+def press(page, name: str, key: str, limit_s: float = 60) -> float:
     """Press a key on a slider and return the milliseconds until another picture is on the screen."""
     handle = slider(page, name)
+    handle.scroll_into_view_if_needed()
     handle.focus()
+    # The picture is looked up again on every frame: a notebook may take its element down and build it anew.
     page.evaluate(
         """() => {
-            const image = document.querySelector("img.widget-image");
-            window.ttsnapPainted = new Promise((resolve) => {
-                let start = null;
-                document.addEventListener("keydown", () => { start = performance.now(); }, {once: true, capture: true});
-                image.addEventListener("load", () => requestAnimationFrame(() => resolve(performance.now() - start)),
-                                       {once: true});
-            });
+            const find = () => document.querySelector("img.widget-image");
+            const old = find().src;
+            window.ttsnapPress = {start: null, end: null};
+            document.addEventListener("keydown", () => { window.ttsnapPress.start = performance.now(); },
+                                      {once: true, capture: true});
+            const look = () => {
+                const image = find(), state = window.ttsnapPress;
+                if (state.start !== null && image && image.src !== old && image.complete && image.naturalWidth)
+                    state.end = performance.now();
+                else requestAnimationFrame(look);
+            };
+            requestAnimationFrame(look);
         }"""
     )
+    before = handle.get_attribute("aria-valuenow")
     page.keyboard.press(key)
-    return page.evaluate("() => window.ttsnapPainted")
+    from playwright.sync_api import TimeoutError as Late
+
+    try:
+        page.wait_for_function("() => window.ttsnapPress.end !== null", timeout=1000 * limit_s)
+    except Late:
+        page.screenshot(path=ARTIFACTS / "press-failed.png")
+        at = page.evaluate("() => document.activeElement.outerHTML.slice(0, 200)")
+        pytest.fail(
+            f"no new picture {limit_s:g} s after {key} on {name!r} (slider {before} -> "
+            f"{handle.get_attribute('aria-valuenow')}); focus is on {at}; see press-failed.png; {page.problems}"
+        )
+    return page.evaluate("() => window.ttsnapPress.end - window.ttsnapPress.start")
 
 
 def settle(page) -> None:
