@@ -241,5 +241,7 @@ def test_elsewhere(kind, folder):
         settle(page)
         page.screenshot(path=ARTIFACTS / f"{kind}.png")
         keep_picture(page, f"{kind}-picture")
-        # Voila 0.5 beside JupyterLab 4.6 trips over an extension of its own, on any page.
-        assert [text for text in page.problems if kind != "voila" or "getter for the shared module" not in text] == []
+        # Errors that these applications raise on any page, also on one without a widget: Voila 0.5 beside JupyterLab 4.6
+        # in an extension of its own, Notebook 7 while it loads its settings.
+        own = {"voila": "getter for the shared module", "notebook": "of undefined (reading 'schema')"}[kind]
+        assert [text for text in page.problems if own not in text] == []
