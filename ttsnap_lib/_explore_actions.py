@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from .widgets import Explorer
 
-__all__ = ["Actions"]
+__all__ = ["KEEP_KEYS", "Actions", "javascript"]
 
 _TOLD_EVERY_S = 0.3
 
@@ -165,13 +165,7 @@ class Actions:
         controls.copied.value = text
         # A fresh random-free value each time would not rerun the same script: clear it first.
         explorer.script.outputs = ()
-        explorer.script.outputs = (
-            {
-                "output_type": "display_data",
-                "data": {"application/javascript": _CLIPBOARD % json.dumps(text), "text/plain": ""},
-                "metadata": {},
-            },
-        )
+        explorer.script.outputs = javascript(_CLIPBOARD % json.dumps(text))
         return text
 
     def _search_line(self, cost: str) -> str:
@@ -198,6 +192,25 @@ class Actions:
         self._tell(f"Saved {path}, the same as PDF, and the table results.csv beside it.")
         return path
 
+
+def javascript(code: str) -> tuple[dict[str, Any], ...]:
+    """Return the outputs of an output widget that run `code` in the browser."""
+    data = {"application/javascript": code, "text/plain": ""}
+    return ({"output_type": "display_data", "data": data, "metadata": {}},)
+
+
+# Jupyter binds arrow keys to moves between cells and headings; while a slider's handle has the focus they are its own.
+# The attribute is Lumino's; it is set when the focus comes, since the page may build a slider anew.
+KEEP_KEYS = """
+if (!window.ttsnapKeepKeys) {
+  window.ttsnapKeepKeys = true;
+  document.addEventListener("focusin", function (event) {
+    if (event.target.classList.contains("noUi-handle")) {
+      event.target.setAttribute("data-lm-suppress-shortcuts", "true");
+    }
+  }, true);
+}
+"""
 
 _CLIPBOARD = """
 (function () {

@@ -17,7 +17,7 @@ import ipywidgets as ipw
 
 from ._current_run import Run
 from ._explore import available_mark, compute, jobs
-from ._explore_actions import Actions
+from ._explore_actions import KEEP_KEYS, Actions, javascript
 from ._explore_controls import Controls
 from ._explore_pool import Pool
 from ._explore_sources import Sources
@@ -143,7 +143,7 @@ class Explorer(ipw.VBox):
         # No tooltip: on an Image it makes the view fail in the browser (ipywidgets 8.1 looks for a description).
         self.image = ipw.Image(format="png", layout=ipw.Layout(width="100%", max_width="920px"))
         self.numbers, self.message, self.progress = ipw.HTML(), ipw.HTML(), ipw.HTML()
-        self.script = ipw.Output(layout=ipw.Layout(height="0", overflow="hidden"))
+        self.script = ipw.Output(outputs=javascript(KEEP_KEYS), layout=ipw.Layout(height="0", overflow="hidden"))
         right = ipw.VBox(
             [self.message, self.numbers, self.image, self.progress], layout=ipw.Layout(flex="1 1 560px", min_width="0")
         )

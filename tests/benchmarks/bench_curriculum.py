@@ -33,7 +33,7 @@ def run(prompts: int = 60, rounds: int = 7) -> list[Row]:
         rng.integers(0, 256, (prompts, GROUP, 2, 32, 32, 3), dtype=np.uint8), pocket_prompts("train", prompts)
     )
     config = CurriculumConfig(
-        steps=(0,), batch_size=64, group_size=GROUP, mse=1.0, validation_prompts=0, epochs_per_step=2, save_every=10**6,
+        steps=(0,), batch_size=64, group_size=GROUP, mse=1.0, validation_prompts=0, epochs_per_step=8, save_every=10**6,
         keep="last",
     )  # fmt: skip
     threads, cache = torch.get_num_threads(), os.environ.get("TTSNAP_DATA_CACHE")
@@ -84,10 +84,10 @@ def _plain(bank: ImageBank, targets: np.ndarray, config: CurriculumConfig, folde
     trained = [p for p in reward.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     rng = np.random.default_rng(0)
-    with torch.no_grad():
+    begin, count = time.perf_counter(), 0
+    with torch.no_grad():  # in the time of both: the texts are frozen and encoded once
         text = reward.encode_text(bank.prompts)
-    goal = torch.from_numpy(targets)
-    per_batch, begin, count = config.batch_size // GROUP, time.perf_counter(), 0
+    goal, per_batch = torch.from_numpy(targets), config.batch_size // GROUP
     for _ in range(config.epochs_per_step):
         order = rng.permutation(len(bank.prompts))
         for start in range(0, len(order), per_batch):
