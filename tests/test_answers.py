@@ -5,13 +5,15 @@ from __future__ import annotations
 import shlex
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel, Schedule
 from ttsnap_lib.__main__ import main
-from ttsnap_lib.answers import by_budget, optimize_command, search_command
+from ttsnap_lib.answers import by_budget, flatness_table, optimize_command, search_command, transfer_table
 from ttsnap_lib.simulate import curves
 from ttsnap_lib.synthetic import synthetic_rewards
+from ttsnap_lib.transfer import cases_by_reward, compare_schedules, transfer
 
 COST = "flux-512+image_reward"
 
@@ -47,6 +49,40 @@ def test_what_best_of_n_needs_lies_on_its_own_curve(result):
         else:
             assert not curve["mean"].min() <= mean <= curve["mean"].max()
     assert told  # at the smaller budgets Best-of-N comes that far
+
+
+def test_tables_of_schedules_tell_what_was_measured():
+    cost = CostModel.load(COST)
+    rewards = synthetic_rewards(12, 120, 20, rewards=("image_reward", "pickscore"))
+    budgets = [multiple * cost.total(1) for multiple in (2, 4, 8)]
+    one = rewards.sel(reward=["image_reward"])
+    table = compare_schedules(one, cost, budgets, [PUBLISHED_SCHEDULE, Schedule((25,), (0.5,))])
+    table["within"] = [True, False]
+    text = flatness_table(table)
+    assert text["schedule"][0] == str(PUBLISHED_SCHEDULE) and text["as good"].tolist() == ["yes", ""]
+    assert text.iloc[0, 1] == f"{table['gain'][0]:.1f} [{table['low'][0]:.1f}, {table['high'][0]:.1f}]"
+    assert text.iloc[1, 1] == text.iloc[1, 2] == "cannot run"  # there is no step 25
+
+    cases = cases_by_reward({"one": one, "both": rewards}, cost, budgets)
+    assert list(cases) == ["one", "both/image_reward", "both/pickscore"]
+    found = transfer({name: cases[name] for name in ("one", "both/pickscore")}, n_trials=20, iterations=8)
+    text = transfer_table(found)
+    assert list(text.index) == ["one", "both/pickscore", "published"]
+    assert text["one", "behind"]["one"] == "0.0 [0.0, 0.0]"
+    assert text["one", "gain"]["published"].startswith(f"{found.gain.loc['published', 'one']:.1f} [")
+
+
+def test_the_notebook_answers_for_one_budget_and_tries_the_schedule_elsewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TTSNAP_DATA_CACHE", str(tmp_path))
+    given = {"multiples": "[4]", "iterations": "20", "trials": "20", "transfer_to": "['pocket-sdxl']"}
+    assert main(["run", "simulate", *(word for key, value in given.items() for word in ("-p", key, value))]) == 0
+    folder = next((tmp_path / "runs" / "simulate").glob("*/transfer.csv")).parent
+    carried = pd.read_csv(folder / "transfer.csv", index_col=0)
+    assert list(carried.index) == ["pocket-flux", "pocket-sdxl", "published"] and carried.notna().all(None)
+    schedules = pd.read_csv(folder / "schedules.csv")
+    assert str(PUBLISHED_SCHEDULE) in set(schedules["schedule"]) and schedules["behind"][0] == 0
+    tuned = [int(part.split()[1]) for part in schedules["schedule"][0].split(", ")]
+    assert f"steps: {tuned}" in capsys.readouterr().out  # the last line runs what was tuned
 
 
 def test_the_optimize_line_is_taken_by_the_command(tmp_path, monkeypatch, capsys):

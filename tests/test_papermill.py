@@ -14,7 +14,9 @@ from tests.conftest import ROOT
 
 # Small parameters, and a file of the results that they lead to.
 GIVEN = {
-    "simulate": ({"multiples": [2, 4], "iterations": 20}, "relative_gains.csv"),
+    "simulate": (
+        {"multiples": [2, 4], "iterations": 20, "trials": 50, "transfer_to": ["pocket-sdxl"]}, "relative_gains.csv"
+    ),
     "explore": ({"steps": [3, 8], "keep_ratios": [0.3, 0.5], "iterations": 20}, "results.csv"),
     "generate": ({"prompts": "pocket:evaluation:1", "images": 4, "compare_diversity": False}, "contact_sheet.png"),
     "score": ({"rewards": ["pocket-clip"], "prompt": 1}, "rank_correlation.csv"),

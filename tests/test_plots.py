@@ -48,6 +48,7 @@ def test_gain_bars(result):
     ax = plots.gain_bars(gains)
     heights = [bar.get_height() for container in ax.containers if hasattr(container, "patches") for bar in container]
     assert sorted(heights) == pytest.approx(sorted(gains["relative_gain"]))
+    assert not plots.gain_bars(gains[:0]).containers  # Best-of-N alone
 
 
 def test_tau_per_step():

@@ -1,4 +1,4 @@
-"""What a reader takes from a simulation: the methods side by side, and the commands that tune a schedule and run it."""
+"""What a reader takes from a simulation: tables of methods and schedules, and the commands that tune and run one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from .schedule import Schedule
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["by_budget", "optimize_command", "search_command"]
+    from .transfer import Transfer
+
+__all__ = ["by_budget", "flatness_table", "optimize_command", "search_command", "transfer_table"]
 
 # The models of the published tensors, by the short name that those carry.
 _PUBLISHED = {"flux": "black-forest-labs/FLUX.1-dev", "sdxl": "SG161222/RealVisXL_V4.0"}
@@ -64,6 +66,44 @@ def by_budget(curves: Curves, unit: str) -> pd.DataFrame:
     return wide.reindex(list(dict.fromkeys(zip(table[keys[0]], table[keys[1]], strict=True)))).rename_axis(
         columns=[None, None]
     )
+
+
+def flatness_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Return what :func:`~ttsnap_lib.transfer.flatness` tells as text: a row per schedule, the chosen one first."""
+    import pandas as pd
+
+    return pd.DataFrame({
+        "schedule": table["schedule"].map(str),
+        "gain over Best-of-N (%)": _with_interval(table["gain"], table["low"], table["high"]),
+        "points behind the first": _with_interval(table["behind"], table["behind_low"], table["behind_high"]),
+        "as good": table["within"].map({True: "yes", False: ""}),
+    })  # fmt: skip
+
+
+def transfer_table(found: Transfer) -> pd.DataFrame:
+    """Return gains of schedules where they were not tuned, as text; rows: tuned on, columns: used on.
+
+    Parameters
+    ----------
+    found : Transfer
+
+    Returns
+    -------
+    DataFrame
+        ``gain`` over Best-of-N in percent, and points ``behind`` the schedule that was tuned there, both with intervals.
+    """
+    import pandas as pd
+
+    columns = {}
+    for name in found.gain.columns:
+        columns[name, "gain"] = _with_interval(found.gain[name], found.low[name], found.high[name])
+        columns[name, "behind"] = _with_interval(found.behind[name], found.behind_low[name], found.behind_high[name])
+    return pd.DataFrame(columns)
+
+
+def _with_interval(value: pd.Series, low: pd.Series, high: pd.Series) -> pd.Series:
+    text = value.map("{:.1f}".format) + " [" + low.map("{:.1f}".format) + ", " + high.map("{:.1f}".format) + "]"
+    return text.where(value.notna(), "cannot run")
 
 
 def optimize_command(

@@ -116,7 +116,7 @@ def gain_bars(gains: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax, (4.2, 3.2))
     methods = list(dict.fromkeys(gains["method"]))
     rewards = list(dict.fromkeys(gains["reward"]))
-    width = 0.8 / len(methods)
+    width = 0.8 / max(len(methods), 1)
     for m, method in enumerate(methods):
         rows = gains[gains["method"] == method].set_index("reward").reindex(rewards)
         place = np.arange(len(rewards)) + (m - (len(methods) - 1) / 2) * width
@@ -132,7 +132,8 @@ def gain_bars(gains: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.margins(y=0.15)
     ax.set_xticks(range(len(rewards)), [reward_label(name) for name in rewards])
     ax.set_ylabel("relative gain over Best-of-N (%)")
-    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(methods), borderaxespad=0)
+    if methods:  # Best-of-N alone gains nothing over itself
+        ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(methods), borderaxespad=0)
     return tidy(ax)
 
 

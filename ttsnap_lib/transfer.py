@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-__all__ = ["Case", "Transfer", "compare_schedules", "flatness", "transfer"]
+__all__ = ["Case", "Transfer", "cases_by_reward", "compare_schedules", "flatness", "transfer"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Case:
 
     dataset: xr.Dataset
     cost: CostModel
-    budgets: Sequence[float]
+    budgets: Sequence[float] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,24 @@ def compare_schedules(
     return pd.DataFrame(rows, columns=names)
 
 
+def cases_by_reward(
+    tensors: Mapping[str, xr.Dataset], cost: CostModel, budgets: Sequence[float] | np.ndarray
+) -> dict[str, Case]:
+    """Return a case for each reward of each tensor, under the same costs: ``name`` or ``name/reward`` where it has several.
+
+    Parameters
+    ----------
+    tensors : mapping of name to xarray.Dataset
+    cost, budgets
+        As in :class:`Case`.
+    """
+    return {
+        name if dataset.sizes["reward"] == 1 else f"{name}/{reward}": Case(dataset.sel(reward=[reward]), cost, budgets)
+        for name, dataset in tensors.items()
+        for reward in map(str, dataset["reward"].values)
+    }
+
+
 def transfer(
     cases: Mapping[str, Case],
     method: str = "ttsnap",
@@ -213,6 +231,7 @@ def flatness(
     dataset: xr.Dataset,
     *,
     top: int = 50,
+    also: Sequence[Schedule] = (),
     prompts: Sequence[int] | np.ndarray | None = None,
     iterations: int = 200,
     seed: int = 0,
@@ -227,6 +246,8 @@ def flatness(
         The tensor that it was tuned on.
     top : int
         Schedules compared: those that scored best in the last round of the search.
+    also : sequence of Schedule
+        Others to compare, such as the one in use so far.
     prompts : sequence of int, optional
         The result's test prompts by default.
     iterations, seed, options
@@ -235,15 +256,16 @@ def flatness(
     Returns
     -------
     pandas.DataFrame
-        As :func:`compare_schedules`, the chosen schedule first, with ``within``: the interval of the points by which
+        As :func:`compare_schedules`, the chosen schedule first, then `also`, with ``within``: the interval of the points by which
         it trails holds 0.
     """
     tried = result.trials[result.trials["rounds"] == result.trials["rounds"].max()]
     best = tried.iloc[best_indices(tried["score"].to_numpy(), integer("top", top, 1))]
-    others = [Schedule(*pair) for pair in zip(best["steps"], best["keep_ratios"], strict=True)]
+    tried_best = [Schedule(*pair) for pair in zip(best["steps"], best["keep_ratios"], strict=True)]
+    schedules = list(dict.fromkeys([result.schedule, *also, *tried_best]))
     table = compare_schedules(
-        dataset, result.cost, result.budgets, [result.schedule, *(s for s in others if s != result.schedule)],
-        result.method, prompts=result.test if prompts is None else prompts, iterations=iterations, seed=seed, **options,
+        dataset, result.cost, result.budgets, schedules, result.method,
+        prompts=result.test if prompts is None else prompts, iterations=iterations, seed=seed, **options,
     )  # fmt: skip
     table["within"] = (table["behind_low"] <= 0) & (table["behind_high"] >= 0)
     return table

@@ -143,13 +143,13 @@ def _summary(result: Any, multiples: list[float], unit: str) -> str:
 
 
 def _flatness(result: Any, dataset: Any, arguments: argparse.Namespace) -> str:
+    from ttsnap_lib.answers import flatness_table
     from ttsnap_lib.transfer import flatness
 
     shared = {"combine": arguments.combine, "report": arguments.report or []}
     table = flatness(result, dataset, top=arguments.flatness, seed=arguments.seed, **shared)
     head = f"\n{int(table['within'].sum())} of {len(table)} schedules are as good as the chosen one, within the paired"
-    table["schedule"] = table["schedule"].map(str)
-    return f"{head} interval; behind: points\n\n{table.round(2).to_string(index=False)}"
+    return f"{head} interval\n\n{flatness_table(table).to_string(index=False)}"
 
 
 def _refuse_beside_transfer(arguments: argparse.Namespace) -> None:
@@ -169,13 +169,12 @@ def _refuse_beside_transfer(arguments: argparse.Namespace) -> None:
 
 def _transfer(arguments: argparse.Namespace, tensors: dict[str, Any], cost: Any, budgets: Any) -> int:
     """Print what a schedule that was tuned on one reward of one tensor gains on the others."""
-    from ttsnap_lib.transfer import Case, transfer
+    from ttsnap_lib.answers import transfer_table
+    from ttsnap_lib.transfer import cases_by_reward, transfer
 
-    cases = {
-        f"{Path(tensor).stem}/{reward}": Case(dataset.sel(reward=[reward]), cost, budgets)
-        for tensor, dataset in tensors.items()
-        for reward in map(str, dataset["reward"].values)
-    }
+    stems = [Path(tensor).stem for tensor in tensors]
+    names = stems if len(set(stems)) == len(stems) else list(tensors)
+    cases = cases_by_reward(dict(zip(names, tensors.values(), strict=True)), cost, budgets)
     options = {"n_trials": arguments.trials, "max_stages": arguments.max_stages, "time_limit_s": arguments.time_limit}
     found = transfer(
         cases,
@@ -186,19 +185,13 @@ def _transfer(arguments: argparse.Namespace, tensors: dict[str, Any], cost: Any,
         copied_steps=arguments.copied_steps,
         **options,
     )
-    print("gain over Best-of-N in percent on test prompts; rows: tuned on, columns: used on\n")
-    print(found.gain.round(1).to_string())
-    print("\npoints behind the schedule that was tuned there, with the 95% interval\n")
-    print(_with_interval(found.behind, found.behind_low, found.behind_high).to_string())
+    print("on test prompts; rows: tuned on, columns: used on; gain over Best-of-N in percent, and points behind the")
+    print("schedule that was tuned there, with 95% intervals\n")
+    print(transfer_table(found).to_string())
     print()
     for name, schedule in found.schedules.items():
         print(f"{name}: {schedule}")
     return 0
-
-
-def _with_interval(value: Any, low: Any, high: Any) -> Any:
-    text = value.round(1).astype(str) + " [" + low.round(1).astype(str) + ", " + high.round(1).astype(str) + "]"
-    return text.where(value.notna(), "cannot run")
 
 
 def _as_yaml(result: Any) -> str:
