@@ -7,7 +7,7 @@ import torch
 
 from tests import tiny
 from tests.rewards.conftest import save_clip
-from tests.search_world import N_STEPS, make_clip, settings
+from tests.search.world import N_STEPS, make_clip, settings
 from ttsnap_lib import CostModel
 from ttsnap_lib.denoise import Denoiser, image_generator
 from ttsnap_lib.errors import ConfigError, RewardError

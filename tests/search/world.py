@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,16 @@ import numpy as np
 import xarray as xr
 
 from tests import tiny
-from ttsnap_lib import Schedule, prune, search
+from ttsnap_lib import CostModel, Schedule, prune, search
 from ttsnap_lib.denoise import Settings
 from ttsnap_lib.rewards import load_reward
 from ttsnap_lib.search_record import SearchRecord, SearchResult
 
-__all__ = ["N_STEPS", "PROMPT", "SCHEDULE", "make_clip", "pruned_winner", "run", "settings"]
+__all__ = ["COST", "FULL", "N_STEPS", "PROMPT", "SCHEDULE", "make_clip", "pruned_winner", "run", "settings"]
 
 N_STEPS = 5
+COST = CostModel(step=1.0, verify=0.25, decode=0.5, preview_decode=0.125, per_prompt=0.0625, n_steps=N_STEPS)
+FULL = dataclasses.replace(COST, preview_decode=None)  # without a tiny decoder
 PROMPT = "a red circle above the cat"
 SCHEDULE = Schedule((1, 3), (0.5, 0.5))
 

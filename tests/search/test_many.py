@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.rewards.conftest import save_clip
-from tests.search_world import SCHEDULE, make_clip, settings
+from tests.search.world import SCHEDULE, make_clip, settings
 from ttsnap_lib import CostModel, Schedule
 from ttsnap_lib.__main__ import main
 from ttsnap_lib._plan import shard_lock
