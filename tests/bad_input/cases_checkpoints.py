@@ -182,7 +182,7 @@ CASES.each(
     [
         ("a folder that is not there", "none/at/all", "trajectories"),
         ("a pocket set of no numbers", "pocket-flux:train:manyxfew", "trajectories"),
-        ("a number", 5, ""),
-        ("a NUL", "a\0b", ""),
+        ("a number", 5, "without NUL"),
+        ("a NUL", "a\0b", "without NUL"),
     ],
 )

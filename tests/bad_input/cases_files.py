@@ -61,8 +61,8 @@ HOSTILE_YAML = [
     ("cut off", "steps: [1, 2", "cannot be read"),
     ("bytes that are no text", b"\xff\xfe\x00\x01steps", "cannot be read"),
     ("a NUL in it", "steps: a\0b\n", "cannot be read"),
-    ("nothing in it", "", ""),
-    ("one word", "hello\n", ""),
+    ("nothing in it", "", "mapping"),
+    ("one word", "hello\n", "mapping"),
 ]
 for reader, read in YAML_READERS.items():
     CASES.files("hostile YAML", "file.yaml", read, [(f"{what}, as {reader}", *rest) for what, *rest in HOSTILE_YAML])
@@ -103,9 +103,9 @@ CASES.each(
     "hostile YAML",
     lambda text: parse_yaml(text, "value", remedy="Quote it."),
     [
-        ("a set with a value", "!!set {a: 1, b: [}", ""),
-        ("binary that is none", "!!binary é", ""),
-        ("omap", "!!omap 5", ""),
+        ("a set with a value", "!!set {a: 1, b: [}", "flow node"),
+        ("binary that is none", "!!binary é", "base64"),
+        ("omap", "!!omap 5", "ordered map"),
     ],
 )
 
@@ -127,17 +127,18 @@ def made(folder: Path, name: str, make: Any) -> Path:
 
 
 for reader, (name, read) in PATH_READERS.items():
-    for what, make in {
-        "a pipe that nobody writes": os.mkfifo,
-        "a folder": os.mkdir,
-        "a link to an endless device": lambda path: os.symlink("/dev/zero", path),
-        "a link to itself": lambda path: os.symlink(path.name, path),
-        "nothing": lambda path: None,
-    }.items():
+    for what, make, names in [
+        ("a pipe that nobody writes", os.mkfifo, "not a file"),
+        ("a folder", os.mkdir, "not a file|Is a directory"),
+        ("a link to an endless device", lambda path: os.symlink("/dev/zero", path), "not a file"),
+        ("a link to itself", lambda path: os.symlink(path.name, path), "symbolic links|not a file|does not exist"),
+        ("nothing", lambda path: None, "No such file|does not exist|missing"),
+    ]:
         CASES.add(
             "no file at all",
             f"{what}, as {reader}",
             lambda folder, name=name, read=read, make=make: read(made(folder, name, make)),
+            f"{names}|a YAML file or one of" if reader == "finetuning configuration" else names,
         )
 for reader, read in {
     "schedule": lambda path: Schedule.from_yaml(Path(path)),
@@ -154,8 +155,8 @@ for reader, read in {
         "no file at all",
         read,
         [
-            (f"a path with a NUL, as {reader}", "a\0b.json", ""),
-            (f"a name of 5000 letters, as {reader}", "x" * 5000 + ".json", ""),
+            (f"a path with a NUL, as {reader}", "a\0b.json", "without NUL"),
+            (f"a name of 5000 letters, as {reader}", "x" * 5000 + ".json", "at most 255 bytes"),
         ],
     )
 
@@ -224,7 +225,7 @@ CASES.each(
         ("no such split", "pocket:trian", "Did you mean 'train'"),
         ("more than the split has", "pocket:test:100000", "128"),
         ("a negative count", "pocket:test:-1", "pocket:test"),
-        ("an empty name", " ", ""),
+        ("an empty name", " ", "non-empty"),
         ("a number for a file", 5, "list"),
         ("bytes", b"a cat", "list"),
         ("a mapping", {"0": "a cat"}, "list"),

@@ -100,7 +100,7 @@ PICTURES = [
     ("half of it", png(6, 4)[:40], "damaged|no PNG"),
     ("no picture data", png(6, 4, b""), "damaged"),
     ("another size", png(6, 5), "another size"),
-    ("size zero", png(0, 0, b""), ""),
+    ("size zero", png(0, 0, b""), "no PNG"),
     ("gray", saved(Image.new("L", (6, 4)), format="PNG"), "RGB"),
     ("a palette", saved(Image.new("P", (6, 4)), format="PNG"), "RGB"),
     ("with transparency", saved(Image.new("RGBA", (6, 4)), format="PNG"), "RGB"),
@@ -108,7 +108,7 @@ PICTURES = [
     ("a TIFF by the name of PNG", saved(Image.new("RGB", (6, 4)), format="TIFF"), "no PNG"),
     ("a vector graphic", SVG, "no PNG"),
     ("PostScript", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 4\n", "no PNG"),
-    ("WebP header alone", b"RIFF\x10\x00\x00\x00WEBPVP8L", ""),
+    ("WebP header alone", b"RIFF\x10\x00\x00\x00WEBPVP8L", "damaged"),
 ]
 CASES.files("picture", "s00.png", lambda path: read_image(path, (4, 6)), PICTURES)
 CASES.files(

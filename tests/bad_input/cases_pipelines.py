@@ -59,8 +59,8 @@ CASES.each(
         ("nothing", "", "model"),
         ("a number", 5, "model"),
         ("a path that is not there", "./none", "none"),
-        ("a NUL", "a\0b", ""),
-        ("a name of 5000 letters", "x" * 5000, ""),
+        ("a NUL", "a\0b", "without NUL"),
+        ("a name of 5000 letters", "x" * 5000, "at most 255 bytes"),
     ],
 )
 CASES.each(
@@ -166,14 +166,15 @@ def model_index(folder: Path, content: Any) -> Any:
 
 
 EVIL = {"_class_name": ["evil", "Pipeline"], "_diffusers_version": "0.39.0"}
-for what, content in [
-    ("a folder of another class", {"_class_name": "AudioLDMPipeline"}),
-    ("a folder that brings code", EVIL),
-    ("a folder whose part is code", {"_class_name": "FluxPipeline", "vae": ["evil", "Vae"]}),
-    ("a folder with parts missing", {"_class_name": "FluxPipeline", "vae": ["diffusers", "AutoencoderKL"]}),
-    ("an index that is no JSON", "{"),
-    ("an index that is a list", [1]),
-    ("an index nested too deep", "[" * 100_000),
-    ("an index without a class", {}),
+PARTS = {"_class_name": "FluxPipeline", "vae": ["diffusers", "AutoencoderKL"]}
+for what, content, names in [
+    ("a folder of another class", {"_class_name": "AudioLDMPipeline"}, "AudioLDMPipeline, which is not supported"),
+    ("a folder that brings code", EVIL, "evil.*not supported"),
+    ("a folder whose part is code", {"_class_name": "FluxPipeline", "vae": ["evil", "Vae"]}, "'evil'"),
+    ("a folder with parts missing", PARTS, "missing or broken"),
+    ("an index that is no JSON", "{", "not a valid JSON"),
+    ("an index that is a list", [1], "missing or broken"),
+    ("an index nested too deep", "[" * 100_000, "missing or broken"),
+    ("an index without a class", {}, "without a class name"),
 ]:
-    CASES.add("pipeline", what, lambda folder, content=content: model_index(folder, content), "")
+    CASES.add("pipeline", what, lambda folder, content=content: model_index(folder, content), names)

@@ -174,7 +174,7 @@ for what, part, changes, names in [
     ("an unknown codec", "base", {"codecs": [{"name": "pickle"}]}, "opened|read"),
     ("an unknown type", "base", {"data_type": "float31"}, "opened|read"),
     ("values of integers", "base", {"data_type": "int32", "fill_value": 0}, "float32|int32"),
-    ("another shape than its neighbour", "base", {"shape": [1, 2, 3, 5]}, ""),
+    ("another shape than its neighbour", "base", {"shape": [1, 2, 3, 5]}, "conflicting sizes"),
     ("a scale on the values", "base", {"attributes": {"scale_factor": 1000.0}}, "scale_factor"),
     ("another node type", "", {"node_type": "array"}, "group"),
     ("format 2 in name", "", {"zarr_format": 2}, "format 3"),

@@ -33,7 +33,7 @@ class Case:
     run : callable
         Gives the input to the library, in a folder of its own.
     names : str
-        Regular expression for what the message has to name besides value, bound and remedy.
+        Regular expression for what the message has to name besides value, bound and remedy; empty where `skip` is set.
     skip : str
         Documented handling that is no error; `run` then checks it itself and returns True.
     """

@@ -16,3 +16,7 @@ def test_the_drill_does_not_shrink():
 def test_the_documentation_has_this_table():
     page = table.PAGE.read_text("utf-8")
     assert page == table.page_with(page), "run `python -m tests.bad_input.table`"
+
+
+def test_every_refusal_is_held_to_its_words():
+    assert [case.id for case in table.all_cases() if not case.skip and not case.names] == []
