@@ -37,8 +37,9 @@ def by_budget(curves: Curves, unit: str) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Of text. ``over Best-of-N`` is the paired gain in reward with its interval; ``Best-of-N needs`` the budget at which
-        Best-of-N reaches the same mean reward, linear between its budgets and empty outside them.
+        Of text. ``N`` is the number of candidates; ``over Best-of-N`` the paired gain in reward with its interval;
+        ``Best-of-N needs`` the budget at which Best-of-N reaches the same mean reward, linear between its budgets and
+        empty outside them.
     """
     import pandas as pd
 
@@ -53,16 +54,16 @@ def by_budget(curves: Curves, unit: str) -> pd.DataFrame:
         "reward": frame["reward"].map(reward_label),
         f"budget ({unit})": frame["budget"].map("{:.4g}".format),
         "method": frame["method"].map(METHOD_LABELS),
-        "candidates": frame["n"],
+        "N": frame["n"],
         "mean reward": frame["mean"].map("{:.3f}".format),
-        "over Best-of-N": [f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]" for gain, low, high in gains],
+        "over Best-of-N": [_interval(*given, "+.3f") for given in gains],
         f"Best-of-N needs ({unit})": ["" if np.isnan(value) else f"{value:.4g}" for value in needs],
     })  # fmt: skip
     keys = list(table.columns[:2])
     wide = table.pivot(index=keys, columns="method").swaplevel(axis=1)
     order = [(METHOD_LABELS[method], column) for method in curves.methods for column in table.columns[3:]]
     baseline = METHOD_LABELS["best_of_n"]
-    wide = wide[[at for at in order if at[0] != baseline or at[1] in ("candidates", "mean reward")]]
+    wide = wide[[at for at in order if at[0] != baseline or at[1] in ("N", "mean reward")]]
     return wide.reindex(list(dict.fromkeys(zip(table[keys[0]], table[keys[1]], strict=True)))).rename_axis(
         columns=[None, None]
     )
@@ -75,7 +76,7 @@ def flatness_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({
         "schedule": table["schedule"].map(str),
         "gain over Best-of-N (%)": _with_interval(table["gain"], table["low"], table["high"]),
-        "points behind the first": _with_interval(table["behind"], table["behind_low"], table["behind_high"]),
+        "points behind the first": _with_interval(table["behind"], table["behind_low"], table["behind_high"], ".2f"),
         "as good": table["within"].map({True: "yes", False: ""}),
     })  # fmt: skip
 
@@ -101,9 +102,15 @@ def transfer_table(found: Transfer) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _with_interval(value: pd.Series, low: pd.Series, high: pd.Series) -> pd.Series:
-    text = value.map("{:.1f}".format) + " [" + low.map("{:.1f}".format) + ", " + high.map("{:.1f}".format) + "]"
-    return text.where(value.notna(), "cannot run")
+def _with_interval(value: pd.Series, low: pd.Series, high: pd.Series, form: str = ".1f") -> pd.Series:
+    text = [_interval(*given, form) for given in zip(value, low, high, strict=True)]
+    return value.astype(object).where(value.isna(), text).where(value.notna(), "cannot run")
+
+
+def _interval(value: float, low: float, high: float, form: str) -> str:
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]".replace(
+        " ", "\N{NO-BREAK SPACE}"
+    )  # one line in a narrow column
 
 
 def optimize_command(
