@@ -342,6 +342,9 @@ def test_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     schedule = Schedule.from_yaml(out)
     assert str(list(schedule.steps)) in printed and "next: ttsnap run simulate" in printed
+    assert (
+        f"ttsnap search 'your prompt' --model MODEL --reward r0 --schedule '{{steps: {list(schedule.steps)}" in printed
+    )
     assert (tmp_path / "trials.csv").read_text().count("\n") == 65
     assert main([*arguments, "-q", "--objective", "frontier", "--out", str(out)]) == 0
     content = yaml.safe_load(out.read_text())

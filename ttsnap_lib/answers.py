@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .transfer import Transfer
 
-__all__ = ["by_budget", "flatness_table", "optimize_command", "search_command", "transfer_table"]
+__all__ = ["by_budget", "flatness_table", "optimize_command", "search_command", "transfer_table", "unbroken"]
 
 # The models of the published tensors, by the short name that those carry.
 _PUBLISHED = {"flux": "black-forest-labs/FLUX.1-dev", "sdxl": "SG161222/RealVisXL_V4.0"}
@@ -108,9 +108,12 @@ def _with_interval(value: pd.Series, low: pd.Series, high: pd.Series, form: str 
 
 
 def _interval(value: float, low: float, high: float, form: str) -> str:
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]".replace(
-        " ", "\N{NO-BREAK SPACE}"
-    )  # one line in a narrow column
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def unbroken(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of text whose cells a notebook keeps on one line, however narrow the column."""
+    return table.map(lambda cell: cell.replace(" ", "\N{NO-BREAK SPACE}") if isinstance(cell, str) else cell)
 
 
 def optimize_command(

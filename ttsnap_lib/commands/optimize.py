@@ -59,11 +59,13 @@ def add(commands: Any) -> None:
 def _optimize(arguments: argparse.Namespace) -> int:
     import numpy as np
 
+    from ttsnap_lib.answers import search_command
     from ttsnap_lib.checks import choice
     from ttsnap_lib.costs import CostModel
     from ttsnap_lib.optimize import optimize_schedule
     from ttsnap_lib.paths import atomic_write
     from ttsnap_lib.progress import progress_bar
+    from ttsnap_lib.schedule import Schedule
     from ttsnap_lib.tensors import drop_repeats, open_rewards
 
     if arguments.transfer is not None:
@@ -116,6 +118,10 @@ def _optimize(arguments: argparse.Namespace) -> int:
         f'next: ttsnap run simulate -p tensor {arguments.tensor} -p cost {arguments.cost} -p rewards "{names}" '
         f'-p steps "{steps}" -p keep_ratios "{ratios}"'
     )
+    last = result.frontier.iloc[-1]
+    found, n = Schedule(last["steps"], last["keep_ratios"]), int(last["n"])
+    model = dataset.attrs.get("model", "MODEL")
+    print("for real, at the highest budget:", search_command(model, names, arguments.cost, n, found, arguments.method))
     return 0
 
 
