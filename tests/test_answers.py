@@ -10,9 +10,19 @@ import pytest
 
 from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel, Schedule
 from ttsnap_lib.__main__ import main
-from ttsnap_lib.answers import by_budget, flatness_table, optimize_command, search_command, transfer_table, unbroken
+from ttsnap_lib.answers import (
+    by_budget,
+    flatness_table,
+    optimize_command,
+    pruning_method,
+    search_command,
+    transfer_table,
+    unbroken,
+)
+from ttsnap_lib.errors import ConfigError
 from ttsnap_lib.simulate import curves
 from ttsnap_lib.synthetic import synthetic_rewards
+from ttsnap_lib.tensors import make_rewards, save_rewards, select_rewards, stack_rewards
 from ttsnap_lib.transfer import cases_by_reward, compare_schedules, transfer
 
 COST = "flux-512+image_reward"
@@ -84,6 +94,41 @@ def test_the_notebook_answers_for_one_budget_and_tries_the_schedule_elsewhere(tm
     assert str(PUBLISHED_SCHEDULE) in set(schedules["schedule"]) and schedules["behind"][0] == 0
     tuned = [int(part.split()[1]) for part in schedules["schedule"][0].split(", ")]
     assert f"steps: {tuned}" in capsys.readouterr().out  # the last line runs what was tuned
+
+
+def test_the_notebook_answers_for_a_tensor_without_noise_aware_rewards(tmp_path, monkeypatch, capsys):
+    """Such as `ttsnap score` writes before anything was finetuned."""
+    monkeypatch.setenv("TTSNAP_DATA_CACHE", str(tmp_path))
+    values = synthetic_rewards(4, 24, 20, rewards=("image_reward",))["base"].values
+    save_rewards(make_rewards(values, rewards=["image_reward"]), tmp_path / "base.zarr")
+    given = {
+        "tensor": str(tmp_path / "base.zarr"),
+        "cost": COST,
+        "multiples": "[2, 3]",
+        "iterations": "20",
+        "trials": "20",
+    }
+    assert main(["run", "simulate", *(word for key, value in given.items() for word in ("-p", key, value))]) == 0
+    optimize, search = capsys.readouterr().out.strip().splitlines()[-4:-1:2]
+    assert "--method ttsp" in optimize and "--adapters" not in search
+    assert next((tmp_path / "runs" / "simulate").glob("*/schedules.csv"))
+
+
+@pytest.mark.parametrize(("methods", "report", "wanted"), [
+    (["best_of_n", "ttsp", "ttsnap"], [], "ttsp"),  # the second reward is not noise-aware
+    (["best_of_n", "ttsp", "ttsnap"], ["second"], "ttsnap"),
+    (["ttsp", "best_of_n"], ["second"], "ttsp"),
+    (["best_of_n"], [], "best_of_n"),
+])  # fmt: skip
+def test_what_a_schedule_is_tuned_for(methods, report, wanted):
+    values = np.zeros((1, 2, 3, 4))
+    dataset = stack_rewards([make_rewards(values, values, rewards=["first"]), make_rewards(values, rewards=["second"])])
+    assert pruning_method(dataset, methods, report) == wanted
+
+
+def test_a_reward_that_the_tensor_lacks_is_named():
+    with pytest.raises(ConfigError, match="got 'imagereward', expected one of .*Did you mean 'image_reward'"):
+        select_rewards(synthetic_rewards(2, 3, 4, rewards=("image_reward",)), ["imagereward"])
 
 
 def test_the_optimize_line_is_taken_by_the_command(tmp_path, monkeypatch, capsys):

@@ -13,13 +13,23 @@ from .costs import CostModel
 from .plots import METHOD_LABELS, reward_label
 from .results import Curves
 from .schedule import Schedule
+from .tensors import noise_aware_steps
 
 if TYPE_CHECKING:
     import pandas as pd
+    import xarray as xr
 
     from .transfer import Transfer
 
-__all__ = ["by_budget", "flatness_table", "optimize_command", "search_command", "transfer_table", "unbroken"]
+__all__ = [
+    "by_budget",
+    "flatness_table",
+    "optimize_command",
+    "pruning_method",
+    "search_command",
+    "transfer_table",
+    "unbroken",
+]
 
 # The models of the published tensors, by the short name that those carry.
 _PUBLISHED = {"flux": "black-forest-labs/FLUX.1-dev", "sdxl": "SG161222/RealVisXL_V4.0"}
@@ -116,8 +126,26 @@ def unbroken(table: pd.DataFrame) -> pd.DataFrame:
     return table.map(lambda cell: cell.replace(" ", "\N{NO-BREAK SPACE}") if isinstance(cell, str) else cell)
 
 
+def pruning_method(dataset: xr.Dataset, methods: Sequence[str], report: Sequence[str] = ()) -> str:
+    """Return the one of `methods` to tune a schedule for: TTSnap, else TTSp, else Best-of-N, which has none.
+
+    On a tensor without a step at which every reward that selects is noise-aware, TTSnap is TTSp, and so is the answer.
+    Rewards of `report` do not select.
+    """
+    if "ttsnap" not in methods:
+        return "ttsp" if "ttsp" in methods else "best_of_n"
+    finetuned = [set(steps) for name, steps in noise_aware_steps(dataset).items() if name not in report]
+    shared = set.intersection(*finetuned) if finetuned else set()
+    return "ttsnap" if shared - {int(dataset["step"][-1])} else "ttsp"
+
+
 def optimize_command(
-    tensor: str, cost: str, multiples: Sequence[float], rewards: Sequence[str] = (), report: Sequence[str] = ()
+    tensor: str,
+    cost: str,
+    multiples: Sequence[float],
+    rewards: Sequence[str] = (),
+    report: Sequence[str] = (),
+    method: str = "ttsnap",
 ) -> str:
     """Return the ``ttsnap optimize`` line for a tensor, its costs and a range of budgets.
 
@@ -129,11 +157,14 @@ def optimize_command(
         Budgets in finished images of Best-of-N; all of them are tuned for.
     rewards, report : sequence of str
         Rewards that select, and rewards that are only measured; all of the tensor select when both are empty.
+    method : str
+        ``ttsp`` to tune for pruning by the base reward.
     """
     words = ["ttsnap", "optimize", tensor, "--cost", cost, "--budgets", ",".join(f"{m:g}" for m in multiples)]
     for option, names in (("--reward", rewards), ("--report", report)):
         for name in names:
             words += [option, name]
+    words += ["--method", method] if method == "ttsp" else []
     return shlex.join([*words, "--out", "schedule.yaml"])
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from ._cleaning import drop_missing, drop_repeats, repeated_images
 from ._tensor_files import PROMPT_CHUNK, open_rewards, read_steps, save_rewards, write_zarr
 from ._tensor_schema import COPIED, DIMS, FINETUNED, SCHEMA_VERSION, check_rewards
+from .checks import choice
 from .errors import TensorError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "read_steps",
     "repeated_images",
     "save_rewards",
+    "select_rewards",
     "stack_rewards",
     "write_zarr",
 ]
@@ -155,6 +157,18 @@ def noise_aware_steps(dataset: xr.Dataset) -> dict[str, list[int]]:
         str(name): [step for step, kind in zip(steps, row, strict=True) if kind == FINETUNED]
         for name, row in zip(dataset["reward"].values, source, strict=True)
     }
+
+
+def select_rewards(dataset: xr.Dataset, names: Sequence[str]) -> xr.Dataset:
+    """Return the tensor of the rewards in `names` alone, in that order; all of it when `names` is empty.
+
+    Raises
+    ------
+    ConfigError
+        A name that the tensor does not hold.
+    """
+    known = [str(name) for name in dataset["reward"].values]
+    return dataset.sel(reward=[choice("reward", name, known) for name in names]) if len(names) else dataset
 
 
 def stack_rewards(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
