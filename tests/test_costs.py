@@ -101,6 +101,8 @@ def test_files(tmp_path):
             CostModel.load(tmp_path / name)
     with pytest.raises(CostError, match="cannot be read"):
         CostModel.load(tmp_path / "missing.json")
+    with pytest.raises(CostError, match=r"Did you mean 'flux-512\+image_reward'"):
+        CostModel.load("flux-512+imagereward")
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def tools(monkeypatch):
 
 
 def read(site, page):
-    return (site / page / "index.html").read_text("utf-8")
+    return (site / f"{page}.html").read_text("utf-8")
 
 
 def test_home_is_the_readme(site):
@@ -111,3 +111,15 @@ def test_estimates_follow_the_cost_model(tools):
     assert one.pictures == 300 and one.tensor_bytes() == 2400
     assert one.picture_bytes("png") == pytest.approx(300 * 512 * 512 * 3 * 0.56)
     assert tools["estimates"].hours(312 * 0.4 * 3600, "A100") == pytest.approx(1)
+
+
+def test_long_commands_are_broken_as_a_shell_takes_them(tools):
+    import shlex
+
+    from ttsnap_docs.hooks import wrap_commands
+
+    long = 'ttsnap search "a red fox" ' + " ".join(f"--option-{k} {k}" for k in range(9)) + " -p steps [2]"
+    page = wrap_commands(f"```\nttsnap demo\n{long}\n```\n\n```python\n{'x' * 99} --y\n```\n{'x' * 99} --z\n")
+    shown = page.split("```")[1].strip()
+    assert max(map(len, shown.splitlines())) <= 80 and all(f"{'x' * 99} --{name}\n" in page for name in "yz")
+    assert shlex.split(shown.replace("\\\n", "")) == shlex.split(f"ttsnap demo {long}")

@@ -91,3 +91,31 @@ def test_sizes():
 def test_verify_names_a_folder_that_is_none(tmp_path, capsys):
     assert main(["verify", str(tmp_path)]) == 1
     assert "no trajectory folder" in capsys.readouterr().err
+
+
+def test_a_reward_without_a_tensor_is_refused_before_anything_is_made(tmp_path, capsys):
+    out = tmp_path / "pool"
+    assert main(["generate", "--prompts", "pocket:evaluation:1", "--out", str(out), "--reward", "image_reward"]) == 1
+    assert "Add --score TENSOR.zarr" in capsys.readouterr().err and not out.exists()
+
+
+def test_every_module_of_commands_is_in_the_help_and_defaults_are_told_once():
+    import pkgutil
+
+    from ttsnap_lib import commands
+    from ttsnap_lib.__main__ import parser
+
+    assert {info.name for info in pkgutil.iter_modules(commands.__path__)} == {*commands.MODULES, "_help"}
+    choices = parser()._subparsers._group_actions[0].choices
+    for name, one in choices.items():
+        text = " ".join(one.format_help().split())
+        assert "(default: None)" not in text and "(default: [])" not in text, name
+    assert "base seed (default: 0)" in choices["generate"].format_help()
+
+
+def test_rewards_of_a_search_may_be_given_one_by_one_or_together():
+    from ttsnap_lib.__main__ import parser
+
+    head = ["search", "a ring", "--candidates", "2", "--out", "best"]
+    for given in (["--reward", "a", "--reward", "b"], ["--reward", "a", "b"]):
+        assert parser().parse_args([*head, *given]).reward == ["a", "b"]

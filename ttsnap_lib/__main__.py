@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import pkgutil
 import signal
 import sys
 
@@ -19,14 +18,17 @@ from .progress import close_bars
 
 __all__ = ["main", "parser", "run"]
 
+_ABOUT = "Test-time scaling of text-to-image diffusion models: Best-of-N, TTSp and TTSnap, simulated on recorded rewards and live."
+_MORE = "`ttsnap COMMAND --help` shows a command's options. `python -m ttsnap_lib` is the same as `ttsnap`."
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    whole = argparse.ArgumentParser(prog="ttsnap", description=__doc__.splitlines()[0], allow_abbrev=False)
+    whole = argparse.ArgumentParser(prog="ttsnap", description=_ABOUT, epilog=_MORE, allow_abbrev=False)
     whole.add_argument("--version", action="version", version=f"ttsnap {__version__}")
     whole.add_argument("--traceback", action="store_true", help="show the full traceback of an error")
     subparsers = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in sorted(info.name for info in pkgutil.iter_modules(commands.__path__)):
+    for module in commands.MODULES:
         importlib.import_module(f"{commands.__name__}.{module}").add(subparsers)
     return whole
 

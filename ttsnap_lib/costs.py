@@ -192,6 +192,8 @@ class CostModel:
         if isinstance(source, str) and source in PRESETS:
             return cls.preset(source)
         path = as_path("cost", source, error=CostError)
+        if not path.suffix and not path.exists():  # a preset was meant; a file has an ending
+            choice("cost preset", str(source), sorted(PRESETS), error=CostError)
         remedy = f"Write it with CostModel.save(), or use one of {sorted(PRESETS)}."
         read = read_json if path.suffix == ".json" else read_yaml
         content = read(path, "cost file", error=CostError, remedy=remedy)

@@ -59,7 +59,7 @@ def load_grid(path: str | Path) -> GridSpec:
         Anything in the file that is unknown, of the wrong kind, or that the notebook does not accept.
     """
     path = as_path("sweep", path)
-    content = read_yaml(path, "sweep", remedy="Indent with spaces, and write `name: value`.")
+    content = read_yaml(path, "sweep", remedy="Check the path; indent with spaces, and write `name: value`.")
     if not isinstance(content, dict):
         raise ConfigError(str(path), value=content, bound="a mapping", remedy="Write notebook: and grid: lines.")
     notebook = content.get("notebook")

@@ -133,7 +133,10 @@ class Schedule:
     @classmethod
     def from_yaml(cls, source: str | Path) -> Schedule:
         """Read from a YAML file (a ``Path``) or from YAML text (a ``str``)."""
-        options: dict[str, Any] = {"error": ScheduleError, "remedy": "Write it with Schedule.to_yaml()."}
+        options: dict[str, Any] = {
+            "error": ScheduleError,
+            "remedy": "Write it with `ttsnap optimize --out` or Schedule.to_yaml().",
+        }
         if isinstance(source, Path):
             return cls.from_dict(read_yaml(source, "schedule file", **options))
         return cls.from_dict(parse_yaml(text("schedule", source, error=ScheduleError), "schedule", **options))

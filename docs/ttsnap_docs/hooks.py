@@ -41,11 +41,33 @@ def fill(markdown: str, page: str) -> str:
     return _MARKER.sub(table, markdown)
 
 
+def wrap_commands(markdown: str, width: int = 78) -> str:
+    """Return `markdown` with long commands of blocks without a language broken before options, as a shell takes them."""
+
+    def block(match: re.Match[str]) -> str:
+        language, code = match.groups()
+        return match[0] if language else "```\n" + "".join(f"{_wrapped(x, width)}\n" for x in code.splitlines()) + "```"
+
+    return re.sub(r"^```(\w*)\n(.*?)^```$", block, markdown, flags=re.MULTILINE | re.DOTALL)
+
+
+def _wrapped(line: str, width: int) -> str:
+    if len(line) <= width or "  #" in line:
+        return line
+    rows = [""]
+    for part in re.split(r" (?=-p |--)", line):
+        if rows[-1] and len(rows[-1]) + len(part) + 3 > width:
+            rows.append("    " + part)
+        else:
+            rows[-1] += f" {part}" if rows[-1] else part
+    return " \\\n".join(rows)
+
+
 def on_config(config: Any) -> Any:
     """Put the pages that may be there into the navigation, and the pages of the API."""
     docs = Path(config.docs_dir)
-    pocket = [{"Pocket world" if page.name == "index.md" else page.stem: f"pocket/{page.name}"}
-              for page in sorted((docs / "pocket").glob("*.md"), key=lambda page: (page.name != "index.md", page.name))]  # fmt: skip
+    # The page's own heading is its title.
+    pocket = [f"pocket/{page.name}" for page in sorted((docs / "pocket").glob("*.md"), key=_index_first)]
     extra = [{title: name} for name, title in OPTIONAL.items() if (docs / name).exists()]
     reference = [{"Python interface": "api/index.md"}]
     reference += [{title: f"api/{api.slug(title)}.md"} for title in api.GROUPS]
@@ -57,6 +79,10 @@ def on_config(config: Any) -> Any:
     return config
 
 
+def _index_first(page: Path) -> tuple[bool, str]:
+    return page.name != "index.md", page.name
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages."""
     generated = {"index.md": home(), "commands.md": commands.page(), **api.pages()}
@@ -66,5 +92,5 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Fill the tables of a page."""
-    return fill(markdown, page.file.src_uri)
+    """Fill the tables of a page, and wrap its commands."""
+    return wrap_commands(fill(markdown, page.file.src_uri))

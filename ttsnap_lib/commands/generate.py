@@ -6,6 +6,7 @@ import argparse
 import os
 from typing import Any
 
+from ._help import Defaults
 from .score import add_reward_arguments, given_rewards
 
 __all__ = ["add", "add_model_arguments"]
@@ -21,7 +22,7 @@ def add(commands: Any) -> None:
         description="Fill a trajectory folder. Run the same command again to go on where it stopped; raise --images "
         "or add prompts at the end to widen it. Under `accelerate launch`, or with --shard, several processes share "
         "the work and write the same bytes as one.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     generate.add_argument(
         "--prompts", default="pocket", help=".json, .txt, .csv or .parquet file, or pocket[:split[:count]]"
@@ -59,7 +60,7 @@ def add(commands: Any) -> None:
         help="check a trajectory folder, and mend it",
         description="Find missing, damaged, changed and foreign files. Exit status 1 when there are any. "
         "--repair makes missing and damaged pictures again, and nothing else; foreign files stay.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     verify.add_argument("folder")
     verify.add_argument("--repair", action="store_true", help="make what is missing or damaged again")
@@ -113,6 +114,13 @@ def _generate(arguments: argparse.Namespace) -> int:
             value=None,
             bound="one of them",
             remedy="Say where the images go, or where their rewards go.",
+        )
+    if not arguments.score and (arguments.reward or arguments.reward_option or arguments.noise_aware):
+        raise ConfigError(
+            "--reward, --reward-option or --noise-aware without --score",
+            value=[*arguments.reward, *arguments.reward_option, *arguments.noise_aware],
+            bound="rewards with --score alone",
+            remedy="Add --score TENSOR.zarr, or run `ttsnap score` on the folder afterwards.",
         )
 
     from ttsnap_lib.denoise import Settings

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ._help import Defaults
 from .generate import _loading, _size, add_model_arguments
 
 __all__ = ["add"]
@@ -18,13 +19,18 @@ def add(commands: Any) -> None:
         help="find the best image of many seeds within a budget, pruning on the way",
         description="One prompt, or every prompt of a file. Candidates are pruned at the steps of the schedule by the "
         "score of their x0 estimate; with --adapters by the noise-aware reward (TTSnap), else by the base one (TTSp).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     search.add_argument("prompt", nargs="?", help="the prompt")
     search.add_argument("--prompts", metavar="FILE", help="a prompt file instead; one folder a prompt, resumable")
     search.add_argument("--limit", type=int, metavar="N", help="take the first N prompts of the file only")
-    search.add_argument("--reward", nargs="+", default=["pocket-clip"], help="reward models; several select jointly")
-    search.add_argument("--report", nargs="+", default=[], help="rewards that are measured but never select")
+    search.add_argument(
+        "--reward", nargs="+", action="extend",
+        help="reward models; several select jointly (default: pocket-clip)",
+    )  # fmt: skip
+    search.add_argument(
+        "--report", nargs="+", action="extend", default=[], help="rewards that are measured but never select"
+    )
     search.add_argument("--adapters", metavar="FOLDER", help="noise-aware checkpoints of the first reward, or pocket")
     search.add_argument(
         "--schedule",
@@ -55,10 +61,11 @@ def add(commands: Any) -> None:
     cost = commands.add_parser(
         "cost",
         help="measure FLOPs and seconds of a step, a decode and a check on this machine",
-        description="Writes a cost file that search, simulate and optimize read.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Measure FLOPs and seconds of a step, a decode and a check, and write a cost file that search, simulate and "
+        "optimize read as --cost.",
+        formatter_class=Defaults,
     )
-    cost.add_argument("--reward", nargs="+", default=["pocket-clip"], help="reward models of a check")
+    cost.add_argument("--reward", nargs="+", action="extend", help="reward models of a check (default: pocket-clip)")
     cost.add_argument("--tiny", metavar="MODEL", help="AutoencoderTiny for the checks (or pocket-tiny)")
     cost.add_argument("--unit", default="TFLOPs", choices=("TFLOPs", "seconds"), help="of the written model")
     cost.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="the largest gives the seconds")
@@ -134,15 +141,16 @@ def _search(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.search import search
 
     device = _reward_device(arguments)
+    names = arguments.reward or ["pocket-clip"]
     adapters = find_adapters(arguments.adapters, arguments.model)
     rewards = [
         load_reward(name, adapters=adapters if k == 0 else None, device=device)
-        for k, name in enumerate([*arguments.reward, *arguments.report])
+        for k, name in enumerate([*names, *arguments.report])
     ]
     options = {
         "schedule": schedule, "budget": arguments.budget, "candidates": arguments.candidates, "cost": cost,
         "seed": arguments.seed, "method": arguments.method, "settings": settings, "combine": arguments.combine,
-        "weights": arguments.weights, "report": [one.name for one in rewards[len(arguments.reward) :]],
+        "weights": arguments.weights, "report": [one.name for one in rewards[len(names) :]],
         "batch_size": arguments.batch_size, "deadline_s": arguments.deadline,
         "negtome": negtome,
     }  # fmt: skip
@@ -190,7 +198,7 @@ def _cost(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.measure import measure_costs
     from ttsnap_lib.rewards import load_reward
 
-    rewards = [load_reward(name, device=_reward_device(arguments)) for name in arguments.reward]
+    rewards = [load_reward(name, device=_reward_device(arguments)) for name in arguments.reward or ["pocket-clip"]]
     measured = measure_costs(
         _pipeline(arguments), rewards, _settings(arguments), decoder=arguments.tiny,
         batch_sizes=arguments.batch_sizes, repeats=arguments.repeats,

@@ -146,7 +146,9 @@ def finetune(
     folder = Path(folder)
     source = images if images is not None else config.trajectories
     if source is None:
-        raise CurriculumError("trajectories", value=None, bound="a folder", remedy="Say what to train on.")
+        raise CurriculumError(
+            "trajectories", value=None, bound="a folder", remedy="Say what to train on (--trajectories)."
+        )
     if reward is None:
         reward = load_reward(config.reward, device=device, **(reward_options or {}))
     module = trainable_module(reward)
