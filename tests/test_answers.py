@@ -131,6 +131,12 @@ def test_a_reward_that_the_tensor_lacks_is_named():
         select_rewards(synthetic_rewards(2, 3, 4, rewards=("image_reward",)), ["imagereward"])
 
 
+def test_a_long_error_of_a_cell_keeps_its_remedy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TTSNAP_DATA_CACHE", str(tmp_path))
+    assert main(["run", "simulate", "-p", "cost", "flux-512+imagereward"]) == 1
+    assert "Did you mean 'flux-512+image_reward'?" in capsys.readouterr().err
+
+
 def test_the_optimize_line_is_taken_by_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     line = optimize_command("synthetic", COST, [2.0000000001, 4, 6.5], ["image_reward"])

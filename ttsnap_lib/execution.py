@@ -199,7 +199,8 @@ def _cell_label(cell: Any, number: int) -> str:
 def _last_line(text: str) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
+    line = lines[-1] if lines else ""
+    return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"  # the remedy stands at the end
 
 
 def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
