@@ -117,6 +117,16 @@ def test_pixels_are_the_rewards_own(reward, size):
     assert torch.equal(model_pixels(reward, pictures), expected)
 
 
+def test_later_scores_do_not_depend_on_where_the_targets_came_from(clip, bank, tmp_path):
+    """A process that scores its share of the prompts encodes other texts at once than the targets did."""
+    scores = []
+    for _ in ("computed", "read"):
+        fresh = load_reward(clip, device="cpu")
+        own_targets(fresh, bank, cache=tmp_path)
+        scores.append(score_step(fresh, bank, 0, shard=(0, 2)))
+    np.testing.assert_array_equal(*scores)
+
+
 def test_own_targets_are_the_clean_scores_and_are_kept(clip, reward, bank, monkeypatch):
     from PIL import Image
 

@@ -83,6 +83,7 @@ def own_targets(
         except (OSError, ValueError):
             pass  # a broken cache file is made again
     targets = score_step(reward, images, -1, progress=progress)
+    reward.clear_cache()  # what is scored next must not differ in the last bits by whether this ran or the file was read
     _finite(targets, f"base reward {reward.name}")
     with atomic_write(path) as file:
         np.save(file, targets)
