@@ -372,6 +372,38 @@ def test_rewards_that_cannot_be_trained(clip, bank, tmp_path):
         finetune(bank, tmp_path / "again", small(clip), reward=adapted)
 
 
+@pytest.mark.parametrize("changes", [{}, {"method": "full", "learning_rate": 1e-3, "trainable": ".*vision.*"},
+                                     {"gradient_checkpointing": True}])  # fmt: skip
+def test_a_reward_handed_in_comes_back_as_it_was(clip, bank, tmp_path, changes):
+    config, reward = small(clip, **changes), load_reward(clip, device="cpu")
+    before, about = score_step(reward, bank, 1), reward.fingerprint()
+    required = {name: p.requires_grad for name, p in reward.module.named_parameters()}
+
+    def interrupt(event):
+        raise KeyboardInterrupt
+
+    for folder in ("one", "two"):
+        with pytest.raises(KeyboardInterrupt):
+            finetune(bank, tmp_path / folder, config, reward=reward, listener=interrupt)
+        finetune(bank, tmp_path / folder, config, reward=reward)
+        assert reward.fingerprint() == about
+        np.testing.assert_array_equal(score_step(reward, bank, 1), before)
+        assert {name: p.requires_grad for name, p in reward.module.named_parameters()} == required
+        assert not any("forward" in vars(part) for part in reward.module.modules())
+    assert same(tmp_path / "one", tmp_path / "two")
+    reward.attach_steps(tmp_path / "one").use_step(2)
+    np.testing.assert_array_equal(score_step(reward.use_step(None), bank, 1), before)
+
+
+def test_a_reward_with_adapters_of_someone_else_is_refused(clip, bank, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    reward = load_reward(clip, device="cpu")
+    get_peft_model(reward.module, LoraConfig(target_modules=reward.default_lora_targets))
+    with pytest.raises(CurriculumError, match="adapters in its module already"):
+        finetune(bank, tmp_path / "run", small(clip), reward=reward)
+
+
 def test_a_damaged_state_is_named(clip, bank, tmp_path):
     from ttsnap_lib.errors import CheckpointError
 

@@ -114,7 +114,7 @@ def finetune(
     config : CurriculumConfig
         The settings; defaults when not given.
     reward : Reward, optional
-        A base reward that is loaded already; `config.reward` is loaded when not given. LoRA layers stay in it.
+        A base reward that is loaded already; it comes back as it was. `config.reward` is loaded when not given.
     reward_options : mapping, optional
         For loading, such as ``{"weights": "ImageReward.pt"}``.
     validation : str, Path or Images, optional
@@ -147,6 +147,7 @@ def finetune(
     source = images if images is not None else config.trajectories
     if source is None:
         raise CurriculumError("trajectories", value=None, bound="a folder", remedy="Say what to train on.")
+    lent = reward is not None
     if reward is None:
         reward = load_reward(config.reward, device=device, **(reward_options or {}))
     module = trainable_module(reward)
@@ -174,7 +175,9 @@ def finetune(
         open_run(folder, who)
         base = _base_validation(accelerator, reward, data, config)
         parameters = sum(p.numel() for p in module.parameters())
-        weights = Weights(reward, config)
+        weights = Weights(reward, config, lent=lent)
+        if lent:
+            stack.callback(weights.release)
         plan = Plan(config, len(train.prompts), train.n_images)
         loader = Loader(
             plan, train, data.targets, reward, process=accelerator.process_index, processes=accelerator.num_processes
