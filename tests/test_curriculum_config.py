@@ -83,6 +83,8 @@ def test_unknown_keys_are_errors(tmp_path):
         {"restart": "yes"},
         {"lora_rank": 2.5},
         {"max_updates_per_step": 0},
+        {"patience": 2},
+        {"seed": 2**63},
     ],
 )
 def test_bad_values(changes):

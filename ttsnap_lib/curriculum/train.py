@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CurriculumResult", "finetune"]
 
+_TABLES = ("metrics.csv", "metrics.parquet", "losses.csv", "losses.parquet")
+
 
 @dataclass
 class CurriculumResult:
@@ -231,6 +233,10 @@ def _accelerator(config: CurriculumConfig, reward: Reward, folder: Path) -> Any:
             raise ConfigError(
                 "tracker", value=config.tracker, bound="an installed package", remedy=f"pip install {config.tracker}"
             )
+    if config.mixed_precision == "fp16" and reward.device.type == "cpu":  # accelerate would go on without a word
+        raise ConfigError(
+            "mixed_precision", value="fp16", bound="no or bf16 on a CPU", remedy="Change it, or use a GPU."
+        )
     # accelerate keeps the precision of its first use in a process; the process group itself stays.
     AcceleratorState._reset_state(reset_partial_state=False)
     return Accelerator(
@@ -254,7 +260,10 @@ def _base_validation(accelerator: Any, reward: Reward, data: RunData, config: Cu
 
 
 def _remove_run(folder: Path) -> None:
-    for path in [*folder.glob("step_*"), *(folder / name for name in (CURRICULUM, STATE, "config.json", "tracker"))]:
+    for path in [
+        *folder.glob("step_*"),
+        *(folder / name for name in (CURRICULUM, STATE, "config.json", "tracker", *_TABLES)),
+    ]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
