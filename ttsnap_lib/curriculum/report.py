@@ -93,6 +93,11 @@ def compare_at_steps(
         A row per step: ``base_tau``, ``noise_aware_tau``, ``gain``, and 95% intervals over prompts (``gain`` paired).
     gains : ndarray (prompt, step)
         Gain in tau of every prompt, for :func:`gain_where_useful`.
+
+    Raises
+    ------
+    CurriculumError
+        A reward without a series, or no steps.
     """
     import pandas as pd
 
