@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.curriculum_world import make_bank, make_clip, small
 from tests.launch import environment, launcher
-from ttsnap_lib.curriculum import CurriculumConfig, finetune, metrics_table, own_targets, validate
+from ttsnap_lib.curriculum import CurriculumConfig, ImageBank, finetune, metrics_table, own_targets, validate
 from ttsnap_lib.curriculum import loop as loop_module
 from ttsnap_lib.curriculum.targets import score_step
 from ttsnap_lib.errors import CurriculumError
@@ -370,6 +370,114 @@ def test_rewards_that_cannot_be_trained(clip, bank, tmp_path):
     adapted = load_reward(clip, device="cpu", adapters=tmp_path / "run")
     with pytest.raises(CurriculumError, match="noise-aware weights already"):
         finetune(bank, tmp_path / "again", small(clip), reward=adapted)
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "full", "learning_rate": 1e-3, "trainable": ".*vision.*"},
+                                     {"gradient_checkpointing": True}])  # fmt: skip
+def test_a_reward_handed_in_comes_back_as_it_was(clip, bank, tmp_path, changes):
+    config, reward = small(clip, **changes), load_reward(clip, device="cpu")
+    before, about = score_step(reward, bank, 1), reward.fingerprint()
+    required = {name: p.requires_grad for name, p in reward.module.named_parameters()}
+
+    def interrupt(event):
+        raise KeyboardInterrupt
+
+    for folder in ("one", "two"):
+        with pytest.raises(KeyboardInterrupt):
+            finetune(bank, tmp_path / folder, config, reward=reward, listener=interrupt)
+        finetune(bank, tmp_path / folder, config, reward=reward)
+        assert reward.fingerprint() == about
+        np.testing.assert_array_equal(score_step(reward, bank, 1), before)
+        assert {name: p.requires_grad for name, p in reward.module.named_parameters()} == required
+        assert not any("forward" in vars(part) for part in reward.module.modules())
+    assert same(tmp_path / "one", tmp_path / "two")
+    reward.attach_steps(tmp_path / "one").use_step(2)
+    np.testing.assert_array_equal(score_step(reward.use_step(None), bank, 1), before)
+
+
+def test_a_reward_with_adapters_of_someone_else_is_refused(clip, bank, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    reward = load_reward(clip, device="cpu")
+    get_peft_model(reward.module, LoraConfig(target_modules=reward.default_lora_targets))
+    with pytest.raises(CurriculumError, match="adapters in its module already"):
+        finetune(bank, tmp_path / "run", small(clip), reward=reward)
+
+
+def test_what_is_not_finite_after_a_finite_loss_leaves_no_checkpoint(clip, bank, held, tmp_path, monkeypatch):
+    # The loss of the only update is finite; what it does to the weights is not.
+    config = small(clip, steps=(0,), max_updates_per_step=1, keep="last", learning_rate=1e30, max_grad_norm=0)
+    with pytest.raises(CurriculumError, match="validation at step 0 is not finite at step 0, update 1"):
+        finetune(bank, tmp_path / "run", config, validation=held, device="cpu")
+    assert not list((tmp_path / "run").glob("step_*"))
+    real = loop_module.batch_loss
+
+    def steep(part, *arguments):
+        loss, told = real(part, *arguments)
+        return loss + (part.scores.sum() * 0).sqrt(), told  # adds 0, and the derivative of a root there
+
+    monkeypatch.setattr(loop_module, "batch_loss", steep)
+    with pytest.raises(CurriculumError, match=r"gradient is not finite at step 0, update 0 \(prompts"):
+        finetune(bank, tmp_path / "two", config.replace(max_grad_norm=1.0), device="cpu")
+    with pytest.raises(CurriculumError, match="weight .* is not finite at step 0, update 1"):
+        finetune(bank, tmp_path / "three", config, device="cpu")
+    assert not list(tmp_path.glob("*/step_*"))
+
+
+def test_fp16_on_a_cpu_is_refused(clip, bank, tmp_path):
+    from ttsnap_lib.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="no or bf16 on a CPU"):
+        finetune(bank, tmp_path / "run", small(clip, mixed_precision="fp16"), device="cpu")
+
+
+ONE = {"group_size": 1, "centered_mse": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "options", "words"),
+    [
+        ((0, 4), {}, {}, "0 prompts x 4 images"),
+        ((6, 1), {**ONE, "validation_prompts": 2}, {}, "2 or more: validation compares"),
+        ((6, 1), ONE, {"validation": (3, 1)}, "2 or more: validation compares"),
+        ((6, 4), {}, {"validation": (5, 4), "validation_targets": np.ones((5, 4))}, "validation targets.*the same"),
+        ((6, 4), {"validation_prompts": 2}, {"targets": np.ones((6, 4))}, "validation targets.*the same"),
+        ((6, 4), {}, {"validation_targets": np.ones((6, 4))}, "Name the validation pictures too"),
+        ((6, 4), {}, {"targets": [[1.0, 2.0], [3.0]]}, "finite numbers"),
+        ((6, 4), {}, {"targets": np.full((6, 4), "high")}, "finite numbers"),
+    ],
+)
+def test_pictures_and_targets_that_cannot_be(clip, tmp_path, shape, changes, options, words):
+    pictures = make_bank(*shape) if shape[0] else ImageBank(np.zeros((0, 4, 4, 32, 32, 3), np.uint8), [])
+    if "validation" in options:
+        options = options | {"validation": make_bank(*options["validation"], seed=2)}
+    with pytest.raises(CurriculumError, match=words):
+        finetune(pictures, tmp_path / "run", small(clip, **changes), device="cpu", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_on_both_sides_are_told(clip, bank, tmp_path):
+    with pytest.warns(UserWarning, match="6 validation prompts are trained on too"):
+        finetune(bank, tmp_path / "run", small(clip, max_updates_per_step=1), validation=bank, device="cpu")
+    mirrored = make_bank()
+    mirrored.mirrored = True
+    with pytest.raises(CurriculumError, match="mirror images of pictures trained on"):
+        finetune(mirrored, tmp_path / "other", small(clip, validation_prompts=2), device="cpu")
+
+
+def test_a_tau_that_is_undefined_is_missing_in_the_table(clip, bank, held, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop_module, "score_step", lambda reward, images, *a, **k: np.ones((5, 4), np.float32))
+    table = finetune(bank, tmp_path / "run", small(clip), validation=held, device="cpu").table
+    assert table["after_tau"].isna().all() and table["base_tau"].notna().all()
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "run" / "metrics.parquet"), table)
+
+
+def test_parts_of_a_batch_drop_different_features(clip, bank, tmp_path, monkeypatch):
+    seeds, real = [], loop_module.own_randomness
+    monkeypatch.setattr(loop_module, "own_randomness", lambda seed, device: seeds.append(seed) or real(seed, device))
+    config = small(clip, steps=(0,), lora_dropout=0.2, batch_size=24, accumulation=3)
+    finetune(bank, tmp_path / "run", config, device="cpu")
+    assert len(seeds) == 3 == len(set(seeds))
 
 
 def test_a_damaged_state_is_named(clip, bank, tmp_path):

@@ -83,6 +83,8 @@ def test_unknown_keys_are_errors(tmp_path):
         {"restart": "yes"},
         {"lora_rank": 2.5},
         {"max_updates_per_step": 0},
+        {"patience": 2},
+        {"seed": 2**63},
     ],
 )
 def test_bad_values(changes):
@@ -106,6 +108,8 @@ def test_learning_rate_shapes():
     np.testing.assert_allclose(rates(1, step_rate_decay=0.5), linear / 2)
     both = np.concatenate([rates(0, restart=False), rates(1, restart=False)])
     np.testing.assert_allclose(both, np.linspace(2, 0.5, 22))
+    # Without a curriculum there is one stage: its updates are all there are.
+    np.testing.assert_allclose(rates(curriculum=False, restart=False), linear)
 
 
 LOSSES = [{"mse": 1.0}, {"centered_mse": 2.0}, {"preference": 1.0}, {"listwise": 1.0},

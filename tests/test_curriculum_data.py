@@ -243,6 +243,27 @@ def test_checkpoints_that_do_not_fit(clip, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_import_is_whole_or_not_there_and_mixes_with_nothing(clip, bank, tmp_path):
+    reward = load_reward(clip, device="cpu")
+    write_checkpoints(clip, tmp_path / "authors", steps=(14, 3))
+    path = tmp_path / "authors" / "Ct3.pt"
+    good = torch.load(path, weights_only=True)
+    torch.save({k: v * float("nan") if "fc1.weight" in k else v for k, v in good.items()}, path)
+    with pytest.raises(CheckpointError, match="step 3 holds weights that are not finite"):
+        import_series(tmp_path / "authors", tmp_path / "run", reward)
+    assert not (tmp_path / "run").exists()
+    torch.save(good, path)
+    import_series(tmp_path / "authors", tmp_path / "run", reward)
+    about = (tmp_path / "run" / "curriculum.json").read_bytes()
+    path.unlink()
+    with pytest.raises(CheckpointError, match="must not mix"):
+        import_series(tmp_path / "authors", tmp_path / "run", reward)
+    assert (tmp_path / "run" / "curriculum.json").read_bytes() == about
+    for bad in ({"x": path}, {-1: path}, {3: 7}):
+        with pytest.raises(CheckpointError, match="checkpoint"):
+            import_series(bad, tmp_path / "other", reward)
+
+
 # -- the hub ------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +291,13 @@ def test_uploads_leave_the_state_at_home(clip, tmp_path, monkeypatch):
     assert push_series(folder, "someone/series") == "done"
     assert seen["repo"] == "someone/series" and seen["private"] and seen["folder_path"] == str(folder)
     assert not any("state" in pattern for pattern in seen["allow_patterns"])
+
+    def unreachable(self, *arguments, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(HfApi, "create_repo", unreachable)
+    with pytest.raises(CheckpointError, match="cannot be uploaded to someone/series .*no route"):
+        push_series(folder, "someone/series")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "curriculum.json").write_text(json.dumps({"reward": "x"}))
     with pytest.raises(CheckpointError, match="no checkpoints"):

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 
 
 def check_one_update(make, folder, **changes):
-    """One optimization step moves the scores, and the written adapter gives the same scores on a fresh base."""
+    """One optimization step moves the scores as the written adapter tells, and the reward itself comes back as it was."""
     bank = make_bank(2, 2, 2)
     fresh = make()
     before = score_step(fresh, bank, 1, batch_size=2)
@@ -34,13 +34,19 @@ def check_one_update(make, folder, **changes):
         folder,
         CurriculumConfig(reward=trained.name, **{**ONE_UPDATE, **changes}),
         reward=trained,
+        validation=bank,
         targets=before + 1,
+        validation_targets=before + 1,
     )
     assert result.trained_parameters < 0.6 * result.base_parameters
-    after = score_step(trained, bank, 1, batch_size=2)
-    assert np.abs(after - before).max() > 1e-6 and np.isfinite(after).all()
+    np.testing.assert_array_equal(score_step(trained, bank, 1, batch_size=2), before)
+    assert trained.fingerprint() == fresh.fingerprint()
+    assert [name for name, _ in trained.module.named_modules()] == [name for name, _ in fresh.module.named_modules()]
     fresh.attach_steps(folder)
-    np.testing.assert_allclose(score_step(fresh.use_step(1), bank, 1, batch_size=2), after, rtol=1e-4, atol=1e-5)
+    after = score_step(fresh.use_step(1), bank, 1, batch_size=2)
+    assert np.abs(after - before).max() > 1e-6 and np.isfinite(after).all()
+    # Measured by the run with the weights as they were trained.
+    assert result.table["after_mse"][0] == pytest.approx(np.square(after - before - 1).mean(), rel=1e-4)
     np.testing.assert_allclose(score_step(fresh.use_step(None), bank, 1, batch_size=2), before, rtol=1e-4, atol=1e-5)
 
 
@@ -70,6 +76,40 @@ def test_open_clip(tmp_path, checkpointing):
         return OpenClipReward("hpsv2", module, tokenizer, device="cpu")
 
     check_one_update(make, tmp_path / "run", gradient_checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapted_attention_is_base_plus_adapter_and_leaves_the_base_alone(dtype):
+    import copy
+
+    from peft import LoraConfig, get_peft_model
+
+    from ttsnap_lib.rewards.attention import keep_base_exact
+
+    torch.manual_seed(0)
+    base = torch.nn.ModuleDict({"attn": torch.nn.MultiheadAttention(16, 2, batch_first=True)}).to(dtype).eval()
+    module, merged, x = copy.deepcopy(base), copy.deepcopy(base), torch.randn(2, 5, 16).to(dtype)
+    adapted = get_peft_model(module, LoraConfig(r=2, lora_alpha=4, target_modules=r"attn"))
+    adapted.add_adapter("other", LoraConfig(r=2, lora_alpha=4, target_modules=r"attn"))
+    keep_base_exact(module)
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.1)
+    layer = module["attn"]
+    projection = layer.get_base_layer().out_proj
+    for name in ("default", "other", "default"):  # switching and scoring again and again
+        adapted.set_adapter(name)
+        with torch.no_grad():
+            found = layer(x, x, x, need_weights=False)[0]
+    with torch.no_grad():
+        merged["attn"].in_proj_weight += layer.get_delta_weight("default").to(dtype)
+        merged["attn"].out_proj.weight += projection.get_delta_weight("default").to(dtype)
+        torch.testing.assert_close(found, merged["attn"](x, x, x, need_weights=False)[0], rtol=1e-5, atol=1e-6)
+    layer(x, x, x, need_weights=False)[0].float().square().sum().backward()
+    assert all(p.grad is not None for name, p in module.named_parameters() if "default" in name)
+    plain = adapted.unload()
+    for key, value in base.state_dict().items():
+        assert torch.equal(plain.state_dict()[key], value), key
 
 
 def test_recomputed_blocks_give_the_same_gradients_and_keep_less(tmp_path):

@@ -26,6 +26,7 @@ from ttsnap_lib.curriculum import (
     tau_by_step,
 )
 from ttsnap_lib.curriculum.mirror import with_mirror_images
+from ttsnap_lib.errors import CheckpointError, CurriculumError
 from ttsnap_lib.rewards import load_reward
 
 pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
@@ -95,6 +96,14 @@ def test_comparison_is_paired(compared):
         assert ((table[f"{name}_low"] <= table[name]) & (table[name] <= table[f"{name}_high"])).all()
 
 
+def test_what_is_not_there_is_said(clip, tmp_path):
+    reward = load_reward(clip, device="cpu")
+    with pytest.raises(CurriculumError, match="no noise-aware weights to compare"):
+        compare_at_steps(reward, make_bank(), np.ones((6, 4)))
+    with pytest.raises(CheckpointError, match="Finish at least one step"):
+        losses_table(tmp_path)
+
+
 def test_gain_counts_the_steps_where_pruning_pays():
     table = pd.DataFrame({"step": [0, 1, 2], "base_tau": [0.05, 0.2, 0.4], "gain": [9.0, 0.2, 0.1]})
     gains = np.array([[9.0, 0.1, 0.0], [9.0, 0.3, 0.2]])
@@ -140,6 +149,7 @@ def test_mirrored_pictures_swap_left_and_right():
                 "a small red ring on a pink background"]  # fmt: skip
     bank = ImageBank(np.random.default_rng(0).integers(0, 256, (2, 1, 1, 8, 8, 3), np.uint8), captions)
     both = with_mirror_images(bank)
+    assert both.mirrored and not bank.mirrored
     assert both.prompts[:2] == captions and "right of" in both.prompts[2] and both.prompts[3] == captions[1]
     np.testing.assert_array_equal(both.pixels[2:], bank.pixels[:, :, :, :, ::-1])
 

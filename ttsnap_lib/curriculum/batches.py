@@ -97,7 +97,7 @@ class Load:
     whole: int
     """Pictures of the whole batch."""
     scale: TargetScale
-    first: bool
+    part: int
     last: bool
     pictures: np.ndarray
     """(n, 2), prompt and image of each."""
@@ -163,8 +163,7 @@ class Loader:
         if pin:
             pixels, targets = pixels.pin_memory(), targets.pin_memory()
         texts = [self.images.prompts[prompt] for prompt in rows[:, 0]]
-        first, last = part == 0, part == accumulation - 1
-        return Load(pixels, texts, targets, weight, len(whole), scale, first, last, rows)
+        return Load(pixels, texts, targets, weight, len(whole), scale, part, part == accumulation - 1, rows)
 
     def _read(self, rows: np.ndarray, at: np.ndarray) -> np.ndarray:
         found = np.unique(at)

@@ -64,7 +64,7 @@ class CurriculumConfig:
     decay : {"linear", "cosine", "exponential", "constant"}
         How the rate falls after that.
     decay_floor : float
-        Where it ends, as a fraction of the starting rate.
+        Where it ends, as a fraction of the starting rate (exponential: 1e-4 at least).
     restart : bool
         Whether rate and optimizer start anew at each step; else one run of the rate over the whole curriculum.
     step_rate_decay : float
@@ -80,7 +80,7 @@ class CurriculumConfig:
     validate_every : int
         Updates between validations within a step; 0 validates before and after it.
     patience : int
-        Validations without a better tau after which a step ends; 0 never.
+        Validations without a better tau after which a step ends; 0 never. Needs `validate_every`.
     keep : {"best", "last"}
         Which weights a step ends with: those of the best validation tau (those it started with among them), or the
         last.
@@ -162,6 +162,14 @@ class CurriculumConfig:
         for name in ("curriculum", "standardize", "restart", "gradient_checkpointing", "check_targets"):
             choice(name, getattr(self, name), (True, False))
         put(self, "steps", _steps(self.steps))
+        integer("seed", self.seed, 0, 2**63 - 1)  # what torch takes
+        if self.patience and not self.validate_every:
+            raise ConfigError(
+                "patience without validate_every",
+                value=self.patience,
+                bound="0 when a step is validated at its end alone",
+                remedy="Set validate_every to the updates between validations.",
+            )
         self._check_batches()
 
     def _check_batches(self) -> None:

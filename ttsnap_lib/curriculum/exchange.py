@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ttsnap_lib._reading import as_path, reason
+from ttsnap_lib.checks import choice, integer
 from ttsnap_lib.errors import CheckpointError, RewardError
 from ttsnap_lib.paths import atomic_folder, write_json
 from ttsnap_lib.rewards.base import Reward
@@ -64,7 +66,7 @@ def import_series(
         A folder of ``Ct14.pt`` and so on (the authors' names), or step -> file. Pickled code is never run: the files
         are read as plain tensors.
     folder : str or Path
-        The run folder to write: ``step_14/model.safetensors`` and ``curriculum.json``.
+        The run folder to write, whole or not at all: ``step_14/model.safetensors`` and ``curriculum.json``.
     reward : Reward
         The base reward that they belong to; every key and shape must fit it.
     dtype : {"float32", "float16", "bfloat16"}
@@ -78,11 +80,9 @@ def import_series(
     Raises
     ------
     CheckpointError
-        No checkpoints, one that cannot be read, or one of another model.
+        No checkpoints, one that cannot be read, or one of another model; a folder that holds something already.
     """
     from safetensors.torch import save_file
-
-    from ttsnap_lib.checks import choice
 
     kept = _DTYPES[choice("dtype", dtype, _DTYPES)]
     files = dict(checkpoints) if isinstance(checkpoints, Mapping) else find_checkpoints(checkpoints)
@@ -97,15 +97,30 @@ def import_series(
             value=reward.adapter_steps,
             remedy="Load it without adapters.",
         )
-    folder, own = Path(folder), reward.module.state_dict()
-    for step, path in files.items():
-        state = _fitted(step, Path(path), own)
-        with atomic_folder(folder / f"step_{int(step):02d}") as part:
+    sources = {
+        integer("step of a checkpoint", step, 0, error=CheckpointError): as_path(
+            "checkpoint", path, error=CheckpointError
+        )
+        for step, path in files.items()
+    }
+    folder, own = as_path("run folder", folder, error=CheckpointError), reward.module.state_dict()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(
+            "run folder to write",
+            value=str(folder),
+            bound="a new or an empty folder: steps of two series must not mix",
+            remedy="Choose another folder, or delete this one.",
+        )
+    with atomic_folder(folder) as part:
+        for step, path in sources.items():
+            state = _fitted(step, path, own)
             out = {key: value.to(kept).contiguous().clone() for key, value in state.items()}
-            save_file(out, part / "model.safetensors", metadata={"format": "pt"})
-            (part / "model.safetensors").chmod(0o644)
-    about = {"schema": 1, "reward": reward.name, "method": "full", "steps": sorted(int(step) for step in files)}
-    write_json(folder / CURRICULUM, {**about, "imported_from": [Path(path).name for path in files.values()]})
+            place = part / f"step_{step:02d}"
+            place.mkdir()
+            save_file(out, place / "model.safetensors", metadata={"format": "pt"})
+            (place / "model.safetensors").chmod(0o644)
+        about = {"schema": 1, "reward": reward.name, "method": "full", "steps": sorted(sources)}
+        write_json(part / CURRICULUM, {**about, "imported_from": [path.name for path in sources.values()]})
     return folder
 
 
@@ -139,7 +154,16 @@ def _fitted(step: int, path: Path, own: Mapping[str, torch.Tensor]) -> dict[str,
                 bound=f"shape {tuple(own[key].shape)}",
                 remedy="Name the reward that it was made from.",
             )
-    return {key: value for key, value in state.items() if key in own and value.is_floating_point()}
+    kept = {key: value for key, value in state.items() if key in own and value.is_floating_point()}
+    bad = [key for key, value in kept.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(
+            f"checkpoint of step {step} holds weights that are not finite",
+            value=bad[:4],
+            bound="finite numbers",
+            remedy="Get the file again, or leave this step out.",
+        )
+    return kept
 
 
 def load_series(
@@ -207,9 +231,10 @@ def push_series(folder: str | Path, repo: str, *, private: bool = True, token: s
     Raises
     ------
     CheckpointError
-        A folder without checkpoints.
+        A folder without checkpoints; a hub that cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     about = read_curriculum(folder)
     if not step_folders(folder):
@@ -220,10 +245,18 @@ def push_series(folder: str | Path, repo: str, *, private: bool = True, token: s
             remedy="Finish at least one step.",
         )
     api = HfApi(token=token)
-    api.create_repo(repo, private=private, exist_ok=True)
-    return api.upload_folder(
-        repo_id=repo,
-        folder_path=str(folder),
-        allow_patterns=["step_*/*", CURRICULUM, "metrics.*", "config.json"],
-        commit_message=f"Noise-aware {about.get('reward')}, steps {about.get('steps')}",
-    )
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo,
+            folder_path=str(folder),
+            allow_patterns=["step_*/*", CURRICULUM, "metrics.*", "config.json"],
+            commit_message=f"Noise-aware {about.get('reward')}, steps {about.get('steps')}",
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"series cannot be uploaded to {repo} ({reason(error)})",
+            value=repo,
+            bound="owner/name of a repository that you may write to, and a network",
+            remedy="Log in with `hf auth login`, check the name, then upload again.",
+        ) from error

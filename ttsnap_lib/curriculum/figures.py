@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttsnap_lib._axes import axes_or_new, tidy
+from ttsnap_lib._reading import failures_as
+from ttsnap_lib.errors import CheckpointError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +22,14 @@ def losses_table(folder: str | Path) -> pd.DataFrame:
     """Return the loss of every update of a run folder."""
     import pandas as pd
 
-    return pd.read_csv(Path(folder) / "losses.csv")
+    with failures_as(
+        CheckpointError,
+        "losses cannot be read",
+        value=str(Path(folder) / "losses.csv"),
+        bound="the table of a run folder",
+        remedy="Finish at least one step of ttsnap finetune.",
+    ):
+        return pd.read_csv(Path(folder) / "losses.csv")
 
 
 def loss_curves(losses: pd.DataFrame, *, ax: Axes | None = None) -> Axes:

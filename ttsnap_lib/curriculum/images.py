@@ -70,6 +70,7 @@ class ImageBank:
         self.pixels = pixels
         self._column = {step: k for k, step in enumerate(self.steps)}
         self.n_images, self.n_steps = pixels.shape[1], self.steps[-1] + 1
+        self.mirrored = False  # whether prompts come with the mirror images of others, see with_mirror_images
 
     def read(self, prompts: np.ndarray, images: np.ndarray, step: int) -> np.ndarray:
         """Return uint8 (n, height, width, 3) of one step; -1 is the clean image."""

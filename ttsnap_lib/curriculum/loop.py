@@ -111,7 +111,7 @@ class Trainer:
         told: dict[str, Any] = {}
         total, begin = 0.0, time.perf_counter()
         for load in self.loader.parts(stage, start, stop):
-            if load.first:
+            if load.part == 0:
                 rate = learning_rate(self.config, stage.position, start, self.loader.plan.updates(stage))
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
@@ -125,9 +125,12 @@ class Trainer:
             names = list(told)
             shared = torch.tensor([total, *told.values()], dtype=torch.float64, device=self.accelerator.device)
             shared = self.accelerator.reduce(shared, "sum").tolist()
-            self._finite(stage, start, shared[0], load)
+            self._finite(stage, start, "loss", shared[0], load.pictures)
             if self.config.max_grad_norm:
-                self.accelerator.clip_grad_norm_(list(self.weights.parameters.values()), self.config.max_grad_norm)
+                every = list(self.weights.parameters.values())
+                norm = float(self.accelerator.clip_grad_norm_(every, self.config.max_grad_norm))
+                if getattr(self.accelerator, "scaler", None) is None:  # a scaler leaves such an update out
+                    self._finite(stage, start, "gradient", norm, load.pictures)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.pictures += load.whole
@@ -141,7 +144,7 @@ class Trainer:
         device = self.reward.device
         pixels = load.pixels.to(device, non_blocking=True)
         targets = load.targets.to(device, non_blocking=True)
-        seed = (config.seed, stage.position, update, int(load.first), accelerator.process_index)
+        seed = (config.seed, stage.position, update, load.part, accelerator.process_index)
         sync = nullcontext() if load.last else accelerator.no_sync(self.model)
         random = own_randomness(seed, device) if config.lora_dropout else nullcontext()
         with sync, random:
@@ -167,13 +170,15 @@ class Trainer:
             {key: torch.cat([cache[prompt].tensors[key] for prompt in prompts]) for key in first.tensors}
         )
 
-    def _finite(self, stage: Stage, update: int, loss: float, load: Load) -> None:
-        if math.isfinite(loss):
+    def _finite(self, stage: Stage, update: int, what: str, value: float, pictures: Any = None) -> None:
+        if math.isfinite(value):
             return
-        prompts = sorted({int(prompt) for prompt in load.pictures[:, 0]})
+        place = f"{stage.name}, update {update}"
+        if pictures is not None:
+            place += f" (prompts {sorted({int(prompt) for prompt in pictures[:, 0]})[:8]} among others)"
         raise CurriculumError(
-            f"loss is not finite at {stage.name}, update {update} (prompts {prompts[:8]} among others)",
-            value=loss,
+            f"{what} is not finite at {place}",
+            value=value,
             bound="a finite number",
             remedy="Lower learning_rate or use mixed_precision bf16 or no. Finished steps and the last saved state in "
             f"{self.folder} are as they were.",
@@ -201,6 +206,7 @@ class Trainer:
             for step in stage.steps:
                 scores = score_step(self.reward, images, step, shard=shard)
                 whole = self.accelerator.reduce(torch.from_numpy(scores).to(self.accelerator.device), "sum")
+                self._finite(stage, update, f"validation at step {step}", float(whole.sum()))
                 now[step] = measures(whole.cpu().numpy(), targets)
             self.validation_s += time.perf_counter() - begin
             self._event(
@@ -223,6 +229,8 @@ class Trainer:
 
     def _finish(self, stage: Stage) -> None:
         """Keep the chosen weights as the checkpoint of the stage's steps."""
+        for name, value in self.best["weights"].items():
+            self._finite(stage, self.best["update"], f"weight {name}", float(value.double().sum()))
         self.weights.load(self.best["weights"])
         losses = [entry["loss"] for entry in self.losses if entry["stage"] == stage.position]
         base = self.validation[2] if self.validation is not None else {}

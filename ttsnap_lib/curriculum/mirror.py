@@ -26,4 +26,6 @@ def with_mirror_images(bank: ImageBank) -> ImageBank:
         for scene in scenes
     ]
     pixels = np.concatenate([bank.pixels, bank.pixels[:, :, :, :, ::-1]])
-    return ImageBank(pixels, [*bank.prompts, *told], bank.steps)
+    mirrored = ImageBank(pixels, [*bank.prompts, *told], bank.steps)
+    mirrored.mirrored = True
+    return mirrored

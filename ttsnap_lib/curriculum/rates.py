@@ -23,7 +23,7 @@ def learning_rate(config: CurriculumConfig, position: int, update: int, updates:
         Updates that the step has.
     """
     start = config.learning_rate * config.step_rate_decay**position
-    if not config.restart:  # one run of the rate over all steps, which have as many updates each
+    if not config.restart and config.curriculum:  # one run of the rate over all steps, of as many updates each
         update, updates = position * updates + update, updates * len(config.steps)
     if update < config.warmup_updates:
         return start * (update + 1) / config.warmup_updates

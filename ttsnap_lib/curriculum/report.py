@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ttsnap_lib.errors import CurriculumError
 from ttsnap_lib.metrics import bootstrap_means, kendall_tau
 from ttsnap_lib.paths import atomic_write
 from ttsnap_lib.rewards.base import Reward
@@ -37,8 +38,7 @@ def metrics_table(folder: str | Path) -> pd.DataFrame:
 
     from ttsnap_lib.rewards.steps import read_curriculum
 
-    frame = pd.DataFrame(read_curriculum(folder).get("metrics", []))  # JSON keeps its keys sorted
-    return frame[[name for name in _COLUMNS if name in frame]]
+    return _frame(pd.DataFrame(read_curriculum(folder).get("metrics", [])))
 
 
 def write_tables(folder: Path, rows: list[dict[str, Any]], losses: list[dict[str, Any]]) -> None:
@@ -47,11 +47,17 @@ def write_tables(folder: Path, rows: list[dict[str, Any]], losses: list[dict[str
 
     for name, content in (("metrics", rows), ("losses", losses)):
         frame = pd.DataFrame(content)
-        frame = frame[[column for column in _COLUMNS if column in frame]] if name == "metrics" else frame
+        frame = _frame(frame) if name == "metrics" else frame
         with atomic_write(folder / f"{name}.csv", "w") as file:
             frame.to_csv(file, index=False, lineterminator="\n")
         with atomic_write(folder / f"{name}.parquet") as file:
             frame.to_parquet(file, index=False)
+
+
+def _frame(frame: pd.DataFrame) -> pd.DataFrame:
+    # JSON keeps its keys sorted, and has null where a measure is undefined.
+    frame = frame[[name for name in _COLUMNS if name in frame]]
+    return frame.astype({name: float for name in frame if name.endswith(_MEASURES)})
 
 
 def compare_at_steps(
@@ -87,10 +93,22 @@ def compare_at_steps(
         A row per step: ``base_tau``, ``noise_aware_tau``, ``gain``, and 95% intervals over prompts (``gain`` paired).
     gains : ndarray (prompt, step)
         Gain in tau of every prompt, for :func:`gain_where_useful`.
+
+    Raises
+    ------
+    CurriculumError
+        A reward without a series, or no steps.
     """
     import pandas as pd
 
     steps = list(reward.adapter_steps if steps is None else steps)
+    if not steps:
+        raise CurriculumError(
+            f"reward {reward.name} has no noise-aware weights to compare",
+            value=steps,
+            bound="one step or more",
+            remedy="Attach a run folder of ttsnap finetune, or name steps.",
+        )
     base, aware = [], []
     for done, step in enumerate(steps, 1):
         base.append(score_step(reward.use_step(None), images, step))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,10 @@ def read_state_file(folder: Path) -> dict[str, Any] | None:
         return state
 
 
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
 def write_curriculum(
     folder: Path, reward: str, config: CurriculumConfig, who: Mapping[str, Any], rows: list[dict], about: Mapping
 ) -> None:
@@ -122,7 +127,7 @@ def write_curriculum(
         "method": config.method,
         "steps": sorted({row["step"] for row in rows}),
         "identity": dict(who),
-        "metrics": rows,
+        "metrics": [{name: None if _is_nan(value) else value for name, value in row.items()} for row in rows],
         **about,
     }
     write_json(folder / CURRICULUM, content)

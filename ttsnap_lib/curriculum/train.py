@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CurriculumResult", "finetune"]
 
+_TABLES = ("metrics.csv", "metrics.parquet", "losses.csv", "losses.parquet")
+
 
 @dataclass
 class CurriculumResult:
@@ -114,7 +116,7 @@ def finetune(
     config : CurriculumConfig
         The settings; defaults when not given.
     reward : Reward, optional
-        A base reward that is loaded already; `config.reward` is loaded when not given. LoRA layers stay in it.
+        A base reward that is loaded already; it comes back as it was. `config.reward` is loaded when not given.
     reward_options : mapping, optional
         For loading, such as ``{"weights": "ImageReward.pt"}``.
     validation : str, Path or Images, optional
@@ -149,6 +151,7 @@ def finetune(
         raise CurriculumError(
             "trajectories", value=None, bound="a folder", remedy="Say what to train on (--trajectories)."
         )
+    lent = reward is not None
     if reward is None:
         reward = load_reward(config.reward, device=device, **(reward_options or {}))
     module = trainable_module(reward)
@@ -176,7 +179,9 @@ def finetune(
         open_run(folder, who)
         base = _base_validation(accelerator, reward, data, config)
         parameters = sum(p.numel() for p in module.parameters())
-        weights = Weights(reward, config)
+        weights = Weights(reward, config, lent=lent)
+        if lent:
+            stack.callback(weights.release)
         plan = Plan(config, len(train.prompts), train.n_images)
         loader = Loader(
             plan, train, data.targets, reward, process=accelerator.process_index, processes=accelerator.num_processes
@@ -230,6 +235,10 @@ def _accelerator(config: CurriculumConfig, reward: Reward, folder: Path) -> Any:
             raise ConfigError(
                 "tracker", value=config.tracker, bound="an installed package", remedy=f"pip install {config.tracker}"
             )
+    if config.mixed_precision == "fp16" and reward.device.type == "cpu":  # accelerate would go on without a word
+        raise ConfigError(
+            "mixed_precision", value="fp16", bound="no or bf16 on a CPU", remedy="Change it, or use a GPU."
+        )
     # accelerate keeps the precision of its first use in a process; the process group itself stays.
     AcceleratorState._reset_state(reset_partial_state=False)
     return Accelerator(
@@ -253,7 +262,10 @@ def _base_validation(accelerator: Any, reward: Reward, data: RunData, config: Cu
 
 
 def _remove_run(folder: Path) -> None:
-    for path in [*folder.glob("step_*"), *(folder / name for name in (CURRICULUM, STATE, "config.json", "tracker"))]:
+    for path in [
+        *folder.glob("step_*"),
+        *(folder / name for name in (CURRICULUM, STATE, "config.json", "tracker", *_TABLES)),
+    ]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

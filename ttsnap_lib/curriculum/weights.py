@@ -13,6 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ttsnap_lib.errors import CheckpointError, CurriculumError
+from ttsnap_lib.rewards.attention import keep_base_exact
 from ttsnap_lib.rewards.base import Reward
 
 from .config import CurriculumConfig
@@ -57,6 +58,13 @@ def trainable_module(reward: Reward) -> torch.nn.Module:
             bound="a base reward",
             remedy="Load it without adapters.",
         )
+    if any("lora_" in name for name, _ in reward.module.named_parameters()):
+        raise CurriculumError(
+            f"reward {reward.name} has adapters in its module already",
+            value="lora",
+            bound="a base reward",
+            remedy="Load it again: its scores would be wrong as targets.",
+        )
     return reward.module
 
 
@@ -68,6 +76,8 @@ class Weights:
     reward : Reward
         A base reward. LoRA layers are put into its module; parameters that are not trained stop requiring gradients.
     config : CurriculumConfig
+    lent : bool
+        Remember what :meth:`release` needs to give the reward back as it was.
 
     Raises
     ------
@@ -75,14 +85,16 @@ class Weights:
         A reward without weights, or with noise-aware ones already; targets that match nothing.
     """
 
-    def __init__(self, reward: Reward, config: CurriculumConfig) -> None:
+    def __init__(self, reward: Reward, config: CurriculumConfig, *, lent: bool = False) -> None:
         module = trainable_module(reward)
         self.reward, self.config, self.module = reward, config, module
         self._peft: Any = None
+        self._required = {name: p.requires_grad for name, p in module.named_parameters()}
         if config.method == "lora":
             self._inject()
         else:
             self._choose()
+        self._base = self.state() if lent and self._peft is None else {}
         # Dropout of the base stays off: the target is what the base says without it.
         module.eval()
         for name, part in module.named_modules():
@@ -137,6 +149,19 @@ class Weights:
         save_file(out, folder / name, metadata={"format": "pt"})
         (folder / name).chmod(0o644)
 
+    def release(self) -> None:
+        """Give a lent reward back as it was taken: without adapters, with the base's values."""
+        if self._peft is not None:
+            self._peft.unload()
+        elif self._base:
+            self.load(self._base)
+        for part in self.module.modules():
+            if hasattr(vars(part).get("forward"), "__wrapped__"):  # what checkpoint_blocks put there
+                del part.forward
+        for name, p in self.module.named_parameters():
+            p.requires_grad_(self._required[name])
+        self.reward.clear_cache()
+
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _inject(self) -> None:
@@ -169,6 +194,7 @@ class Weights:
                     bound="names of linear, convolution or attention layers",
                     remedy=f"Layers are called for example {_examples(self.module)}.",
                 ) from error
+        keep_base_exact(self.module)
 
     def _choose(self) -> None:
         chosen = 0

@@ -13,6 +13,8 @@ from ttsnap_lib._reading import as_path, failures_as, read_json
 from ttsnap_lib.checks import choice, integer
 from ttsnap_lib.errors import CheckpointError
 
+from .attention import keep_base_exact
+
 __all__ = ["StepSeries", "read_curriculum", "step_folders"]
 
 _ADAPTER = "adapter_model.safetensors"
@@ -169,6 +171,7 @@ class StepSeries:
                     bound="the keys of its own adapter_config.json on this base model",
                     remedy="Use the base model it was trained on, or train it again.",
                 )
+        keep_base_exact(self._module)
         self._peft.eval()
         self._peft.base_model.disable_adapter_layers()
 
