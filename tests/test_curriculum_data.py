@@ -12,6 +12,7 @@ from tests import tiny
 from tests.curriculum_world import make_bank, make_clip
 from ttsnap_lib.curriculum import (
     ImageBank,
+    finetune,
     ground_truth_targets,
     import_series,
     load_series,
@@ -302,3 +303,10 @@ def test_uploads_leave_the_state_at_home(clip, tmp_path, monkeypatch):
     (tmp_path / "empty" / "curriculum.json").write_text(json.dumps({"reward": "x"}))
     with pytest.raises(CheckpointError, match="no checkpoints"):
         push_series(tmp_path / "empty", "someone/series")
+
+
+def test_pictures_that_are_nowhere_are_told_before_a_reward_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr("ttsnap_lib.curriculum.train.load_reward", lambda *given, **options: pytest.fail("fetched"))
+    for options in ({}, {"validation": "elsewhere"}):
+        with pytest.raises(CurriculumError, match="got '(nowhere|elsewhere)'"):
+            finetune("pocket-sdxl:train:2x8" if options else "nowhere", tmp_path / "run", **options)

@@ -162,3 +162,12 @@ def test_pictures_of_the_pocket_world_are_made_once(tmp_path):
     again = open_images("pocket-flux:train:2x1", steps=[0, 3], progress=lambda done, total: made.append(done))
     np.testing.assert_array_equal(again.pixels, bank.pixels[:2])
     assert not made and list(tmp_path.rglob("pocket-flux-train-2x1-*"))
+
+
+def test_the_notebook_holds_prompts_out_when_no_others_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TTSNAP_DATA_CACHE", str(tmp_path))
+    settings = "{validation: null, validation_prompts: 2, epochs_per_step: 1, warmup_updates: 1, group_size: 4}"
+    given = {"trajectories": "pocket-sdxl:train:6x4", "validation": "", "steps": "[2]", "settings": settings}
+    assert main(["run", "finetune", *(word for key, value in given.items() for word in ("-p", key, value))]) == 0
+    table = pd.read_csv(next((tmp_path / "runs" / "finetune").glob("*/comparison.csv")))
+    assert table["step"].tolist() == [2] and table["base_tau"].notna().all()

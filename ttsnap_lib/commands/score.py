@@ -125,7 +125,8 @@ def _score(arguments: argparse.Namespace) -> int:
         )
     if len(report.skipped) > 20:
         print(f"... {len(report.skipped) - 20} more in {report.path}.skipped.json", file=sys.stderr)
-    print(f"next: ttsnap run simulate -p tensor {out}{' -p missing drop' if report.skipped else ''}")
+    print(f"next: ttsnap run simulate -p tensor {out} -p cost COST{' -p missing drop' if report.skipped else ''}")
+    print("(COST: a preset or a file of `ttsnap cost`; few images a prompt allow small budgets only: -p multiples)")
     return 0
 
 

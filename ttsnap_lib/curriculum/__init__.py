@@ -21,6 +21,7 @@ _NAMES = {
     "finetune": "train",
     "gain_by_step": "figures",
     "gain_where_useful": "report",
+    "gather": "inputs",
     "ground_truth_targets": "targets",
     "import_series": "exchange",
     "load_config": "config_files",

@@ -18,7 +18,7 @@ from ttsnap_lib.errors import CurriculumError, TrajectoryError
 from ttsnap_lib.paths import atomic_folder, data_cache, write_json
 from ttsnap_lib.trajectories import MANIFEST, Trajectories
 
-__all__ = ["FolderImages", "ImageBank", "Images", "open_images"]
+__all__ = ["FolderImages", "ImageBank", "Images", "named_pictures", "open_images"]
 
 _BANK, _PIXELS = "bank.json", "pixels.npy"
 _GENERATED = re.compile(
@@ -230,11 +230,28 @@ def open_images(
     """
     if isinstance(source, Images):
         return source
+    match = named_pictures(source)
+    if isinstance(match, Path):
+        return ImageBank.load(match) if (match / _BANK).is_file() else FolderImages(match)
+    bank = _pocket_bank(match, steps, progress)
+    if match["mirror"]:
+        from .mirror import with_mirror_images
+
+        return with_mirror_images(bank)
+    return bank
+
+
+def named_pictures(source: str | Path) -> Path | re.Match[str]:
+    """Return the folder that `source` names, or the parts of a name of pictures to generate; nothing is opened yet.
+
+    Raises
+    ------
+    CurriculumError
+        Nothing of these kinds.
+    """
     path = as_path("trajectories", source, error=CurriculumError)
-    if (path / _BANK).is_file():
-        return ImageBank.load(path)
-    if (path / MANIFEST).is_file():
-        return FolderImages(path)
+    if (path / _BANK).is_file() or (path / MANIFEST).is_file():
+        return path
     match = _GENERATED.fullmatch(str(source))
     if match is None:
         raise CurriculumError(
@@ -243,12 +260,7 @@ def open_images(
             bound="a trajectory folder, a saved bank, or pocket-flux:train:1000x8",
             remedy="Run `ttsnap generate` first, or check the path.",
         )
-    bank = _pocket_bank(match, steps, progress)
-    if match["mirror"]:
-        from .mirror import with_mirror_images
-
-        return with_mirror_images(bank)
-    return bank
+    return match
 
 
 def _pocket_bank(match: re.Match[str], steps: Sequence[int] | None, progress: Any) -> ImageBank:

@@ -39,9 +39,18 @@ def gather(
 ) -> RunData:
     """Open pictures and targets as :func:`ttsnap_lib.curriculum.finetune` takes them.
 
+    Parameters
+    ----------
+    images, validation, targets, validation_targets
+        As there. Without `validation` the last ``config.validation_prompts`` prompts are held out.
+    reward : Reward
+        The base reward, which gives the targets that are not named.
+    config : CurriculumConfig
+
     Returns
     -------
     RunData
+        ``train`` and ``targets``; ``held`` is the pair of both for held-out prompts, or None.
 
     Raises
     ------

@@ -21,7 +21,7 @@ from ttsnap_lib.rewards.steps import step_folders
 
 from .batches import Loader, Plan
 from .config import CurriculumConfig
-from .images import Images
+from .images import Images, named_pictures
 from .inputs import RunData, gather
 from .loop import Trainer
 from .report import metrics_table
@@ -151,12 +151,15 @@ def finetune(
         raise CurriculumError(
             "trajectories", value=None, bound="a folder", remedy="Say what to train on (--trajectories)."
         )
+    held_source = validation if validation is not None else config.validation
+    for pictures in (source, held_source):  # before a reward is fetched
+        if isinstance(pictures, str | Path):
+            named_pictures(pictures)
     lent = reward is not None
     if reward is None:
         reward = load_reward(config.reward, device=device, **(reward_options or {}))
     module = trainable_module(reward)
     accelerator = _accelerator(config, reward, folder)
-    held_source = validation if validation is not None else config.validation
     with accelerator.main_process_first():  # one process generates or scores, the others find its cache
         data = gather(source, held_source, targets, validation_targets, reward, config)
     train, (held, held_targets) = data.train, data.held or (None, None)
