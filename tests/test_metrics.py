@@ -115,3 +115,9 @@ def test_published_tau_table(pools):
     aware = m.kendall_tau(dataset["noise_aware"].values[0], final).mean[[2, 4, 6, 8, 11, 14]]
     assert base == pytest.approx([0.09, 0.27, 0.44, 0.56, 0.70, 0.80], abs=0.0051)  # the table has two digits
     assert aware == pytest.approx([0.25, 0.45, 0.59, 0.66, 0.73, 0.80], abs=0.0051)
+
+
+def test_one_prompt_has_no_interval():
+    assert np.isnan(m.bootstrap_means(np.ones((1, 3)), resamples=10)).all()
+    told = m.Estimate.over_prompts(np.ones((1, 3)))
+    assert told.mean.tolist() == [1, 1, 1] and np.isnan(told.low).all() and np.isnan(told.high).all()

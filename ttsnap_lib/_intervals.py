@@ -10,7 +10,7 @@ import numpy as np
 
 from .checks import integer, real
 
-__all__ = ["Estimate", "bootstrap_means"]
+__all__ = ["Estimate", "bootstrap_means", "percentile_interval"]
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,16 @@ class Estimate:
         with np.errstate(invalid="ignore", divide="ignore"):
             samples = boot[..., 0] / boot[..., 1]
             mean = stacked[..., 0].sum(0) / stacked[..., 1].sum(0)
-        tail = (1 - real("level", level, 0, 1, open_low=True)) / 2
-        # A resample of dropped prompts alone has no mean; the few of them are left out.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # a cell without any value stays NaN
-            low, high = np.nanquantile(samples, [tail, 1 - tail], axis=0)
+        low, high = percentile_interval(samples, real("level", level, 0, 1, open_low=True))
         return cls(mean, low, high, values)
+
+
+def percentile_interval(samples: np.ndarray, level: float) -> np.ndarray:
+    """Return (low, high) over the first axis. Resamples that are NaN (of dropped prompts alone) are left out."""
+    tail = (1 - level) / 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a cell without any value stays NaN
+        return np.nanquantile(samples, [tail, 1 - tail], axis=0)
 
 
 def bootstrap_means(
@@ -69,9 +73,12 @@ def bootstrap_means(
     Returns
     -------
     float64 (resample, ...)
+        All NaN for a single prompt: how prompts differ is then unknown, not zero.
     """
     values = np.asarray(values, dtype=np.float64)
     n_prompts = values.shape[0]
+    if n_prompts < 2:
+        return np.full((integer("resamples", resamples, 1), *values.shape[1:]), np.nan)
     rng = np.random.default_rng(0 if rng is None else rng)
     flat = values.reshape(n_prompts, -1)
     means = np.empty((integer("resamples", resamples, 1), flat.shape[1]))

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ._goals import Goals
+from ._intervals import bootstrap_means, percentile_interval
 from ._race import Trial
 from ._scoring import Scorer, Selection
 from ._search_space import SearchSpace
-from .metrics import bootstrap_means
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ def held_out(
     mean = np.split(stacked.mean(0), sizes, axis=0)
 
     def interval(samples: np.ndarray) -> np.ndarray:
-        tail = (1 - level) / 2
-        return np.nanquantile(samples, [tail, 1 - tail], axis=0)
+        return percentile_interval(samples, level)
 
     def pair(samples: np.ndarray) -> tuple[float, float]:
         low, high = interval(samples)

@@ -118,7 +118,8 @@ def _with_interval(value: pd.Series, low: pd.Series, high: pd.Series, form: str 
 
 
 def _interval(value: float, low: float, high: float, form: str) -> str:
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+    known = not np.isnan(low)  # of a single prompt it is not
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]" if known else f"{value:{form}} [unknown]"
 
 
 def unbroken(table: pd.DataFrame) -> pd.DataFrame:
