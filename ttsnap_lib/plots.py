@@ -126,7 +126,7 @@ def gain_bars(gains: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
                label=METHOD_LABELS.get(method, method))  # fmt: skip
         for x, value, low, high in zip(place, rows["relative_gain"], rows["low"], rows["high"], strict=True):
             above = value >= 0
-            ax.annotate(f"{value:.1f}", (x, high if above else low), (0, 3 if above else -3), fontsize=8,
+            ax.annotate(f"{value:.1f}", (x, np.fmax(value, high) if above else np.fmin(value, low)), (0, 3 if above else -3), fontsize=8,
                         textcoords="offset points", ha="center", va="bottom" if above else "top")  # fmt: skip
     ax.axhline(0, color="0.25", linewidth=0.8)
     ax.margins(y=0.15)
