@@ -34,8 +34,14 @@ def images(pipeline, **changes) -> torch.Tensor:
 @pytest.mark.parametrize("name", list(tiny.PIPELINES))
 def test_a_saved_pipeline_is_the_same_pipeline(folders, name):
     loaded = load_pipeline(folders[name], **CPU)
-    assert type(loaded) is type(tiny.build(name))
-    assert torch.equal(images(loaded), images(tiny.build(name)))
+    built = tiny.build(name)
+    assert type(loaded) is type(built)
+    for part, module in built.components.items():
+        if isinstance(module, torch.nn.Module):
+            own = getattr(loaded, part).state_dict()
+            assert all(torch.equal(own[key], value) for key, value in module.state_dict().items())
+    # Loaded weights lie in a mapped file where they may be aligned otherwise, which some processors' kernels show.
+    torch.testing.assert_close(images(loaded), images(built), rtol=0, atol=1e-5)
     assert pipeline_source(loaded) == {"model": str(folders[name]), "revision": None}
     assert loaded.vae.dtype == torch.float32
 
