@@ -204,7 +204,8 @@ def test_cost_then_search(cost_file, schedule_file, tmp_path, capsys):
     record = SearchRecord.load(out)
     assert len(record.seeds) == 4 and record.method == "ttsp" and record.checks == [1, 3]
     assert json.loads((out / "record.json").read_text())["cost"] == pytest.approx(budget)
-    assert str(record.seeds[record.winner]) in said and "gallery.png" in said
+    assert str(record.seeds[record.winner]) in said and "gallery.png" in said and " cost: " in said
+    assert "stopped:" not in said  # it was not
     for name in ("image.png", "gallery.png"):
         with Image.open(out / name) as picture:
             picture.verify()

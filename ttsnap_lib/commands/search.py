@@ -170,7 +170,8 @@ def _search(arguments: argparse.Namespace) -> int:
             result.save(arguments.out)
             _picture(result, Path(arguments.out))
         for key, value in result.summary().items():
-            print(f"{key:>14}: {value}")
+            if value not in (None, ""):  # no cost model, not cut short
+                print(f"{key:>14}: {value}")
         print(f"{arguments.out}: image.png, record.json, candidates.parquet, gallery.png")
         return 130 if result.record.stopped == "interrupt" else 0
     frame = search_many(
