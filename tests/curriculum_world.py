@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from tests.rewards.conftest import WORDS, save_clip
-from ttsnap_lib.curriculum import CurriculumConfig, ImageBank
+from ttsnap_lib.finetuning.config import CurriculumConfig
+from ttsnap_lib.finetuning.data import ImageBank
 
 __all__ = ["SMALL", "make_bank", "make_clip"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tests import tiny
-from ttsnap_lib.denoise import Candidates, Denoiser, Settings, image_generator
+from ttsnap_lib.diffusion.denoise import Candidates, Denoiser, Settings, image_generator
 
 __all__ = ["PROMPTS", "RELATIVE", "STEPS", "generators", "in_parts", "same_to", "settings", "stock"]
 

@@ -88,7 +88,7 @@ def at_pocket_size(command: str, places: dict[str, str]) -> list[str]:
 def make_world(folder: Path, page: Path) -> dict[str, str]:
     """Write what the commands of a page find there; return what stands for the capital names."""
     from ttsnap_lib import save_rewards
-    from ttsnap_lib.synthetic import synthetic_rewards
+    from ttsnap_lib.tensors.tensor import synthetic_rewards
 
     for model in ("flux", "sdxl"):
         for short, seed in (("imr", 0), ("pic", 1)):

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from tests.rewards.conftest import PROMPTS, make_images
-from ttsnap_lib._image_writer import ImageWriter
-from ttsnap_lib.trajectories import extend
+from ttsnap_lib.trajectories.layout import extend
+from ttsnap_lib.trajectories.write import ImageWriter
 
 __all__ = ["IDENTITY", "N_STEPS", "SIZE", "brightness", "fill", "prompts_of"]
 

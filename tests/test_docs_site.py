@@ -46,7 +46,7 @@ def test_home_is_the_readme(site):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_every_notebook_has_a_page_with_its_parameters(site, notebook):
-    from ttsnap_lib.parameters import declared_parameters, read_notebook
+    from ttsnap_lib.runs.parameters import declared_parameters, read_notebook
 
     text = read(site, f"notebooks/{notebook}")
     for name in declared_parameters(read_notebook(ROOT / "notebooks" / f"{notebook}.ipynb")):

@@ -18,7 +18,7 @@ import ttsnap_lib
 logging.getLogger("griffe").setLevel(logging.ERROR)  # it wants a type behind every parameter
 
 # The interface that notebooks and users write against: here parameters have a section too.
-INTERFACE = ("ttsnap_lib", "ttsnap_lib.rewards", "ttsnap_lib.curriculum", "ttsnap_lib.pocket")
+INTERFACE = ("ttsnap_lib", "ttsnap_lib.rewards", "ttsnap_lib.finetuning", "ttsnap_lib.pocket")
 PROMISED = ["CostModel", "Schedule", "best_of_n", "import_published", "open_rewards", "optimize_schedule", "prune",
             "relative_gain", "save_rewards", "search", "simulate", "sweep"]  # fmt: skip
 _NOTHING = ("None", "Iterator[None]", inspect.Signature.empty)

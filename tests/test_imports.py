@@ -31,10 +31,10 @@ def test_simulating_loads_neither_torch_nor_diffusers():
     assert loaded["numba"] and not loaded["torch"] and not loaded["diffusers"]
 
 
-@pytest.mark.parametrize("first", ["import ttsnap_lib.simulate", "from ttsnap_lib import simulate", "pass"])
+@pytest.mark.parametrize("first", ["import ttsnap_lib.simulation.simulate", "from ttsnap_lib import simulate", "pass"])
 def test_simulate_is_module_and_function_whatever_comes_first(first):
     loaded_after(
-        f"{first}\nfrom ttsnap_lib import simulate, open_rewards, Schedule\nimport ttsnap_lib.simulate as module\n"
+        f"{first}\nfrom ttsnap_lib import simulate, open_rewards, Schedule\nimport ttsnap_lib.simulation.simulate as module\n"
         "assert simulate is module and callable(simulate) and callable(module.prune) and callable(module.simulate)"
     )
 

@@ -116,7 +116,7 @@ def test_wheel_imports_without_the_repository(call):
         "import sys, ttsnap_lib; print(ttsnap_lib.__file__); "
         "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'xarray'} & set(sys.modules); assert not heavy, heavy; "
         "from ttsnap_lib import open_rewards; "
-        "from ttsnap_lib.paths import SHIPPED_TENSORS, repository_root; assert repository_root() is None; "
+        "from ttsnap_lib.files import SHIPPED_TENSORS, repository_root; assert repository_root() is None; "
         "print([float(open_rewards(name)['noise_aware'].mean()) for name in SHIPPED_TENSORS])",
     )  # fmt: skip
     place, means = told.strip().splitlines()

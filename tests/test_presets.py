@@ -9,10 +9,10 @@ from ttsnap_lib import CostModel
 def test_pocket_presets_are_measured(model):
     from diffusers import AutoencoderTiny
 
-    from ttsnap_lib.measure import measure_costs
-    from ttsnap_lib.pipelines import load_pipeline
+    from ttsnap_lib.diffusion.pipelines import load_pipeline
+    from ttsnap_lib.live.measure import measure_costs
     from ttsnap_lib.pocket import pocket_folder
-    from ttsnap_lib.rewards import load_reward
+    from ttsnap_lib.rewards.loading import load_reward
 
     tiny = AutoencoderTiny.from_pretrained(pocket_folder("pocket-tiny"))
     measured = measure_costs(

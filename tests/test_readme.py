@@ -49,8 +49,8 @@ def test_commands_are_ones_that_the_parser_takes(page, command, tmp_path):
     given = parser().parse_args(given_words(command))
     assert given.func
     if given.command == "run":
-        from ttsnap_lib.commands.run import _given
-        from ttsnap_lib.runner import plan
+        from ttsnap_lib.commands.notebooks import _given
+        from ttsnap_lib.runs.run import plan
 
         assert plan(given.notebook, _given(given), folder=tmp_path).parameters
     for name in (getattr(given, "cost", None), *(v for k, v in getattr(given, "parameters", []) if k == "cost")):
@@ -86,7 +86,7 @@ def run_page(page, folder, monkeypatch, cluster=None):
 def make_checkpoints(folder):
     import torch
 
-    from ttsnap_lib.rewards import load_reward
+    from ttsnap_lib.rewards.loading import load_reward
 
     folder.mkdir()
     torch.save(load_reward("pocket-clip", device="cpu").module.state_dict(), folder / "Ct14.pt")

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ttsnap_lib import Schedule, prune
-from ttsnap_lib.schedule import kept
-from ttsnap_lib.selection import choose
+from ttsnap_lib.schedule import choose, kept
 
 # Few values: ties at every stage.
 VALUES = st.sampled_from([-1.5, -1.0, 0.0, 0.25, 0.5, 2.0])

@@ -32,7 +32,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from ttsnap_lib.pocket.tokens import as_clip, as_t5
+from ttsnap_lib.pocket.training.tokens import as_clip, as_t5
 
 __all__ = ["PIPELINES", "SIZE", "build", "flux", "save", "sd", "sd3", "sdxl", "tiny_decoder"]
 

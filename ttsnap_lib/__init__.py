@@ -5,28 +5,46 @@ Names load on first use, so ``import ttsnap_lib`` costs next to nothing and the 
 
 from __future__ import annotations
 
-from ._lazy import lazy_names
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
-# name -> module it is defined in
-_NAMES = {
+# Where each public name is defined. What is not among them is imported from its room.
+_HOME = {
     "Schedule": "schedule",
     "PUBLISHED_SCHEDULE": "schedule",
     "CostModel": "costs",
-    "import_published": "published",
-    "open_rewards": "tensors",
-    "save_rewards": "tensors",
-    "best_of_n": "simulate",
-    "prune": "simulate",
-    "simulate": "simulate",
-    "sweep": "simulate",
-    "relative_gain": "metrics",
-    "optimize_schedule": "optimize",
-    "search": "search",
-    "TTSnapError": "errors",
+    "open_rewards": "tensors.tensor",
+    "save_rewards": "tensors.tensor",
+    "import_published": "tensors.published",
+    "best_of_n": "simulation.pruning",
+    "prune": "simulation.pruning",
+    "simulate": "simulation.simulate",
+    "sweep": "simulation.simulate",
+    "relative_gain": "simulation.metrics",
+    "optimize_schedule": "tuning.optimize",
+    "load_pipeline": "diffusion.pipelines",
+    "load_reward": "rewards.loading",
+    "generate": "trajectories.generate",
+    "score": "scoring.score",
+    "finetune": "finetuning.train",
+    "search": "live.run",
+    "measure_costs": "live.measure",
+    "explore": "explorer.explorer",
+    "current_run": "runs.run",
 }
 
-__all__ = list(_NAMES)
+__all__ = list(_HOME)
 
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value  # the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -11,14 +11,15 @@ import os
 import signal
 import sys
 
-from . import __version__, commands
-from .errors import TTSnapError
-from .paths import disk_error
-from .progress import close_bars
-
-__all__ = ["main", "parser", "run"]
+from ttsnap_lib import __version__
+from ttsnap_lib.commands import MODULES
+from ttsnap_lib.errors import TTSnapError
+from ttsnap_lib.files import disk_error
+from ttsnap_lib.style import close_bars
 
 _ABOUT = "Test-time scaling of text-to-image diffusion models: Best-of-N, TTSp and TTSnap, simulated on recorded rewards and live."
+
+
 _MORE = "`ttsnap COMMAND --help` shows a command's options. `python -m ttsnap_lib` is the same as `ttsnap`."
 
 
@@ -28,8 +29,8 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=f"ttsnap {__version__}")
     whole.add_argument("--traceback", action="store_true", help="show the full traceback of an error")
     subparsers = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in commands.MODULES:
-        importlib.import_module(f"{commands.__name__}.{module}").add(subparsers)
+    for module in MODULES:
+        importlib.import_module(f"ttsnap_lib.commands.{module}").add(subparsers)
     return whole
 
 

@@ -1,17 +1,31 @@
-"""Argument checks: each returns the value in its plain type, or raises with the value, the bound and the remedy."""
+"""Argument checks and limits: each check returns the value in its plain type, or raises with value, bound and remedy."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import numbers
+import os
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError, TTSnapError
+from ttsnap_lib.errors import ConfigError, DeviceError, TTSnapError, shown
 
-__all__ = ["choice", "integer", "known_keys", "plain_name", "real", "text"]
+if TYPE_CHECKING:
+    import torch
+
+MAX_PIXELS = 2**26
+"""Images above this are not opened: a small file can claim a huge picture."""
+
+
+MAX_IMAGES = 1_000_000
+"""Most images per prompt: beyond, a number is a mistake, and lists of it would fill the memory."""
+
+
+MAX_STEPS = 10_000
+"""Most steps per image, likewise."""
 
 
 def integer(
@@ -24,7 +38,7 @@ def integer(
     except OverflowError:  # a fraction beyond the largest float
         whole = False
     if isinstance(value, bool) or not whole or _outside(int(value), low, high):
-        raise error(name, value=value, bound=bound, remedy=f"Set {name} to {bound}.")
+        raise error(f"{name}: got {shown(value)}, expected {bound}. Set {name} to {bound}.")
     return int(value)
 
 
@@ -44,7 +58,7 @@ def real(
     except OverflowError:  # an integer beyond the largest float
         good = False
     if not good or _outside(value, low, high) or (open_low and value == low):
-        raise error(name, value=value, bound=bound, remedy=f"Set {name} to {bound}.")
+        raise error(f"{name}: got {shown(value)}, expected {bound}. Set {name} to {bound}.")
     return float(value)
 
 
@@ -56,14 +70,14 @@ def choice(name: str, value: Any, options: Iterable[Any], *, error: type[TTSnapE
     except ValueError:  # an array compares element by element
         known = False
     if not known:
-        raise error(name, value=value, bound=f"one of {options}", remedy=_suggest(value, options))
+        raise error(f"{name}: got {shown(value)}, expected one of {options}. {_suggest(value, options)}")
     return value
 
 
 def text(name: str, value: Any, *, error: type[TTSnapError] = ConfigError) -> str:
     """Return `value` when it is a string with something in it."""
     if not isinstance(value, str) or not value.strip():
-        raise error(name, value=value, bound="a non-empty string", remedy=f"Give {name} as text.")
+        raise error(f"{name}: got {shown(value)}, expected a non-empty string. Give {name} as text.")
     return value
 
 
@@ -71,10 +85,8 @@ def plain_name(name: str, value: Any, *, error: type[TTSnapError] = ConfigError)
     """Return `value` when it can be part of a file name: it climbs out of no folder, on no system."""
     if not isinstance(value, str) or re.fullmatch(r"\w[\w .+=,@()-]{0,98}", value) is None or value[-1] in " .":
         raise error(
-            name,
-            value=value,
-            bound="a plain name: up to 99 letters, digits, spaces and _ . + - = , @ ( ), a letter or digit first",
-            remedy="Use letters, digits and _; folders have an option of their own.",
+            f"{name}: got {shown(value)}, expected a plain name: up to 99 letters, digits, spaces and _ . + - = , @ ( ), a "
+            "letter or digit first. Use letters, digits and _; folders have an option of their own."
         )
     return value
 
@@ -85,11 +97,13 @@ def known_keys(
     """Refuse keys of `given` that are not in `known`; an unknown key is never ignored."""
     known = list(known)
     if not isinstance(given, Iterable) or isinstance(given, str | bytes):
-        raise error(what, value=given, bound=f"a mapping with keys of {known}", remedy="Write lines of `name: value`.")
+        raise error(
+            f"{what}: got {shown(given)}, expected a mapping with keys of {known}. Write lines of `name: value`."
+        )
     unknown = [key for key in given if key not in known]
     if unknown:
         raise error(
-            f"{what}: unknown key", value=unknown[0], bound=f"one of {known}", remedy=_suggest(unknown[0], known)
+            f"{what}: unknown key: got {shown(unknown[0])}, expected one of {known}. {_suggest(unknown[0], known)}"
         )
 
 
@@ -111,3 +125,53 @@ def _suggest(value: Any, options: list[Any]) -> str:
     known = [str(option) for option in options]
     close = difflib.get_close_matches(value[:200], known, n=1) if isinstance(value, str) else []
     return f"Did you mean {close[0]!r}?" if close else "Use one of those."
+
+
+def as_device(name: Any) -> torch.device:
+    """Return the torch device `name`; ``"auto"`` is cuda, else mps, else cpu.
+
+    Raises
+    ------
+    DeviceError
+        No such device, or one that this machine lacks.
+    """
+    import torch
+
+    if isinstance(name, str) and name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    remedy = "Use 'auto' or 'cpu', or one that this machine has."
+    try:
+        place = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise DeviceError(
+            f"device: got {name!r}, expected 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'. {remedy}"
+        ) from error
+    there: dict[str, Callable[[], bool]] = {
+        "cpu": lambda: True,
+        "cuda": lambda: torch.cuda.is_available() and (place.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available,
+    }
+    if not there.get(place.type, lambda: False)():
+        raise DeviceError(f"device {place} is not there: got {place}, expected a device of this machine. {remedy}")
+    return place
+
+
+def default_device() -> torch.device:
+    """Return the accelerator when there is one (this process's own under a launcher), else the CPU."""
+    import torch
+
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+@contextlib.contextmanager
+def memory_errors(n: int, *, doing: str = "", remedy: str) -> Iterator[None]:
+    """Turn torch's "out of memory" into a DeviceError that says how many images were at once."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(f"out of memory with {n} images at once{doing}. {remedy}") from error

@@ -11,12 +11,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ._reading import as_path, read_json, read_yaml
-from .checks import choice, integer, known_keys, real, text
-from .errors import CostError
-from .schedule import Schedule
-
-__all__ = ["PRESETS", "CostModel", "StageCost"]
+from ttsnap_lib.checks import choice, integer, known_keys, real, text
+from ttsnap_lib.errors import CostError
+from ttsnap_lib.files import as_path, read_json, read_yaml
+from ttsnap_lib.schedule import Schedule
 
 _TOLERANCE = 1e-9  # relative; a budget that is a multiple of the cost must buy that multiple despite rounding
 
@@ -166,22 +164,20 @@ class CostModel:
         """Build from :meth:`to_dict`'s form; unknown keys are an error."""
         if not isinstance(content, Mapping):
             raise CostError(
-                "cost model", value=content, bound="a mapping of fields", remedy="Write it with CostModel.save()."
+                f"cost model: got {content!r}, expected a mapping of fields. Write it with CostModel.save()."
             )
         known_keys("cost model", content, [field.name for field in fields(cls)], error=CostError)
         missing = [name for name in ("step", "verify") if name not in content]
         if missing:
             raise CostError(
-                f"cost model without {missing[0]}",
-                value=dict(content),
-                bound="at least step and verify",
-                remedy="Measure one with `ttsnap cost`, or use CostModel.preset().",
+                f"cost model without {missing[0]}: got {dict(content)!r}, expected at least step and verify. Measure "
+                "one with `ttsnap cost`, or use CostModel.preset()."
             )
         return cls(**content)
 
     def save(self, path: str | Path) -> Path:
         """Write the model as JSON and return the path."""
-        from .paths import write_json
+        from ttsnap_lib.files import write_json
 
         write_json(path, self.to_dict())
         return Path(path)

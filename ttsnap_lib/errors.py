@@ -1,74 +1,31 @@
-"""The error tree: every message names the value, the bound and the remedy."""
+"""The errors of this package. A message is one sentence or two: the value, the bound and the remedy."""
 
 from __future__ import annotations
 
 import reprlib
 from pathlib import Path
 
-__all__ = [
-    "BudgetError",
-    "CheckpointError",
-    "ConfigError",
-    "CostError",
-    "CurriculumError",
-    "DeviceError",
-    "DiskError",
-    "PipelineError",
-    "PromptError",
-    "RewardError",
-    "RunError",
-    "ScheduleError",
-    "SearchError",
-    "TTSnapError",
-    "TensorError",
-    "TrajectoryError",
-]
-
 _short = reprlib.Repr()  # its limits are attributes: Python 3.11 takes no keywords here
 _short.maxstring, _short.maxother, _short.maxlist, _short.maxtuple, _short.maxdict = 200, 200, 8, 8, 8
 _short.maxlevel = 3  # with eight items a level, each level more makes a message eight times as long
-_UNSET = object()
+_LONGEST = 1200  # characters of a message: it is read in a terminal
 
 
-class TTSnapError(Exception):
-    """Base of every error that this package raises on purpose.
-
-    Parameters
-    ----------
-    problem : str
-        What is wrong, with the name of the thing that is wrong.
-    value : object, optional
-        The offending value; shown shortened, kept whole in ``.value``.
-    bound : str, optional
-        What would have been right.
-    remedy : str
-        What to do about it.
-    """
-
-    def __init__(self, problem: str, *, value: object = _UNSET, bound: str = "", remedy: str) -> None:
-        self.problem, self.bound, self.remedy = problem, bound, remedy
-        self.value = None if value is _UNSET else value
-        shown = "" if value is _UNSET else f"got {_shown(value)}"
-        expected = f"expected {bound}" if bound else ""
-        facts = ", ".join(part for part in (shown, expected) if part)
-        super().__init__(f"{problem}{': ' + facts if facts else ''}. {remedy}")
-
-    def __reduce__(self):  # keyword-only arguments do not survive the default pickling (worker processes)
-        return _rebuild, (type(self), self.args, self.__dict__)
-
-
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """Return a short ``repr`` of any value, also of one whose own fails."""
     try:
         return _short.repr(value)
     except Exception:  # noqa: BLE001 - an integer of too many digits, an object whose own __repr__ fails
         return f"a value of {type(value).__name__} that cannot be shown"
 
 
-def _rebuild(cls: type[TTSnapError], args: tuple, state: dict) -> TTSnapError:
-    error = cls.__new__(cls)
-    error.args = args
-    error.__dict__.update(state)
-    return error
+class TTSnapError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+    def __init__(self, message: str) -> None:
+        if len(message) > _LONGEST:  # the remedy stands at the end
+            message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
+        super().__init__(message)
 
 
 class ConfigError(TTSnapError, ValueError):

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["code_hash", "device", "inputs", "now", "path_hash", "versions"]
+from ttsnap_lib.files import repository_root
 
 _PACKAGES = (
     "ttsnap",
@@ -39,6 +39,8 @@ _PACKAGES = (
     "dask",
     "distributed",
 )
+
+
 _WHOLE_BYTES = 256 * 2**20  # above this, a folder is known by names, sizes and times instead of its content
 
 
@@ -133,3 +135,18 @@ def path_hash(path: Path) -> str:
         else:
             digest.update(f"{state.st_mtime_ns}\0".encode())
     return f"{'sha256' if whole else 'listing'}:{digest.hexdigest()}"
+
+
+def git_state() -> dict[str, Any]:
+    """Return the commit of the checkout and whether it is dirty; both None outside one."""
+    root = repository_root()
+    if root is None:
+        return {"commit": None, "dirty": None}
+    try:
+        run = [
+            subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": run[0].stdout.strip(), "dirty": bool(run[1].stdout.strip())}

@@ -1,4 +1,4 @@
-"""The pruning schedule: at which steps candidates are dropped, and what fraction stays."""
+"""Choosing among candidates by one or several rewards: the rule of :func:`ttsnap_lib.prune` for one set."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._reading import parse_yaml, read_yaml
-from .checks import known_keys, real, text
-from .errors import ScheduleError
+import numpy as np
 
-__all__ = ["PUBLISHED_SCHEDULE", "Schedule", "kept"]
+from ttsnap_lib.checks import known_keys, real, text
+from ttsnap_lib.errors import ScheduleError
+from ttsnap_lib.files import parse_yaml, read_yaml
+
+METHODS = ("best_of_n", "ttsp", "ttsnap")
 
 
 def kept(n: int, keep_ratio: float) -> int:
@@ -62,25 +64,19 @@ class Schedule:
                 wrong = True
             if wrong:
                 raise ScheduleError(
-                    "schedule.steps",
-                    value=step,
-                    bound="integers of at least 0",
-                    remedy="Count steps from 0: the first pruning can come after the first forward.",
+                    f"schedule.steps: got {step!r}, expected integers of at least 0. Count steps from 0: the first "
+                    "pruning can come after the first forward."
                 )
         steps = tuple(operator.index(step) for step in steps)
         if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
             raise ScheduleError(
-                "schedule.steps",
-                value=steps,
-                bound="strictly increasing integers",
-                remedy="Sort the steps and name each once (keep_ratios go along with them).",
+                f"schedule.steps: got {steps!r}, expected strictly increasing integers. Sort the steps and name each "
+                "once (keep_ratios go along with them)."
             )
         if len(steps) != len(ratios):
             raise ScheduleError(
-                "schedule.keep_ratios",
-                value=ratios,
-                bound=f"one ratio per step, {len(steps)} in all",
-                remedy=f"Give as many keep ratios as steps {steps}.",
+                f"schedule.keep_ratios: got {ratios!r}, expected one ratio per step, {len(steps)} in all. Give as many "
+                f"keep ratios as steps {steps}."
             )
         for ratio in ratios:
             real("schedule.keep_ratios", ratio, 0, 1, open_low=True, error=ScheduleError)
@@ -94,10 +90,8 @@ class Schedule:
         """Refuse a pruning step at or past the last step of a loop of `n_steps`."""
         if self.steps and self.steps[-1] >= n_steps - 1:
             raise ScheduleError(
-                "schedule.steps",
-                value=self.steps[-1],
-                bound=f"at most {n_steps - 2} for {n_steps} denoising steps",
-                remedy="Prune before the last step: there the clean image itself is scored.",
+                f"schedule.steps: got {self.steps[-1]!r}, expected at most {n_steps - 2} for {n_steps} denoising "
+                "steps. Prune before the last step: there the clean image itself is scored."
             )
 
     def survivors(self, n: int) -> tuple[int, ...]:
@@ -116,10 +110,8 @@ class Schedule:
         """Build from :meth:`to_dict`'s form; unknown keys are an error."""
         if not isinstance(content, Mapping):
             raise ScheduleError(
-                "schedule",
-                value=content,
-                bound="a mapping with steps and keep_ratios",
-                remedy="Write for example {steps: [2, 6, 11], keep_ratios: [0.4, 0.4, 0.5]}.",
+                f"schedule: got {content!r}, expected a mapping with steps and keep_ratios. Write for example {{steps: "
+                "[2, 6, 11], keep_ratios: [0.4, 0.4, 0.5]}."
             )
         known_keys("schedule", content, ("steps", "keep_ratios"), error=ScheduleError)
         return cls(**content)
@@ -150,10 +142,55 @@ class Schedule:
 def _sequence(name: str, value: Any) -> tuple:
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
         raise ScheduleError(
-            name, value=value, bound="a list or tuple of numbers", remedy=f"Write {name} as a list, even of one."
+            f"{name}: got {value!r}, expected a list or tuple of numbers. Write {name} as a list, even of one."
         )
     return tuple(value)
 
 
 PUBLISHED_SCHEDULE = Schedule(steps=(2, 6, 11), keep_ratios=(0.4, 0.4, 0.5))
 """The schedule of the paper's main results (arXiv 2511.22242)."""
+
+
+# Compiled into _kernels.py, whose cache looks at that file alone: whoever changes this number has to touch it.
+Z_GRID = 2.0**24
+"""Sums of z-scores are compared in whole multiples of 1 / Z_GRID, the resolution of float32: candidates that are equal
+on paper (two of them, two rewards that disagree) differ by 1e-15 in their sums, and rounding would choose for us."""
+
+
+def choose(scores: np.ndarray, keep: int, combine: str = "rank_sum", weights: np.ndarray | None = None) -> np.ndarray:
+    """Return which candidates stay.
+
+    Parameters
+    ----------
+    scores : (candidate, reward)
+        Without NaN, candidates in the order of their image index.
+    keep : int
+        How many stay.
+    combine : {"rank_sum", "z_score", "weighted_sum"}
+    weights : (reward,), optional
+        For ``"weighted_sum"``.
+
+    Returns
+    -------
+    int64 (keep,)
+        Positions, ascending. Of equal candidates the first ones stay; of equal values the first ranks higher.
+    """
+    scores = np.asarray(scores, np.float64)
+    if combine == "weighted_sum":
+        cost = -(scores @ np.asarray(weights, np.float64))
+    elif combine == "z_score" and scores.shape[1] > 1:
+        cost = -np.rint(_z_scores(scores).cumsum(1)[:, -1] * Z_GRID)
+    else:
+        order = np.argsort(-scores, axis=0, kind="stable")
+        cost = np.argsort(order, axis=0, kind="stable").sum(1)
+    return np.sort(np.argsort(cost, kind="stable")[:keep])
+
+
+def _z_scores(scores: np.ndarray) -> np.ndarray:
+    """Return z-scores within the set; a reward that says nothing about it has no vote."""
+    # Summed one by one as the compiled loop of `prune` does: another order of additions gives other last bits.
+    n = len(scores)
+    centered = scores - scores.cumsum(0)[-1] / n
+    variance = (centered * centered).cumsum(0)[-1] / n
+    scale = 1.0 / np.sqrt(np.where(variance > 0, variance, 1.0))
+    return np.where(variance > 0, centered * scale, 0.0)

@@ -53,7 +53,7 @@ def draw_notebook(name: str, *, force: bool = False) -> list[Path]:
     """Run a notebook headless and keep its figures as ``<notebook>-<figure>.png``."""
     from PIL import Image
 
-    from ttsnap_lib import runner
+    from ttsnap_lib.runs import run as runner
 
     result = runner.run(name, force=force, progress=lambda line: print(f"{name}: {line}", file=sys.stderr, flush=True))
     kept = []
@@ -71,7 +71,8 @@ def draw_published(values: Path) -> Path:
     import matplotlib.pyplot as plt
     from PIL import Image
 
-    from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel, import_published, plots, simulate
+    from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel, import_published
+    from ttsnap_lib.simulation import plots, simulate
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pools that repeat themselves

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel
-from ttsnap_lib._images import RAW_SHARE
+from ttsnap_lib.trajectories.layout import RAW_SHARE
 
 __all__ = ["CARDS", "UTILISATION", "WEIGHTS", "Recording", "hours", "table"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ttsnap_lib.parameters import declared_parameters, read_notebook
-from ttsnap_lib.runner import find_notebook
+from ttsnap_lib.runs.parameters import declared_parameters, read_notebook
+from ttsnap_lib.runs.run import find_notebook
 
 __all__ = ["table"]
 

@@ -13,11 +13,10 @@ from safetensors.torch import save_file
 
 from tests.bad_input.cases_models import Payload, clip, reward
 from tests.bad_input.drill import Cases
-from ttsnap_lib.curriculum.exchange import find_checkpoints, import_series
-from ttsnap_lib.curriculum.images import ImageBank, open_images
-from ttsnap_lib.curriculum.state import read_state_file
-from ttsnap_lib.rewards import load_reward
-from ttsnap_lib.rewards.steps import StepSeries
+from ttsnap_lib.finetuning.data import ImageBank, open_images
+from ttsnap_lib.finetuning.weights import find_checkpoints, import_series, read_state_file
+from ttsnap_lib.rewards.checkpoints import StepSeries
+from ttsnap_lib.rewards.loading import load_reward
 
 CASES = Cases()
 
@@ -150,7 +149,7 @@ CASES.add("checkpoint", "names that are no steps", passed_over, skip="files by o
 
 
 def bank(folder: Path, about: Any, pixels: bytes) -> Any:
-    from ttsnap_lib.curriculum import images
+    from ttsnap_lib.finetuning import data as images
 
     (folder / images._BANK).write_text(json.dumps(about))
     (folder / images._PIXELS).write_bytes(pixels)

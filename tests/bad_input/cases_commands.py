@@ -14,8 +14,7 @@ from tests.bad_input.cases_files import ALIAS_BOMB
 from tests.bad_input.cases_pictures import trajectories
 from tests.bad_input.drill import Cases
 from ttsnap_lib.__main__ import main
-from ttsnap_lib.synthetic import synthetic_rewards
-from ttsnap_lib.tensors import make_rewards, save_rewards
+from ttsnap_lib.tensors.tensor import make_rewards, save_rewards, synthetic_rewards
 
 CASES = Cases()
 ERROR = "exit status 1 and one line on standard error, with value, bound and remedy"

@@ -11,20 +11,18 @@ import numpy as np
 
 from tests.bad_input.drill import Cases
 from ttsnap_lib import CostModel, Schedule
-from ttsnap_lib._images import read_image
-from ttsnap_lib._reading import parse_yaml
-from ttsnap_lib.curriculum import load_config
-from ttsnap_lib.grids import load_grid
-from ttsnap_lib.interop import import_ground_truth
-from ttsnap_lib.parameters import read_notebook
-from ttsnap_lib.paths import atomic_folder, atomic_write, write_json
-from ttsnap_lib.prompts import check_prompts, read_prompts
-from ttsnap_lib.published import import_published, read_values
-from ttsnap_lib.report import render
-from ttsnap_lib.rewards.steps import read_curriculum
-from ttsnap_lib.search_record import SearchRecord
-from ttsnap_lib.tensors import open_rewards
-from ttsnap_lib.trajectories import MANIFEST, Manifest, Trajectories
+from ttsnap_lib.files import atomic_folder, atomic_write, parse_yaml, write_json
+from ttsnap_lib.finetuning.config import load_config
+from ttsnap_lib.live.record import SearchRecord
+from ttsnap_lib.rewards.checkpoints import read_curriculum
+from ttsnap_lib.runs.parameters import read_notebook
+from ttsnap_lib.runs.report import render
+from ttsnap_lib.runs.sweep import load_grid
+from ttsnap_lib.tensors.published import import_ground_truth, import_published, read_values
+from ttsnap_lib.tensors.tensor import open_rewards
+from ttsnap_lib.trajectories.layout import MANIFEST, Manifest, read_image
+from ttsnap_lib.trajectories.prompts import check_prompts, read_prompts
+from ttsnap_lib.trajectories.read import Trajectories
 
 CASES = Cases()
 

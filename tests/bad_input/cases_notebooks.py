@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.bad_input.drill import Cases
-from ttsnap_lib._current_run import read_if_whole
-from ttsnap_lib.curriculum.config import CurriculumConfig
-from ttsnap_lib.grids import load_grid
-from ttsnap_lib.parameters import declared_parameters, from_text, injected_source, read_notebook, resolve
-from ttsnap_lib.paths import write_json
-from ttsnap_lib.runner import find_notebook, finished, plan
+from ttsnap_lib.files import read_if_whole, write_json
+from ttsnap_lib.finetuning.config import CurriculumConfig
+from ttsnap_lib.runs.parameters import declared_parameters, from_text, injected_source, read_notebook, resolve
+from ttsnap_lib.runs.run import find_notebook, finished, plan
+from ttsnap_lib.runs.sweep import load_grid
 
 CASES = Cases()
 HUGE = 10**5000

@@ -13,8 +13,8 @@ from typing import Any
 from PIL import Image
 
 from tests.bad_input.drill import Cases
-from ttsnap_lib._images import read_image
-from ttsnap_lib.trajectories import MANIFEST, Manifest, Trajectories, read_batches, verify
+from ttsnap_lib.trajectories.layout import MANIFEST, Manifest, read_image
+from ttsnap_lib.trajectories.read import Trajectories, read_batches, verify
 
 CASES = Cases()
 

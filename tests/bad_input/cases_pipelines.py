@@ -12,12 +12,12 @@ import numpy as np
 from tests.bad_input.cases_models import reward
 from tests.bad_input.drill import Cases
 from ttsnap_lib import CostModel, Schedule
-from ttsnap_lib.denoise import Settings
-from ttsnap_lib.generate import generate
-from ttsnap_lib.measure import measure_costs
-from ttsnap_lib.negtome import NegToMe
-from ttsnap_lib.pipelines import load_pipeline
-from ttsnap_lib.search import search
+from ttsnap_lib.diffusion.denoise import Settings
+from ttsnap_lib.diffusion.negtome import NegToMe
+from ttsnap_lib.diffusion.pipelines import load_pipeline
+from ttsnap_lib.live.measure import measure_costs
+from ttsnap_lib.live.run import search
+from ttsnap_lib.trajectories.generate import generate
 
 CASES = Cases()
 

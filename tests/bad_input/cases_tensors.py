@@ -13,11 +13,22 @@ import numpy as np
 
 from tests.bad_input.cases_pictures import trajectories
 from tests.bad_input.drill import Cases
-from ttsnap_lib.interop import export_ground_truth, export_published, import_ground_truth
-from ttsnap_lib.paths import write_json
-from ttsnap_lib.published import import_published, read_values
-from ttsnap_lib.synthetic import synthetic_rewards
-from ttsnap_lib.tensors import drop_missing, make_rewards, open_rewards, read_steps, save_rewards
+from ttsnap_lib.files import write_json
+from ttsnap_lib.tensors.published import (
+    export_ground_truth,
+    export_published,
+    import_ground_truth,
+    import_published,
+    read_values,
+)
+from ttsnap_lib.tensors.tensor import (
+    drop_missing,
+    make_rewards,
+    open_rewards,
+    read_steps,
+    save_rewards,
+    synthetic_rewards,
+)
 
 CASES = Cases()
 
@@ -112,7 +123,7 @@ for number, name in enumerate(CLIMBING[:9]):
 
 
 def result_name(folder: Path, name: Any) -> None:
-    from ttsnap_lib.runner import Run
+    from ttsnap_lib.runs.run import Run
 
     Run(folder).save_table(None, name)
 

@@ -9,11 +9,18 @@ import numpy as np
 from tests.bad_input.drill import Cases
 from ttsnap_lib import CostModel, Schedule
 from ttsnap_lib.costs import PRESETS
-from ttsnap_lib.metrics import relative_gain
-from ttsnap_lib.optimize import optimize_schedule
-from ttsnap_lib.simulate import best_of_n, prune, simulate, sweep
-from ttsnap_lib.synthetic import synthetic_rewards
-from ttsnap_lib.tensors import check_rewards, drop_missing, make_rewards, save_rewards, stack_rewards
+from ttsnap_lib.simulation.metrics import relative_gain
+from ttsnap_lib.simulation.pruning import best_of_n, prune
+from ttsnap_lib.simulation.simulate import simulate, sweep
+from ttsnap_lib.tensors.tensor import (
+    check_rewards,
+    drop_missing,
+    make_rewards,
+    save_rewards,
+    stack_rewards,
+    synthetic_rewards,
+)
+from ttsnap_lib.tuning.optimize import optimize_schedule
 
 CASES = Cases()
 HUGE, NAN, INF = 10**5000, float("nan"), float("inf")

@@ -22,18 +22,15 @@ from tests.bad_input.cases_notebooks import DECLARED, notebook
 from tests.bad_input.cases_pictures import GOOD, IDENTITY, png, saved
 from tests.bad_input.drill import check_message, time_limit
 from ttsnap_lib import CostModel, Schedule
-from ttsnap_lib._images import read_image
-from ttsnap_lib.curriculum.config import CurriculumConfig
 from ttsnap_lib.errors import TTSnapError
-from ttsnap_lib.grids import GridSpec, load_grid, parse_grid
-from ttsnap_lib.interop import import_ground_truth
-from ttsnap_lib.parameters import declared_parameters, from_text, injected_source, read_notebook, resolve
-from ttsnap_lib.prompts import read_prompts
-from ttsnap_lib.published import read_values
-from ttsnap_lib.rewards.weights import read_state
-from ttsnap_lib.synthetic import synthetic_rewards
-from ttsnap_lib.tensors import open_rewards, read_steps, save_rewards
-from ttsnap_lib.trajectories import MANIFEST, Manifest
+from ttsnap_lib.finetuning.config import CurriculumConfig
+from ttsnap_lib.rewards.checkpoints import read_state
+from ttsnap_lib.runs.parameters import declared_parameters, from_text, injected_source, read_notebook, resolve
+from ttsnap_lib.runs.sweep import GridSpec, load_grid, parse_grid
+from ttsnap_lib.tensors.published import import_ground_truth, read_values
+from ttsnap_lib.tensors.tensor import open_rewards, read_steps, save_rewards, synthetic_rewards
+from ttsnap_lib.trajectories.layout import MANIFEST, Manifest, read_image
+from ttsnap_lib.trajectories.prompts import read_prompts
 
 QUICK, LONG = 12, 1500
 

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 
 from tests.benchmarks.rows import Row
-from ttsnap_lib.curriculum import CurriculumConfig, ImageBank, finetune
-from ttsnap_lib.pocket import pocket_prompts
-from ttsnap_lib.rewards import load_reward
+from ttsnap_lib.finetuning.config import CurriculumConfig
+from ttsnap_lib.finetuning.data import ImageBank
+from ttsnap_lib.finetuning.train import finetune
+from ttsnap_lib.pocket.world import pocket_prompts
+from ttsnap_lib.rewards.loading import load_reward
 
 __all__ = ["run"]
 

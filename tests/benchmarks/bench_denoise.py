@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from tests.benchmarks.rows import Row
-from ttsnap_lib.denoise import Denoiser, Settings, image_generator
-from ttsnap_lib.pipelines import load_pipeline
+from ttsnap_lib.diffusion.denoise import Denoiser, Settings, image_generator
+from ttsnap_lib.diffusion.pipelines import load_pipeline
 
 __all__ = ["run"]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.rows import Row, interleaved, ratio
-from ttsnap_lib.denoise import Denoiser, Settings, image_generator
-from ttsnap_lib.generate import generate
-from ttsnap_lib.pipelines import load_pipeline
-from ttsnap_lib.prompts import read_prompts
+from ttsnap_lib.diffusion.denoise import Denoiser, Settings, image_generator
+from ttsnap_lib.diffusion.pipelines import load_pipeline
+from ttsnap_lib.trajectories.generate import generate
+from ttsnap_lib.trajectories.prompts import read_prompts
 
 THREADS = 1
 PARTS = ("denoise", "decode", "encode", "hand_over", "finish")

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 
 from tests.benchmarks.rows import Row
-from ttsnap_lib import CostModel, Schedule, metrics, open_rewards, optimize_schedule, search, simulate
-from ttsnap_lib.denoise import Denoiser, Settings, image_generator
-from ttsnap_lib.measure import measure_costs
-from ttsnap_lib.paths import data_cache
-from ttsnap_lib.pipelines import load_pipeline
-from ttsnap_lib.pocket import pocket_prompts
-from ttsnap_lib.rewards import load_reward
-from ttsnap_lib.search_models import find_adapters, load_decoder
-from ttsnap_lib.search_record import SearchRecord
-from ttsnap_lib.tensors import make_rewards
+from ttsnap_lib import CostModel, Schedule, open_rewards, optimize_schedule, search, simulate
+from ttsnap_lib.diffusion.denoise import Denoiser, Settings, image_generator
+from ttsnap_lib.diffusion.pipelines import load_decoder, load_pipeline
+from ttsnap_lib.files import data_cache
+from ttsnap_lib.live.measure import measure_costs
+from ttsnap_lib.live.record import SearchRecord
+from ttsnap_lib.pocket.world import pocket_prompts
+from ttsnap_lib.rewards.loading import find_adapters, load_reward
+from ttsnap_lib.simulation import metrics
+from ttsnap_lib.tensors.tensor import make_rewards
 
 __all__ = ["run"]
 

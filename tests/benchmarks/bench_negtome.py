@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from tests.benchmarks.rows import Row
-from ttsnap_lib.curriculum import ImageBank
-from ttsnap_lib.diversity import pairwise_distances
-from ttsnap_lib.metrics import bootstrap_means
-from ttsnap_lib.negtome import NegToMe
-from ttsnap_lib.pipelines import load_pipeline
-from ttsnap_lib.pocket import pocket_prompts
+from ttsnap_lib.diffusion.negtome import NegToMe
+from ttsnap_lib.diffusion.pipelines import load_pipeline
+from ttsnap_lib.finetuning.data import ImageBank
 from ttsnap_lib.pocket.oracle import oracle_score
-from ttsnap_lib.rewards import load_reward
+from ttsnap_lib.pocket.world import pocket_prompts
+from ttsnap_lib.rewards.loading import load_reward
+from ttsnap_lib.simulation.metrics import bootstrap_means
+from ttsnap_lib.trajectories.read import pairwise_distances
 
 __all__ = ["run"]
 

@@ -11,10 +11,10 @@ from numba import config
 
 from tests.benchmarks.rows import Row, interleaved, ratio
 from ttsnap_lib import CostModel, Schedule
-from ttsnap_lib._scoring import Scorer, Selection
-from ttsnap_lib._search_space import SearchSpace
-from ttsnap_lib.simulate import best_of_n
-from ttsnap_lib.synthetic import synthetic_rewards
+from ttsnap_lib.simulation.pruning import best_of_n
+from ttsnap_lib.tensors.tensor import synthetic_rewards
+from ttsnap_lib.tuning.race import Scorer, Selection
+from ttsnap_lib.tuning.space import SearchSpace
 
 __all__ = ["run"]
 

@@ -11,7 +11,7 @@ from tests.benchmarks.tuning_cases import CASES, POCKET, TuningCase
 from tests.reference_data import MISSING
 from ttsnap_lib import PUBLISHED_SCHEDULE, optimize_schedule
 from ttsnap_lib.errors import TTSnapError
-from ttsnap_lib.transfer import compare_schedules
+from ttsnap_lib.tuning.optimize import compare_schedules
 
 SEEDS = (0, 1, 2)
 SECONDS = 60  # on two cores

@@ -13,12 +13,9 @@ from tests.benchmarks.rows import Row
 from tests.benchmarks.tuning_cases import CASES, POCKET, TuningCase
 from tests.reference_data import MISSING
 from ttsnap_lib import Schedule
-from ttsnap_lib._race import Race, Trial
-from ttsnap_lib._scoring import Scorer
-from ttsnap_lib._search_space import SearchSpace
-from ttsnap_lib._tune_report import best_of_n_per_prompt, per_prompt
-from ttsnap_lib._tune_setup import Setup, make_setup
-from ttsnap_lib.optimize import _choose
+from ttsnap_lib.tuning.optimize import Setup, _choose, best_of_n_per_prompt, make_setup, per_prompt
+from ttsnap_lib.tuning.race import Race, Scorer, Trial
+from ttsnap_lib.tuning.space import SearchSpace
 
 __all__ = ["run"]
 

@@ -17,16 +17,12 @@ import numpy as np
 import torch
 
 from tests.benchmarks.rows import Row
-from ttsnap_lib.curriculum import (
-    compare_at_steps,
-    finetune,
-    gain_where_useful,
-    load_config,
-    open_images,
-    own_targets,
-)
-from ttsnap_lib.metrics import bootstrap_means
-from ttsnap_lib.rewards import load_reward
+from ttsnap_lib.finetuning.config import load_config
+from ttsnap_lib.finetuning.data import open_images, own_targets
+from ttsnap_lib.finetuning.report import compare_at_steps, gain_where_useful
+from ttsnap_lib.finetuning.train import finetune
+from ttsnap_lib.rewards.loading import load_reward
+from ttsnap_lib.simulation.metrics import bootstrap_means
 
 __all__ = ["run"]
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from tests.benchmarks.rows import Row
 from ttsnap_lib import CostModel, Schedule, open_rewards, optimize_schedule
-from ttsnap_lib.metrics import bootstrap_means, relative_gain_of
-from ttsnap_lib.paths import data_cache
-from ttsnap_lib.simulate import curves
+from ttsnap_lib.files import data_cache
+from ttsnap_lib.simulation.metrics import bootstrap_means, relative_gain_of
+from ttsnap_lib.simulation.simulate import curves
 
 __all__ = ["run"]
 

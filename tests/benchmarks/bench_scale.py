@@ -43,7 +43,7 @@ def grown(name: str, values: dict[int, float], unit: str = "CPU s", at_most: flo
 def simulation_rows() -> list[Row]:
     """Sweep, save and open tensors of 1,000 images x 50 steps; peak memory in a fresh process."""
     from ttsnap_lib import CostModel, Schedule, open_rewards, save_rewards, sweep
-    from ttsnap_lib.synthetic import synthetic_rewards
+    from ttsnap_lib.tensors.tensor import synthetic_rewards
 
     cost, schedule = CostModel(step=21.5, verify=0.138, decode=2.51, n_steps=STEPS), Schedule((5, 15), (0.3, 0.4))
     budgets = np.linspace(5, 100, 10) * cost.total(1)
@@ -78,7 +78,7 @@ peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text()).group(1)) 
 """
 _SWEEP = """
 from ttsnap_lib import CostModel, Schedule, sweep
-from ttsnap_lib.tensors import make_rewards
+from ttsnap_lib.tensors.tensor import make_rewards
 cost, schedule, rng = CostModel(step=21.5, verify=0.138, n_steps=STEPS), Schedule((5, 15), (0.3, 0.4)), np.random.default_rng(0)
 def work(prompts, iterations):
     a, b = (rng.standard_normal((1, prompts, IMAGES, STEPS), np.float32) for _ in range(2))
@@ -90,8 +90,8 @@ print(time.process_time() - begin, peak() - before)
 """
 _PLAN = """
 import tempfile
-from ttsnap_lib._plan import blocks_for, wanted_rows
-from ttsnap_lib.inline_score import InlineScorer
+from ttsnap_lib.trajectories.generate import blocks_for, wanted_rows
+from ttsnap_lib.scoring.score import InlineScorer
 from ttsnap_lib.rewards import load_reward
 reward = load_reward(lambda prompt, images: [0.0] * len(images), name="r")
 def work(prompts):
@@ -126,12 +126,11 @@ def pictures_rows() -> list[Row]:
     """Generate and score pocket trajectories, through files and inline; go on with what is whole; its disk."""
     import torch
 
-    from ttsnap_lib.generate import generate
-    from ttsnap_lib.inline_score import generate_scores
-    from ttsnap_lib.pipelines import load_pipeline
-    from ttsnap_lib.prompts import read_prompts
-    from ttsnap_lib.rewards import load_reward
-    from ttsnap_lib.score import score
+    from ttsnap_lib.diffusion.pipelines import load_pipeline
+    from ttsnap_lib.rewards.loading import load_reward
+    from ttsnap_lib.scoring.score import generate_scores, score
+    from ttsnap_lib.trajectories.generate import generate
+    from ttsnap_lib.trajectories.prompts import read_prompts
 
     pipeline, reward = load_pipeline("pocket-flux", device="cpu"), load_reward("pocket-clip", device="cpu")
     pipeline.set_progress_bar_config(disable=True)
@@ -173,7 +172,7 @@ def pictures_rows() -> list[Row]:
 def sweep_rows() -> list[Row]:
     """Run a sweep of small notebooks, one worker a core; wall-clock seconds."""
     from tests.benchmarks.bench_sweep import seconds
-    from ttsnap_lib.workers import cores
+    from ttsnap_lib.runs.sweep import cores
 
     taken = {k: seconds(RUNS * k, cores()) for k in TIMES}
     return grown(f"ttsnap sweep, {RUNS} small notebook runs, {cores()} workers", taken, "s")

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from tests.benchmarks.rows import Row, interleaved, ratio
-from ttsnap_lib.rewards import load_reward
 from ttsnap_lib.rewards.base import Reward
+from ttsnap_lib.rewards.loading import load_reward
 
 PROMPT = "a small red ring left of a large blue square"
 
@@ -90,8 +90,7 @@ def image_reward_rows() -> list[Row]:
     """Return the rows of ImageReward's own class at real size (small text tower, random weights)."""
     from transformers import BertTokenizer
 
-    from ttsnap_lib.rewards import ImageRewardModel
-    from ttsnap_lib.rewards.image_reward import build_module
+    from ttsnap_lib.rewards.image_reward import ImageRewardModel, build_module
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(PROMPT.split()))]
     config = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -113,7 +112,7 @@ def clip_h_rows() -> list[Row]:
     """Return the rows of open_clip's ViT-H-14, HPSv2's class, at real size (random weights)."""
     import open_clip
 
-    from ttsnap_lib.rewards import OpenClipReward
+    from ttsnap_lib.rewards.towers import OpenClipReward
 
     model = open_clip.create_model("ViT-H-14", pretrained=None, precision="fp32", device="cpu")
     tokenizer = open_clip.get_tokenizer("ViT-H-14")
@@ -129,8 +128,8 @@ def clip_h_rows() -> list[Row]:
 
 def reading_ahead_rows() -> list[Row]:
     """Share of the time of `score` that it waits for pictures, on pocket trajectories."""
-    from ttsnap_lib.score import score
-    from ttsnap_lib.score_report import pocket_trajectories
+    from ttsnap_lib.scoring.report import pocket_trajectories
+    from ttsnap_lib.scoring.score import score
 
     folder = pocket_trajectories()
     with tempfile.TemporaryDirectory() as out:

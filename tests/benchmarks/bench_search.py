@@ -8,12 +8,11 @@ import torch
 
 from tests.benchmarks.rows import Row
 from ttsnap_lib import CostModel, Schedule, search
-from ttsnap_lib.denoise import Settings
-from ttsnap_lib.measure import count_tflops, measure_costs
-from ttsnap_lib.pipelines import load_pipeline
-from ttsnap_lib.pocket import pocket_prompts
-from ttsnap_lib.rewards import load_reward
-from ttsnap_lib.search_models import find_adapters, load_decoder
+from ttsnap_lib.diffusion.denoise import Settings
+from ttsnap_lib.diffusion.pipelines import load_decoder, load_pipeline
+from ttsnap_lib.live.measure import count_tflops, measure_costs
+from ttsnap_lib.pocket.world import pocket_prompts
+from ttsnap_lib.rewards.loading import find_adapters, load_reward
 
 __all__ = ["run"]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from tests.benchmarks.rows import Row, interleaved, ratio
 from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel, Schedule, open_rewards, save_rewards, sweep
-from ttsnap_lib.synthetic import synthetic_rewards
+from ttsnap_lib.tensors.tensor import synthetic_rewards
 
 BUDGETS = np.arange(400, 4001, 200)
 METHODS = ["best_of_n", "ttsp", "ttsnap"]
@@ -101,7 +101,7 @@ def run() -> list[Row]:
             0
         ]
         rows.append(Row("open three rewards and sweep, select by their rank sum", float(np.median(seconds)), "s"))
-    rows.append(Row("import ttsnap_lib.simulate", _import_time(), "s", at_most=0.5))
+    rows.append(Row("import ttsnap_lib.simulation.simulate", _import_time(), "s", at_most=0.5))
     return rows
 
 
@@ -135,7 +135,7 @@ def _memory() -> float:
             "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text()).group(1))\n"
             "small = synthetic_rewards(100, 200, 20)\n"
             "sweep(small, METHODS, BUDGETS, COST, PUBLISHED_SCHEDULE)\nbefore = peak()\n"
-            "import numpy as np\nfrom ttsnap_lib.tensors import make_rewards\n"
+            "import numpy as np\nfrom ttsnap_lib.tensors.tensor import make_rewards\n"
             "rng = np.random.default_rng(0)\n"
             "a = rng.standard_normal((1, 5000, 200, 20), np.float32); b = rng.standard_normal(a.shape, np.float32)\n"
             "d = make_rewards(a, b, rewards=['a'])\n"
@@ -146,5 +146,5 @@ def _memory() -> float:
 
 
 def _import_time() -> float:
-    code = "import time; t = time.perf_counter(); import ttsnap_lib.simulate; print(time.perf_counter() - t)"
+    code = "import time; t = time.perf_counter(); import ttsnap_lib.simulation.simulate; print(time.perf_counter() - t)"
     return float(np.median([float(_fresh(code)) for _ in range(5)]))

@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 
 from tests.benchmarks.rows import Row
-from ttsnap_lib.sweeps import run_sweep
-from ttsnap_lib.workers import cores
+from ttsnap_lib.runs.sweep import cores, run_sweep
 
 __all__ = ["run", "seconds"]
 

@@ -8,11 +8,10 @@ import numpy as np
 
 from tests.benchmarks.rows import Row
 from ttsnap_lib import CostModel, Schedule
-from ttsnap_lib._explore import compute
-from ttsnap_lib._explore_pool import Pool
-from ttsnap_lib._explore_state import State
-from ttsnap_lib._explore_view import Panels
-from ttsnap_lib.synthetic import synthetic_rewards
+from ttsnap_lib.explorer.pool import Pool
+from ttsnap_lib.explorer.result import State, compute
+from ttsnap_lib.explorer.view import Panels
+from ttsnap_lib.tensors.tensor import synthetic_rewards
 
 MOVES = 12
 

@@ -91,7 +91,7 @@ def folder(tmp_path_factory):
     ARTIFACTS.mkdir(exist_ok=True)
     path = tmp_path_factory.mktemp("notebooks")
     from ttsnap_lib import save_rewards
-    from ttsnap_lib.synthetic import synthetic_rewards
+    from ttsnap_lib.tensors.tensor import synthetic_rewards
 
     big = synthetic_rewards(200, 200, 20, rewards=("image_reward", "pickscore", "hpsv2"))
     save_rewards(big, path / "big.zarr")

@@ -18,8 +18,8 @@ import yaml
 from PIL import Image
 
 from tests.faults.drill import Ended, Started, start, start_program
-from ttsnap_lib.tensors import open_rewards
-from ttsnap_lib.trajectories import verify
+from ttsnap_lib.tensors.tensor import open_rewards
+from ttsnap_lib.trajectories.read import verify
 
 __all__ = ["COMMANDS", "Command", "World", "found_again"]
 

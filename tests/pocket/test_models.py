@@ -7,13 +7,15 @@ import inspect
 import numpy as np
 import pytest
 
-from ttsnap_lib.pocket import POCKET_DEFAULTS, POCKET_MODELS, oracle_score, pocket_folder, pocket_prompts
+from ttsnap_lib.pocket import POCKET_DEFAULTS, POCKET_MODELS, pocket_folder
+from ttsnap_lib.pocket.oracle import oracle_score
+from ttsnap_lib.pocket.world import pocket_prompts
 
 torch = pytest.importorskip("torch")
 
-from ttsnap_lib.pocket.report import load_pocket, measure, rank_agreement
-from ttsnap_lib.pocket.sample import call_settings, initial_noise, sample, sample_steps
-from ttsnap_lib.pocket.train_clip import clip_scores
+from ttsnap_lib.pocket.training.clip import clip_scores
+from ttsnap_lib.pocket.training.report import load_pocket, measure, rank_agreement
+from ttsnap_lib.pocket.training.sample import call_settings, initial_noise, sample, sample_steps
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,9 +129,7 @@ def test_clip_processor_feeds_the_model_what_training_fed(clip):
 
 
 def test_clip_prefers_the_right_caption(clip):
-    from ttsnap_lib.pocket.changes import hard_negative
-    from ttsnap_lib.pocket.prompts import held_out
-    from ttsnap_lib.pocket.world import caption, render
+    from ttsnap_lib.pocket.world import caption, hard_negative, held_out, render
 
     rng = np.random.default_rng(2)
     scenes = sorted(held_out(), key=caption)[:200]
@@ -140,7 +140,7 @@ def test_clip_prefers_the_right_caption(clip):
 
 
 def test_tiny_decoder_reads_the_pipelines_latents(clip):
-    from ttsnap_lib.pocket.train_vae import encode, to_pixels
+    from ttsnap_lib.pocket.training.vae import encode, to_pixels
     from ttsnap_lib.pocket.world import parse_caption, render
 
     vae, tiny = load_pocket("pocket-flux").vae, load_pocket("pocket-tiny")

@@ -11,12 +11,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from ttsnap_lib.errors import CheckpointError, ConfigError
-from ttsnap_lib.pocket.changes import hard_negative, mislabeled
-from ttsnap_lib.pocket.loop import Fit, fit, step_rng
-from ttsnap_lib.pocket.muon import Muon, orthogonal
-from ttsnap_lib.pocket.train import SMOKE, main
-from ttsnap_lib.pocket.train_clip import degrade
-from ttsnap_lib.pocket.world import all_scenes
+from ttsnap_lib.pocket.training.clip import degrade
+from ttsnap_lib.pocket.training.loop import Fit, fit, step_rng
+from ttsnap_lib.pocket.training.muon import Muon, orthogonal
+from ttsnap_lib.pocket.training.plan import SMOKE
+from ttsnap_lib.pocket.training.train import main
+from ttsnap_lib.pocket.world import all_scenes, hard_negative, mislabeled
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ import pytest
 from scipy import ndimage
 
 from ttsnap_lib.errors import PromptError, RewardError
-from ttsnap_lib.pocket import oracle_score, pocket_folder, pocket_prompts
-from ttsnap_lib.pocket import prompts as prompt_module
-from ttsnap_lib.pocket.oracle import judge
+from ttsnap_lib.pocket import pocket_folder
+from ttsnap_lib.pocket import world as prompt_module
+from ttsnap_lib.pocket.oracle import judge, oracle_score
 from ttsnap_lib.pocket.world import (
     COLORS,
     RELATIONS,
@@ -24,6 +24,7 @@ from ttsnap_lib.pocket.world import (
     all_scenes,
     caption,
     parse_caption,
+    pocket_prompts,
     random_scene,
     render,
 )

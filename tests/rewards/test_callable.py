@@ -9,7 +9,8 @@ from PIL import Image
 
 from tests.rewards.conftest import PROMPTS, as_tensor
 from ttsnap_lib.errors import ConfigError, RewardError
-from ttsnap_lib.rewards import CallableReward, load_reward, score_many
+from ttsnap_lib.rewards.base import CallableReward, score_many
+from ttsnap_lib.rewards.loading import load_reward
 
 
 def redness(prompts, images):

@@ -10,8 +10,9 @@ from transformers import CLIPModel, CLIPProcessor
 
 from tests.rewards.conftest import PROMPTS, as_tensor, make_images, save_clip
 from ttsnap_lib.errors import RewardError
-from ttsnap_lib.rewards import OpenClipReward, load_reward
-from ttsnap_lib.rewards.text import TextBatch
+from ttsnap_lib.rewards.base import TextBatch
+from ttsnap_lib.rewards.loading import load_reward
+from ttsnap_lib.rewards.towers import OpenClipReward
 
 
 def _model_card(folder, prompts: list[str], images: list[Image.Image]) -> np.ndarray:

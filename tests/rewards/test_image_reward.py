@@ -8,8 +8,8 @@ import torch
 
 from tests.rewards.conftest import PROMPTS, as_tensor
 from ttsnap_lib.errors import RewardError
-from ttsnap_lib.rewards import ImageRewardModel, load_reward
-from ttsnap_lib.rewards.image_reward import build_module
+from ttsnap_lib.rewards.image_reward import ImageRewardModel, build_module
+from ttsnap_lib.rewards.loading import load_reward
 
 
 def _randomize(module: torch.nn.Module) -> None:

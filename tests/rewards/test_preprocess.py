@@ -12,15 +12,15 @@ from transformers import CLIPImageProcessor
 
 from tests.rewards.conftest import as_tensor, make_images
 from ttsnap_lib.errors import RewardError
-from ttsnap_lib.rewards.preprocess import (
+from ttsnap_lib.rewards.pixels import (
     CLIP_MEAN,
     CLIP_STD,
     HPS_PIXELS,
     IMAGE_REWARD_PIXELS,
     Preprocessing,
     from_clip_processor,
+    resize_levels,
 )
-from ttsnap_lib.rewards.resampling import resize_levels
 
 # Sizes that leave an odd number of pixels to crop, need enlarging, or match already.
 SIZES = [(512, 512), (224, 224), (301, 227), (227, 302), (64, 40), (1000, 301)]

@@ -11,7 +11,7 @@ import torch
 
 from tests.rewards.conftest import PROMPTS, save_clip
 from ttsnap_lib.errors import CheckpointError
-from ttsnap_lib.rewards import load_reward
+from ttsnap_lib.rewards.loading import load_reward
 
 
 def write_adapters(base, folder, steps=(14, 8, 2), reward: str | None = None, padded: bool = False):
@@ -149,7 +149,7 @@ def test_lora_on_the_other_families(images, bert_folder, med_config):
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
     from peft import LoraConfig, get_peft_model
 
-    from ttsnap_lib.rewards import OpenClipReward
+    from ttsnap_lib.rewards.towers import OpenClipReward
 
     model = CLIP(
         embed_dim=24,

@@ -1,4 +1,4 @@
-"""One module for each command of the command line; heavy imports stay inside the functions they serve."""
+"""The command line, a module for each group of commands; heavy imports stay inside the functions they serve."""
 
-MODULES = ("demo", "run", "optimize", "search", "generate", "score", "finetune", "published")
+MODULES = ("notebooks", "optimize", "search", "models", "finetune")
 """In the order in which `ttsnap --help` shows them."""

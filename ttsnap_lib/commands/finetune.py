@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add"]
-
 
 def add(commands: Any) -> None:
     """Register the commands with argparse's subparsers."""
@@ -56,10 +54,10 @@ def add(commands: Any) -> None:
 def _finetune(arguments: argparse.Namespace) -> int:
     import yaml
 
-    from ttsnap_lib._reading import parse_yaml
-    from ttsnap_lib.curriculum import finetune, load_config
-    from ttsnap_lib.paths import data_cache
-    from ttsnap_lib.progress import progress_bar
+    from ttsnap_lib.files import data_cache, parse_yaml
+    from ttsnap_lib.finetuning.config import load_config
+    from ttsnap_lib.finetuning.train import finetune
+    from ttsnap_lib.style import progress_bar
 
     changes = {}
     for name, value in arguments.parameters:
@@ -93,8 +91,8 @@ def _finetune(arguments: argparse.Namespace) -> int:
 
 
 def _adopt(arguments: argparse.Namespace) -> int:
-    from ttsnap_lib.curriculum import import_series
-    from ttsnap_lib.rewards import load_reward
+    from ttsnap_lib.finetuning.weights import import_series
+    from ttsnap_lib.rewards.loading import load_reward
 
     options = {"weights": arguments.weights} if arguments.weights else {}
     reward = load_reward(arguments.reward, device="cpu", **options)

@@ -7,8 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add", "parse_range"]
-
 
 def add(commands: Any) -> None:
     """Register the command with argparse's subparsers."""
@@ -59,14 +57,14 @@ def add(commands: Any) -> None:
 def _optimize(arguments: argparse.Namespace) -> int:
     import numpy as np
 
-    from ttsnap_lib.answers import search_command
     from ttsnap_lib.checks import choice
     from ttsnap_lib.costs import CostModel
-    from ttsnap_lib.optimize import optimize_schedule
-    from ttsnap_lib.paths import atomic_write
-    from ttsnap_lib.progress import progress_bar
+    from ttsnap_lib.files import atomic_write
     from ttsnap_lib.schedule import Schedule
-    from ttsnap_lib.tensors import drop_repeats, open_rewards
+    from ttsnap_lib.simulation.plots import search_command
+    from ttsnap_lib.style import progress_bar
+    from ttsnap_lib.tensors.tensor import drop_repeats, open_rewards
+    from ttsnap_lib.tuning.optimize import optimize_schedule
 
     if arguments.transfer is not None:
         _refuse_beside_transfer(arguments)
@@ -149,8 +147,8 @@ def _summary(result: Any, multiples: list[float], unit: str) -> str:
 
 
 def _flatness(result: Any, dataset: Any, arguments: argparse.Namespace) -> str:
-    from ttsnap_lib.answers import flatness_table
-    from ttsnap_lib.transfer import flatness
+    from ttsnap_lib.simulation.plots import flatness_table
+    from ttsnap_lib.tuning.optimize import flatness
 
     shared = {"combine": arguments.combine, "report": arguments.report or []}
     table = flatness(result, dataset, top=arguments.flatness, seed=arguments.seed, **shared)
@@ -166,17 +164,15 @@ def _refuse_beside_transfer(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None:
             option = "--" + name.replace("_", "-")
             raise ConfigError(
-                f"{option} with --transfer",
-                value=str(getattr(arguments, name)),
-                bound="--transfer alone: it tunes many schedules, each by one reward",
-                remedy=f"Leave out {option}, or run the command once more without --transfer.",
+                f"{option} with --transfer: got {getattr(arguments, name)}, expected --transfer alone: it tunes many "
+                f"schedules, each by one reward. Leave out {option}, or run the command once more without --transfer."
             )
 
 
 def _transfer(arguments: argparse.Namespace, tensors: dict[str, Any], cost: Any, budgets: Any) -> int:
     """Print what a schedule that was tuned on one reward of one tensor gains on the others."""
-    from ttsnap_lib.answers import transfer_table
-    from ttsnap_lib.transfer import cases_by_reward, transfer
+    from ttsnap_lib.simulation.plots import transfer_table
+    from ttsnap_lib.tuning.optimize import cases_by_reward, transfer
 
     stems = [Path(tensor).stem for tensor in tensors]
     names = stems if len(set(stems)) == len(stems) else list(tensors)
@@ -230,6 +226,6 @@ def parse_range(name: str, text: str, kind: type) -> list:
             found += [start + k * step for k in range(int((stop - start) / step + 1e-9) + 1)]
     except ValueError:
         raise ConfigError(
-            name, value=text, bound="numbers such as 2:20, 2:20:3 or 2,4,8", remedy=f"Write {name} 2:20."
+            f"{name}: got {text!r}, expected numbers such as 2:20, 2:20:3 or 2,4,8. Write {name} 2:20."
         ) from None
     return found

@@ -6,10 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ._help import Defaults
-from .generate import _loading, _size, add_model_arguments
-
-__all__ = ["add"]
+from ttsnap_lib.commands.models import _loading, _size, add_model_arguments
+from ttsnap_lib.commands.options import Defaults
 
 
 def add(commands: Any) -> None:
@@ -84,7 +82,7 @@ def _settings_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> Any:
-    from ttsnap_lib.denoise import Settings
+    from ttsnap_lib.diffusion.denoise import Settings
 
     height, width = arguments.size or (None, None)
     return Settings(n_steps=arguments.steps, guidance=arguments.guidance, height=height, width=width)
@@ -100,7 +98,7 @@ def _schedule(source: str | None) -> Any:
 
 def _pipeline(arguments: argparse.Namespace) -> Any:
     from ttsnap_lib.checks import integer
-    from ttsnap_lib.pipelines import load_pipeline
+    from ttsnap_lib.diffusion.pipelines import load_pipeline
 
     if arguments.threads is not None:
         import torch
@@ -115,13 +113,14 @@ def _reward_device(arguments: argparse.Namespace) -> str | None:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from ttsnap_lib._plan import shard_lock
-    from ttsnap_lib._search_checks import candidates_for, check_schedule
     from ttsnap_lib.costs import CostModel
-    from ttsnap_lib.negtome import NegToMe
-    from ttsnap_lib.prompts import read_prompts
-    from ttsnap_lib.search_many import check_one_source, search_many
-    from ttsnap_lib.search_models import find_adapters, load_decoder
+    from ttsnap_lib.diffusion.negtome import NegToMe
+    from ttsnap_lib.diffusion.pipelines import load_decoder
+    from ttsnap_lib.files import shard_lock
+    from ttsnap_lib.live.many import check_one_source, search_many
+    from ttsnap_lib.live.run import candidates_for, check_schedule
+    from ttsnap_lib.rewards.loading import find_adapters
+    from ttsnap_lib.trajectories.prompts import read_prompts
 
     # What costs nothing to check comes before any model is loaded.
     check_one_source(arguments.prompt, arguments.prompts)
@@ -136,9 +135,9 @@ def _search(arguments: argparse.Namespace) -> int:
     group = 1 if negtome is None else negtome.group_size
     candidates_for(arguments.budget, arguments.candidates, cost, pruning, settings.n_steps, group)
 
-    from ttsnap_lib.progress import progress_bar
-    from ttsnap_lib.rewards import load_reward
-    from ttsnap_lib.search import search
+    from ttsnap_lib.live.run import search
+    from ttsnap_lib.rewards.loading import load_reward
+    from ttsnap_lib.style import progress_bar
 
     device = _reward_device(arguments)
     names = arguments.reward or ["pocket-clip"]
@@ -186,8 +185,8 @@ def _search(arguments: argparse.Namespace) -> int:
 def _picture(result: Any, folder: Path) -> None:
     import matplotlib.pyplot as plt
 
-    from ttsnap_lib.paths import atomic_write
-    from ttsnap_lib.plots_search import gallery
+    from ttsnap_lib.files import atomic_write
+    from ttsnap_lib.live.plots import gallery
 
     figure = gallery(result.record)
     with atomic_write(folder / "gallery.png") as file:
@@ -196,8 +195,8 @@ def _picture(result: Any, folder: Path) -> None:
 
 
 def _cost(arguments: argparse.Namespace) -> int:
-    from ttsnap_lib.measure import measure_costs
-    from ttsnap_lib.rewards import load_reward
+    from ttsnap_lib.live.measure import measure_costs
+    from ttsnap_lib.rewards.loading import load_reward
 
     rewards = [load_reward(name, device=_reward_device(arguments)) for name in arguments.reward or ["pocket-clip"]]
     measured = measure_costs(

@@ -7,13 +7,10 @@ pipelines. This module loads neither torch nor diffusers.
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 from ttsnap_lib.checks import choice
-
-__all__ = ["POCKET_DEFAULTS", "POCKET_MODELS", "oracle_score", "pocket_folder", "pocket_prompts"]
 
 POCKET_MODELS = ("pocket-flux", "pocket-sdxl", "pocket-clip", "pocket-tiny")
 """The shipped models."""
@@ -24,21 +21,7 @@ POCKET_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """Generation settings of the pipelines. pocket-flux has no guidance embedding, so its guidance has no effect."""
 
-_NAMES = {"oracle_score": "oracle", "pocket_prompts": "prompts"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
-
 
 def pocket_folder(name: str) -> Path:
-    """Return the folder of a shipped model, for ``from_pretrained``.
-
-    Raises
-    ------
-    ConfigError
-        A name that is not one of :data:`POCKET_MODELS`.
-    """
+    """Return the folder of a shipped model, for ``from_pretrained``; ConfigError for a name that is not shipped."""
     return Path(__file__).with_name("models") / choice("pocket model", name, POCKET_MODELS)

@@ -9,10 +9,18 @@ import numpy as np
 from scipy import ndimage
 
 from ttsnap_lib.errors import RewardError
-
-from .world import BACKGROUNDS, COLORS, PIXELS, RELATIONS, SHAPES, SIZES, Scene, Thing, parse_caption, shape_mask
-
-__all__ = ["WEIGHTS", "judge", "oracle_score"]
+from ttsnap_lib.pocket.world import (
+    BACKGROUNDS,
+    COLORS,
+    PIXELS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    parse_caption,
+    shape_mask,
+)
 
 WEIGHTS: dict[str, float] = {
     "background": 0.5,
@@ -25,8 +33,13 @@ WEIGHTS: dict[str, float] = {
 }
 """How much of the score is lost when that part of the caption is wholly wrong."""
 
+
 _SMALLEST = 6.0  # pixels of cover; below that a blob is dirt
+
+
 _TEMPLATE = 20  # pixels of the frame in which shapes are compared
+
+
 _CHROMA = 0.14  # distance in RGB over which a color stops being itself
 
 
@@ -57,10 +70,8 @@ def oracle_score(captions: Sequence[str] | str, images: np.ndarray | Sequence) -
     texts = [captions] * len(pictures) if isinstance(captions, str) else list(captions)
     if len(texts) != len(pictures):
         raise RewardError(
-            "captions and images differ in number",
-            value=len(texts),
-            bound=f"{len(pictures)} captions, or one for all",
-            remedy="Give one caption for each image.",
+            f"captions and images differ in number: got {len(texts)!r}, expected {len(pictures)} captions, or one for "
+            "all. Give one caption for each image."
         )
     scenes = [parse_caption(text) for text in texts]
     return np.array([_total(judge(scene, picture)) for scene, picture in zip(scenes, pictures, strict=True)])
@@ -70,18 +81,14 @@ def _pictures(images: np.ndarray | Sequence) -> np.ndarray:
     array = images if isinstance(images, np.ndarray) else np.stack([np.asarray(image) for image in images])
     if array.ndim != 4 or array.shape[1:] != (PIXELS, PIXELS, 3):
         raise RewardError(
-            "images for the oracle",
-            value=array.shape,
-            bound=f"(n, {PIXELS}, {PIXELS}, 3)",
-            remedy="Generate at 32 x 32, RGB, channels last.",
+            f"images for the oracle: got {array.shape!r}, expected (n, {PIXELS}, {PIXELS}, 3). Generate at 32 x 32, "
+            "RGB, channels last."
         )
     array = array.astype(np.float64) / (255.0 if array.dtype == np.uint8 else 1.0)
     if not np.isfinite(array).all():
         raise RewardError(
-            "images for the oracle",
-            value=array[~np.isfinite(array)].flat[0],
-            bound="finite values",
-            remedy="Check what made the image.",
+            f"images for the oracle: got {array[~np.isfinite(array)].flat[0]!r}, expected finite values. Check what "
+            "made the image."
         )
     return array
 

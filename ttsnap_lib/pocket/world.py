@@ -1,37 +1,24 @@
-"""The pocket picture world: scenes of one or two colored shapes, their captions, and a fast renderer."""
+"""The packaged captions: training, selection, evaluation and test splits that share no picture."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from ttsnap_lib.checks import choice, integer
 from ttsnap_lib.errors import PromptError
 
-__all__ = [
-    "BACKGROUNDS",
-    "COLORS",
-    "PIXELS",
-    "RELATIONS",
-    "SHAPES",
-    "SIZES",
-    "WORDS",
-    "Scene",
-    "Thing",
-    "all_scenes",
-    "caption",
-    "parse_caption",
-    "random_scene",
-    "render",
-    "shape_mask",
-]
-
 PIXELS = 32
 """Height and width of a picture."""
+
 
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.12, 0.12),
@@ -43,6 +30,7 @@ COLORS: dict[str, tuple[float, float, float]] = {
 }
 """Colors of things, RGB in [0, 1]."""
 
+
 BACKGROUNDS: dict[str, tuple[float, float, float]] = {
     "black": (0.06, 0.06, 0.06),
     "gray": (0.50, 0.50, 0.50),
@@ -51,9 +39,13 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
 }
 """Background colors, RGB in [0, 1]; none is a color of things."""
 
+
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
+
+
 SIZES: dict[str, float] = {"small": 4.6, "large": 6.5}
 """Half the extent of a shape, in pixels."""
+
 
 RELATIONS: dict[str, tuple[int, int]] = {
     "left of": (-1, 0),
@@ -63,12 +55,20 @@ RELATIONS: dict[str, tuple[int, int]] = {
 }
 """Where the first thing stands from the second: (x, y), y downwards."""
 
+
 WORDS = (*SIZES, *COLORS, *SHAPES, *(name.split()[0] for name in RELATIONS), *BACKGROUNDS)
 """The words that carry meaning; the rest of a caption (a, of, on, background) is grammar."""
 
+
 _NEAR, _FAR = 8.0, 24.0  # centers of two things along the axis of their relation
+
+
 _AXIS_JITTER, _CROSS_JITTER, _ALONE_JITTER = 0.6, 2.5, 3.0  # pixels, uniform
+
+
 _SIZE_JITTER, _SHADE_JITTER = 0.05, 0.04
+
+
 _SUPERSAMPLING = 3
 
 
@@ -115,6 +115,8 @@ def caption(scene: Scene) -> str:
 
 
 _THING = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
+
+
 _PATTERN = re.compile(rf"{_THING}(?: ({'|'.join(RELATIONS)}) {_THING})? on a ({'|'.join(BACKGROUNDS)}) background")
 
 
@@ -129,10 +131,9 @@ def parse_caption(text: str) -> Scene:
     match = _PATTERN.fullmatch(text.strip()) if isinstance(text, str) else None
     if match is None:
         raise PromptError(
-            "not a caption of the pocket world",
-            value=text,
-            bound="e.g. 'a small red ring left of a large blue square on a pink background'",
-            remedy=f"Use the words {', '.join(WORDS)}; ttsnap_lib.pocket.pocket_prompts lists captions.",
+            f"not a caption of the pocket world: got {text!r}, expected e.g. 'a small red ring left of a large blue "
+            f"square on a pink background'. Use the words {', '.join(WORDS)}; ttsnap_lib.pocket.pocket_prompts lists "
+            "captions."
         )
     first, relation, second, background = match.group(1, 2, 3), match[4], match.group(5, 6, 7), match[8]
     things = (Thing(*first),) if relation is None else (Thing(*first), Thing(*second))
@@ -244,3 +245,126 @@ def _spread(scene: Scene) -> tuple[float, float]:
     if scene.relation is None:
         return _ALONE_JITTER, _ALONE_JITTER
     return (_AXIS_JITTER, _CROSS_JITTER) if RELATIONS[scene.relation][0] else (_CROSS_JITTER, _AXIS_JITTER)
+
+
+MISLABELED = 0.1
+"""Chance of each attribute of a training caption to be wrong, in the last stage of both diffusion models.
+
+Captions scraped from the web are wrong about as often. A model that learned from them draws clean pictures with a
+wrong color, shape, size or place in a part of the seeds: what Best-of-N is for.
+"""
+
+
+_ATTRIBUTES = {"size": tuple(SIZES), "color": tuple(COLORS), "shape": SHAPES}
+
+
+def hard_negative(scene: Scene, rng: np.random.Generator) -> Scene:
+    """Return the scene with one thing about it changed, never to the same picture."""
+    things = list(scene.things)
+    kinds = ["background", *["size", "color", "shape"] * len(things)] + ["relation", "swap"] * (len(things) == 2)
+    kind = str(rng.choice(kinds))
+    if kind == "swap" and things[0] != things[1]:
+        return Scene(scene.background, tuple(things[::-1]), scene.relation)
+    if kind in ("relation", "swap"):
+        others = [name for name in RELATIONS if name != scene.relation]
+        return Scene(scene.background, scene.things, str(rng.choice(others)))
+    if kind == "background":
+        others = [name for name in BACKGROUNDS if name != scene.background]
+        return Scene(str(rng.choice(others)), scene.things, scene.relation)
+    which = int(rng.integers(len(things)))
+    others = [name for name in _ATTRIBUTES[kind] if name != getattr(things[which], kind)]
+    things[which] = dataclasses.replace(things[which], **{kind: str(rng.choice(others))})
+    return Scene(scene.background, tuple(things), scene.relation)
+
+
+def mislabeled(scene: Scene, rng: np.random.Generator, chance: float = MISLABELED) -> Scene:
+    """Return the scene with each attribute, the relation and the background replaced by another at `chance`."""
+
+    def other(value: str, options: tuple[str, ...]) -> str:
+        return str(rng.choice([name for name in options if name != value])) if rng.random() < chance else value
+
+    things = tuple(
+        dataclasses.replace(thing, **{name: other(getattr(thing, name), o) for name, o in _ATTRIBUTES.items()})
+        for thing in scene.things
+    )
+    relation = None if scene.relation is None else other(scene.relation, tuple(RELATIONS))
+    return Scene(other(scene.background, tuple(BACKGROUNDS)), things, relation)
+
+
+SPLITS: dict[str, int] = {"train": 2000, "selection": 128, "evaluation": 128, "test": 128}
+"""Captions per split. The models never saw a picture of the last three."""
+
+
+_FILE = Path(__file__).with_name("prompts.json")
+
+
+_SEED = 20251122
+
+
+def make_splits(seed: int = _SEED) -> dict[str, list[str]]:
+    """Draw the splits: as many one-thing captions in each as a random scene would have, no picture in two splits.
+
+    A picture told from its other thing ("a above b", "b below a") counts as the same.
+    """
+    rng = np.random.default_rng(seed)
+    scenes = list(all_scenes())
+    single = [scene for scene in scenes if scene.relation is None]
+    double = [scene for scene in scenes if scene.relation is not None]
+    rng.shuffle(single)
+    rng.shuffle(double)
+    splits: dict[str, list[str]] = {}
+    used: set[Scene] = set()
+    for name in ("selection", "evaluation", "test", "train"):
+        size = SPLITS[name]
+        alone = min(size // 8, len(single)) if name != "train" else len(single)
+        chosen = [single.pop() for _ in range(alone)]
+        while len(chosen) < size:
+            scene = double.pop()
+            if scene not in used:
+                used |= {scene, scene.mirrored()}
+                chosen.append(scene)
+        order = rng.permutation(size)
+        splits[name] = [caption(chosen[k]) for k in order]
+    return splits
+
+
+@functools.cache
+def _splits() -> dict[str, tuple[str, ...]]:
+    return {name: tuple(texts) for name, texts in json.loads(_FILE.read_text("utf-8")).items()}
+
+
+def pocket_prompts(split: str = "evaluation", n: int | None = None) -> list[str]:
+    """Return the first `n` captions of a split (all by default).
+
+    Parameters
+    ----------
+    split : {"train", "selection", "evaluation", "test"}
+        ``train`` captions are among those the models were trained on; the others were held out: choose settings on
+        ``selection``, report on ``evaluation``, and keep ``test`` for a last check.
+    n : int, optional
+        How many, from the start of the list.
+
+    Raises
+    ------
+    PromptError
+        An unknown split, or more captions than it has.
+    """
+    texts = _splits()[choice("split", split, SPLITS, error=PromptError)]
+    return list(texts[: integer("n", len(texts) if n is None else n, 1, len(texts), error=PromptError)])
+
+
+@functools.cache
+def held_out() -> frozenset[Scene]:
+    """Return the scenes of the held-out splits, told from either thing."""
+    scenes = [parse_caption(text) for name in SPLITS if name != "train" for text in _splits()[name]]
+    return frozenset(scenes) | {scene.mirrored() for scene in scenes}
+
+
+def training_scenes(n: int, rng: np.random.Generator) -> list[Scene]:
+    """Return `n` random scenes, none of them held out."""
+    away, scenes = held_out(), list[Scene]()
+    while len(scenes) < n:
+        scene = random_scene(rng)
+        if scene not in away:
+            scenes.append(scene)
+    return scenes

@@ -12,22 +12,26 @@ from typing import Any
 import torch
 
 from ttsnap_lib.errors import RewardError
-
-from .base import Reward
-from .preprocess import IMAGE_REWARD_PIXELS
-from .text import TextBatch
-from .weights import fetch, is_local, load_strict, offline_error, read_state
-
-__all__ = ["ImageRewardModel", "load_image_reward"]
+from ttsnap_lib.rewards.base import Reward, TextBatch
+from ttsnap_lib.rewards.checkpoints import fetch, is_local, load_strict, offline_error, read_state
+from ttsnap_lib.rewards.pixels import IMAGE_REWARD_PIXELS
 
 _MAX_TOKENS = 35  # the package truncates prompts here
+
+
 _LORA_TARGETS = (
     r"blip\.visual_encoder\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
     r"|blip\.text_encoder\.encoder\.layer\.\d+\.crossattention\.(self\.(query|key|value)|output\.dense)"
 )
+
+
 # The published file lacks nothing that the package computes itself; position_ids is a constant buffer.
 _MAY_MISS = (r"blip\.text_encoder\.embeddings\.position_ids",)
+
+
 _MAY_HAVE = (r"blip\.text_encoder\.embeddings\.position_ids",)
+
+
 _patching = threading.Lock()
 
 
@@ -146,16 +150,13 @@ def build_module(med_config: str | Path, tokenizer: str | Path | None = None) ->
             from ImageReward.ImageReward import ImageReward
     except ImportError as error:
         raise RewardError(
-            f"the image-reward package cannot be imported ({error})",
-            value=type(error).__name__,
-            bound="an installed image-reward 1.5",
-            remedy='Run `pip install image-reward clip-anytorch "transformers<4.56" "setuptools<81"`.',
+            f"the image-reward package cannot be imported ({error}): got {type(error).__name__!r}, expected an "
+            'installed image-reward 1.5. Run `pip install image-reward clip-anytorch "transformers<4.56" '
+            '"setuptools<81"`.'
         ) from error
     med_config = Path(med_config)
     if not med_config.is_file():
-        raise RewardError(
-            "med_config", value=str(med_config), bound="an existing JSON file", remedy="Download med_config.json."
-        )
+        raise RewardError(f"med_config: got {med_config}, expected an existing JSON file. Download med_config.json.")
     with _tokenizer_from(tokenizer):
         try:
             return ImageReward(device="cpu", med_config=str(med_config))
@@ -165,10 +166,7 @@ def build_module(med_config: str | Path, tokenizer: str | Path | None = None) ->
             source = str(tokenizer) if tokenizer is not None else "bert-base-uncased"
             if tokenizer is not None and is_local(tokenizer):
                 raise RewardError(
-                    "tokenizer cannot be loaded",
-                    value=source,
-                    bound="a BERT tokenizer folder",
-                    remedy="Check the path.",
+                    f"tokenizer cannot be loaded: got {source!r}, expected a BERT tokenizer folder. Check the path."
                 ) from error
             raise offline_error(source, None, constants.HF_HUB_CACHE, "tokenizer", error) from error
 

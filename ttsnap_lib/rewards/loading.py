@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 
-from ttsnap_lib._reading import as_path
 from ttsnap_lib.checks import choice, known_keys
-from ttsnap_lib.errors import RewardError
-
-from .base import Reward
-
-__all__ = ["REWARDS", "load_reward"]
+from ttsnap_lib.errors import CheckpointError, RewardError
+from ttsnap_lib.files import as_path
+from ttsnap_lib.rewards.base import Reward
 
 _CLIP_OPTIONS = ("processor", "weights", "revision", "scale")
+
+
 REWARDS = {
     "image_reward": ("weights", "med_config", "tokenizer", "standardize", "revision"),
     "pickscore": _CLIP_OPTIONS,
@@ -26,6 +25,7 @@ REWARDS = {
     "pocket-clip": _CLIP_OPTIONS,
 }
 """Names that :func:`load_reward` knows, each with the options it takes."""
+
 
 _DTYPES = {
     "float32": torch.float32,
@@ -100,7 +100,7 @@ def load_reward(
         if name is not None:
             reward.name = name
     elif isinstance(source, str | Path) and not as_path("reward", source, error=RewardError).name:
-        raise RewardError("reward", value=str(source), bound=f"one of {list(REWARDS)}, or a folder", remedy="Name one.")
+        raise RewardError(f"reward: got {source}, expected one of {list(REWARDS)}, or a folder. Name one.")
     elif not isinstance(source, str | Path):
         known_keys("reward function", options, ("takes",))
         reward = _function(source, name, device, batch_size, options)
@@ -108,7 +108,7 @@ def load_reward(
         known_keys(f"reward {source}", options, REWARDS[str(source)])
         reward = _named(str(source), name or str(source), common, options)
     elif _is_function(str(source)):
-        from .callable import import_function
+        from ttsnap_lib.rewards.base import import_function
 
         known_keys("reward function", options, ("takes",))
         reward = _function(import_function(str(source)), name, device, batch_size, options)
@@ -125,14 +125,14 @@ def load_reward(
 
 def _named(source: str, name: str, common: dict[str, Any], options: dict[str, Any]) -> Reward:
     if source == "image_reward":
-        from .image_reward import load_image_reward
+        from ttsnap_lib.rewards.image_reward import load_image_reward
 
         return load_image_reward(name, **common, **options)
     if source in ("hpsv2", "hpsv2.1"):
-        from .hpsv2 import load_hpsv2
+        from ttsnap_lib.rewards.towers import load_hpsv2
 
         return load_hpsv2(name, version=source, **common, **options)
-    from .clip import load_clip
+    from ttsnap_lib.rewards.towers import load_clip
 
     if source == "pickscore":
         # The model card takes the processor of the model that PickScore was trained from.
@@ -146,40 +146,37 @@ def _named(source: str, name: str, common: dict[str, Any], options: dict[str, An
 
 
 def _clip(source: str, name: str | None, common: dict[str, Any], options: dict[str, Any]) -> Reward:
-    from .clip import load_clip
-    from .weights import is_local
+    from ttsnap_lib.rewards.checkpoints import is_local
+    from ttsnap_lib.rewards.towers import load_clip
 
     path = Path(source)
     looks_like_hub_id = source.count("/") == 1 and not is_local(source)
     if not path.is_dir() and not looks_like_hub_id:
         if path.is_file():
             raise RewardError(
-                "a weights file alone does not say which model it belongs to",
-                value=source,
-                bound="the reward's name with weights=<file>",
-                remedy='Write for example load_reward("hpsv2", weights=file).',
+                f"a weights file alone does not say which model it belongs to: got {source!r}, expected the reward's "
+                'name with weights=<file>. Write for example load_reward("hpsv2", weights=file).'
             )
         choice("reward", source, [*REWARDS, "a folder", "a hub id", "module:function"], error=RewardError)
     return load_clip(name or path.name, source, **common, **options)
 
 
 def _from_run(folder: Path, name: str | None, common: dict[str, Any], options: dict[str, Any]) -> Reward:
-    from .steps import read_curriculum
+    from ttsnap_lib.rewards.checkpoints import read_curriculum
 
     base = read_curriculum(folder).get("reward")
     # A file must not name code to import, nor a run folder, which could name itself.
     if not isinstance(base, str) or _is_function(base) or (Path(base) / "curriculum.json").exists():
         raise RewardError(
-            f"curriculum.json of {folder} does not name its base reward",
-            value=base,
-            bound=f'a model under "reward": one of {list(REWARDS)}, a folder of a model, or a hub id',
-            remedy="Load the base by name with adapters=<this folder>.",
+            f"curriculum.json of {folder} does not name its base reward: got {base!r}, expected a model under "
+            f'"reward": one of {list(REWARDS)}, a folder of a model, or a hub id. Load the base by name with '
+            "adapters=<this folder>."
         )
     return load_reward(base, name=name, **common, **options)
 
 
 def _function(function: Any, name: str | None, device: Any, batch_size: int, options: dict[str, Any]) -> Reward:
-    from .callable import CallableReward
+    from ttsnap_lib.rewards.base import CallableReward
 
     return CallableReward(function, name, device=device, batch_size=batch_size, **options)
 
@@ -187,3 +184,34 @@ def _function(function: Any, name: str | None, device: Any, batch_size: int, opt
 def _is_function(source: str) -> bool:
     module, colon, attribute = source.partition(":")
     return bool(colon) and all(part.isidentifier() for part in (*module.split("."), *attribute.split(".")))
+
+
+def find_adapters(source: str | Path | None, model: str = "") -> Path | None:
+    """Return the run folder of noise-aware weights that `source` names.
+
+    Parameters
+    ----------
+    source : str, Path or None
+        Empty or None gives None. ``"pocket"`` is what ships for pocket-clip on the pocket model `model`, and None for
+        other models. Anything else is a folder of ``ttsnap finetune``.
+    model : str
+        Name of the pipeline.
+
+    Raises
+    ------
+    CheckpointError
+        A folder that is not there.
+    """
+    if not source:
+        return None
+    from ttsnap_lib.pocket import pocket_folder
+
+    shipped = pocket_folder("pocket-clip").with_name("pocket-clip-noise-aware") / str(model).removeprefix("pocket-")
+    folder = shipped if str(source) == "pocket" else Path(source)
+    if folder.is_dir():
+        return folder
+    if str(source) == "pocket":
+        return None
+    raise CheckpointError(
+        f"noise-aware weights: got {source}, expected a run folder of ttsnap finetune. Check the path."
+    )

@@ -1,0 +1,444 @@
+"""The segment engine on tiny pipelines of the real classes: a run in parts is the stock pipeline's one call."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+)
+
+from tests import tiny
+from tests.denoise_world import PROMPTS, RELATIVE, STEPS, generators, in_parts, same_to, settings, stock
+from ttsnap_lib.diffusion.denoise import Candidates, Conditioning, Denoiser, Settings, image_generator, image_seed
+from ttsnap_lib.errors import ConfigError, DeviceError, PipelineError
+
+CUTS = [(5,), (0, 5), (2, 5), (4, 5), (0, 1, 2, 3, 4, 5)]
+NAMES = list(tiny.PIPELINES)
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def pipelines() -> dict[str, DiffusionPipeline]:
+    return {name: tiny.build(name) for name in NAMES}
+
+
+# -- equality with the stock call -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_are_bit_equal_to_one_stock_call(pipelines, name):
+    pipeline = pipelines[name]
+    latents, images = stock(pipeline), stock(pipeline, "pt").float()
+    denoiser = Denoiser(pipeline, settings())
+    for cuts in CUTS:
+        candidates, estimates = in_parts(denoiser, cuts)
+        assert torch.equal(candidates.latents, latents), cuts
+        assert torch.equal(denoiser.final(candidates), images), cuts
+        assert sorted(estimates) == list(range(STEPS))
+        assert candidates.step == STEPS - 1
+    assert torch.equal(stock(pipeline), latents)  # nothing stays changed on the pipeline
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_last_estimate_is_the_image_where_sigma_ends_at_zero(pipelines, name):
+    denoiser = Denoiser(pipelines[name], settings())
+    assert denoiser.ends_clean and denoiser.sigmas[-1] == 0
+    candidates, estimates = in_parts(denoiser, (2, 5))
+    same_to(estimates[STEPS - 1], candidates.latents, 1e-6)
+    for step in range(STEPS - 1):  # and no earlier one is
+        assert (estimates[step] - candidates.latents).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("keep", [[0, 2], [2], [1]])
+def test_the_survivors_do_not_notice_the_dropped(pipelines, name, keep):
+    pipeline = pipelines[name]
+    latents = stock(pipeline)
+    denoiser = Denoiser(pipeline, settings())
+    conditioning = denoiser.encode(PROMPTS)
+    half = denoiser.run(denoiser.noise(generators()), conditioning, 2)
+    rest = denoiser.run(half.take(keep), conditioning.take(keep), STEPS - 1)
+    assert len(rest) == len(keep)
+    same_to(rest.latents, latents[keep], RELATIVE)
+
+
+def test_candidates_of_several_batches_go_on_together(pipelines):
+    pipeline = pipelines["sdxl"]
+    denoiser = Denoiser(pipeline, settings())
+    conditioning = denoiser.encode(PROMPTS)
+    noise = denoiser.noise(generators())
+    parts = [denoiser.run(noise.take(rows), conditioning.take(rows), 1) for rows in ([0, 1], [2])]
+    joined = denoiser.run(
+        Candidates.cat(parts), Conditioning.cat([conditioning.take([0, 1]), conditioning.take([2])]), 5
+    )
+    same_to(joined.latents, stock(pipeline), RELATIVE)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_flow_matching_estimate_is_sample_minus_sigma_times_velocity(pipelines, name):
+    """Against the model's output, read off the model itself."""
+    pipeline = pipelines[name]
+    denoiser = Denoiser(pipeline, settings(guidance=1.0))
+    seen = []
+    hook = pipeline.transformer.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    before = denoiser.run(denoiser.noise(generators()), denoiser.encode(PROMPTS), 2)
+    estimates = {}
+    denoiser.run(before, denoiser.encode(PROMPTS), 3, [3], estimates.__setitem__)
+    hook.remove()
+    assert torch.equal(estimates[3], before.latents - denoiser.sigmas[3] * seen[3])
+
+
+def test_unguided_sdxl_estimate_follows_the_textbook(pipelines):
+    """x0 = (x_t - sqrt(1 - alpha) eps) / sqrt(alpha), in the variance-exploding scale: x - sigma eps."""
+    pipeline = pipelines["sdxl"]
+    denoiser = Denoiser(pipeline, settings(guidance=1.0))
+    seen, estimates = [], {}
+    hook = pipeline.unet.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    before = denoiser.run(denoiser.noise(generators()), denoiser.encode(PROMPTS), 0)
+    denoiser.run(before, denoiser.encode(PROMPTS), 1, [1], estimates.__setitem__)
+    hook.remove()
+    assert torch.equal(estimates[1], before.latents - torch.tensor(denoiser.sigmas[1]) * seen[1])
+
+
+# -- guidance, text, precision --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd", "sd3"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("negative", [None, "blurry"])
+def test_classifier_free_guidance(pipelines, name, guidance, negative):
+    pipeline = pipelines[name]
+    if negative and guidance == 1.0:
+        with pytest.raises(ConfigError, match="no effect"):
+            Denoiser(pipeline, settings(guidance=guidance, negative_prompt=negative))
+        return
+    denoiser = Denoiser(pipeline, settings(guidance=guidance, negative_prompt=negative))
+    expected = stock(
+        pipeline, guidance_scale=guidance, negative_prompt=None if negative is None else [negative] * len(PROMPTS)
+    )
+    assert torch.equal(in_parts(denoiser, (1, 5))[0].latents, expected)
+    plain = in_parts(Denoiser(pipeline, settings()), (5,))[0].latents
+    assert not torch.equal(plain, expected)
+
+
+def test_flux_guidance_embedded_and_classifier_free(pipelines):
+    distilled, plain = pipelines["flux"], tiny.flux(guidance_embeds=False)
+    assert Denoiser(distilled, settings()).settings.guidance == 3.5
+    assert Denoiser(plain, settings()).settings.guidance == 1.0
+    cases = [
+        (distilled, {"guidance": 2.0}, {"guidance_scale": 2.0}),
+        (
+            distilled,
+            {"true_guidance": 2.5, "negative_prompt": "bad"},
+            {"true_cfg_scale": 2.5, "negative_prompt": ["bad"] * 3},
+        ),
+        (plain, {"guidance": 2.5}, {"true_cfg_scale": 2.5, "negative_prompt": [""] * 3}),
+        (plain, {}, {}),
+    ]
+    results = []
+    for pipeline, ours, theirs in cases:
+        results.append(in_parts(Denoiser(pipeline, settings(**ours)), (3, 5))[0].latents)
+        assert torch.equal(results[-1], stock(pipeline, **theirs)), ours
+    assert all(not torch.equal(a, b) for k, a in enumerate(results) for b in results[:k])
+
+
+def test_text_is_encoded_once_and_repeated(pipelines):
+    pipeline = pipelines["flux"]
+    calls = []
+    hook = pipeline.text_encoder_2.register_forward_hook(lambda *_: calls.append(1))
+    denoiser = Denoiser(pipeline, settings())
+    assert not calls  # the dry run touches no model
+    conditioning = denoiser.encode(PROMPTS[:1]).repeat(3)
+    candidates, _ = in_parts(denoiser, (0, 3, 5), conditioning)
+    hook.remove()
+    assert len(calls) == 1 and len(conditioning) == 3
+    expected = pipeline(
+        PROMPTS[0],
+        num_images_per_prompt=3,
+        generator=generators(),
+        height=tiny.SIZE,
+        width=tiny.SIZE,
+        num_inference_steps=STEPS,
+        max_sequence_length=tiny.TOKENS,
+        output_type="latent",
+    ).images
+    assert torch.equal(candidates.latents, expected)
+
+
+def test_repeat_keeps_the_candidates_of_a_prompt_together(pipelines):
+    conditioning = Denoiser(pipelines["sd"], settings()).encode(PROMPTS)
+    repeated = conditioning.repeat(2)
+    for name, rows in conditioning.embeds.items():
+        assert torch.equal(repeated.embeds[name], rows[[0, 0, 1, 1, 2, 2]])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision(name, dtype):
+    pipeline = tiny.build(name).to(dtype)
+    denoiser = Denoiser(pipeline, settings())
+    candidates, estimates = in_parts(denoiser, (2, 5))
+    assert candidates.latents.dtype == estimates[5].dtype == dtype
+    noise = denoiser.noise(generators())
+    assert torch.equal(noise.latents, Denoiser(tiny.build(name), settings()).noise(generators()).latents.to(dtype))
+    stock_noise = denoiser._adapter.unpack(pipeline, noise.latents, tiny.SIZE, tiny.SIZE)
+    packed = denoiser._adapter.pack(pipeline, stock_noise)
+    options = {"max_sequence_length": tiny.TOKENS} if hasattr(pipeline, "transformer") else {}
+    expected = pipeline(
+        PROMPTS,
+        latents=packed,
+        height=tiny.SIZE,
+        width=tiny.SIZE,
+        num_inference_steps=STEPS,
+        output_type="latent",
+        **options,
+    ).images
+    assert torch.equal(candidates.latents, expected)
+    assert torch.equal(estimates[5], candidates.latents) or dtype is torch.float16
+    images = denoiser.final(candidates)
+    assert images.dtype == torch.float32 and torch.isfinite(images).all()
+
+
+def test_a_vae_that_overflows_in_fp16_is_decoded_in_fp32():
+    pipeline = tiny.sdxl()
+    latents = Denoiser(pipeline, settings()).noise(generators()).latents
+    expected = Denoiser(pipeline, settings()).decode(latents.half().float())
+    pipeline.vae.register_to_config(force_upcast=True)
+    pipeline.to(torch.float16)
+    got = Denoiser(pipeline, settings()).decode(latents.half())
+    assert pipeline.vae.dtype == torch.float16
+    assert (got - expected).abs().max() < 5e-3  # the weights were rounded to fp16 once
+
+
+# -- decoding -------------------------------------------------------------------------------------------------------
+
+
+def test_decode_with_a_tiny_decoder_and_with_latent_statistics(pipelines):
+    pipeline = pipelines["flux"]
+    denoiser = Denoiser(pipeline, settings())
+    candidates, _ = in_parts(denoiser, (5,))
+    quick = denoiser.decode(candidates.latents, tiny.tiny_decoder())
+    full = denoiser.decode(candidates.latents)
+    for images in (quick, full):
+        assert images.shape == (3, 3, tiny.SIZE, tiny.SIZE) and images.dtype == torch.float32
+        assert images.min() >= 0 and images.max() <= 1
+    assert not torch.equal(quick, full)
+
+    other = tiny.sdxl()
+    other.vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 0.5, 1.5])
+    denoiser = Denoiser(other, settings())
+    candidates, _ = in_parts(denoiser, (5,))
+    assert torch.equal(denoiser.final(candidates), stock(other, "pt").float())
+
+
+def test_final_images_pass_the_safety_checker_and_the_watermark():
+    class Marker:
+        def apply_watermark(self, images):
+            return images * 0.5
+
+    pipeline = tiny.sdxl()
+    pipeline.watermark = Marker()
+    denoiser = Denoiser(pipeline, settings())
+    assert torch.equal(denoiser.final(in_parts(denoiser, (5,))[0]), stock(pipeline, "pt").float())
+
+
+def test_non_square_sizes(pipelines):
+    for name in NAMES:
+        pipeline = pipelines[name]
+        denoiser = Denoiser(pipeline, settings(height=48, width=32))
+        candidates, _ = in_parts(denoiser, (2, 5))
+        assert torch.equal(candidates.latents, stock(pipeline, height=48, width=32)), name
+        assert denoiser.final(candidates).shape == (3, 3, 48, 32)
+
+
+# -- the pipeline is left as it was ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_stays_changed_even_after_an_error(pipelines, name):
+    pipeline = pipelines[name]
+    own, config = dict(vars(pipeline)), dict(pipeline.config)
+    denoiser = Denoiser(pipeline, settings())
+    conditioning, noise = denoiser.encode(PROMPTS), denoiser.noise(generators())
+
+    class Stop(Exception):
+        pass
+
+    def stop(step, x0):
+        raise Stop
+
+    with pytest.raises(Stop):
+        denoiser.run(noise, conditioning, 3, [2], stop)
+    assert dict(vars(pipeline)) == own and dict(pipeline.config) == config
+    assert torch.equal(in_parts(denoiser, (5,))[0].latents, stock(pipeline))
+
+
+def test_a_run_inside_a_run(pipelines):
+    pipeline = pipelines["sdxl"]
+    outer, inner = Denoiser(pipeline, settings()), Denoiser(pipeline, settings(guidance=1.0, n_steps=4))
+    inside = []
+
+    def again(step, x0):
+        conditioning = inner.encode(PROMPTS)
+        inside.append(inner.run(inner.noise(generators()), conditioning, 3).latents)
+
+    candidates = outer.run(outer.noise(generators()), outer.encode(PROMPTS), 5, [1, 3], again)
+    assert torch.equal(candidates.latents, stock(pipeline))
+    assert torch.equal(inside[0], stock(pipeline, guidance_scale=1.0, num_inference_steps=4))
+    assert torch.equal(inside[0], inside[1])
+
+
+# -- seeds ----------------------------------------------------------------------------------------------------------
+
+
+def test_seed_rule():
+    assert image_seed(3, 5, 7) == int(np.random.SeedSequence([3, 5, 7]).generate_state(1, np.uint64)[0]) & (2**63 - 1)
+    seeds = {image_seed(base, prompt, image) for base in range(3) for prompt in range(20) for image in range(20)}
+    assert len(seeds) == 3 * 20 * 20
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_noise_depends_on_the_image_alone_and_is_what_the_stock_pipeline_draws(pipelines):
+    denoiser = Denoiser(pipelines["flux"], settings())
+    together = denoiser.noise(generators(3)).latents
+    alone = denoiser.noise([image_generator(0, 0, 2)]).latents
+    assert torch.equal(together[2:], alone)
+    state = torch.get_rng_state()
+    denoiser.noise(generators())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"n_steps": 0}, "n_steps"),
+        ({"n_steps": 2.5}, "n_steps"),
+        ({"n_steps": True}, "n_steps"),
+        ({"guidance": -1}, "guidance"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"guidance": "3"}, "guidance"),
+        ({"height": 0}, "height"),
+        ({"width": -32}, "width"),
+        ({"max_sequence_length": 513}, "max_sequence_length"),
+        ({"negative_prompt": 3}, "negative_prompt"),
+    ],
+    ids=str,
+)
+def test_settings_that_can_be_right_for_no_pipeline(changes, match):
+    with pytest.raises(ConfigError, match=match):
+        Settings(**changes)
+
+
+def test_settings_to_and_from_a_dictionary():
+    given = settings(guidance=2, negative_prompt="x")
+    assert Settings.from_dict(given.to_dict()) == given
+    with pytest.raises(ConfigError, match="Did you mean 'guidance'"):
+        Settings.from_dict({"guidence": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "match"),
+    [
+        ("flux", {"height": 36}, "multiple of 8.*nearest is 32"),
+        ("sdxl", {"width": 33}, "multiple of 8"),
+        ("sd3", {"height": 33}, "multiple of 8"),
+        ("sd", {"max_sequence_length": 16}, "no T5"),
+        ("sdxl", {"true_guidance": 2.0}, "classifier-free already"),
+        ("flux", {"negative_prompt": "bad"}, "true_guidance"),
+    ],
+)
+def test_settings_that_this_pipeline_cannot_take(pipelines, name, changes, match):
+    ran = []
+    pipeline = pipelines[name]
+    model = pipeline.unet if name.startswith("sd") and name != "sd3" else pipeline.transformer
+    hook = model.register_forward_hook(lambda *_: ran.append(1))
+    with pytest.raises(ConfigError, match=match):
+        Denoiser(pipeline, settings(**changes))
+    hook.remove()
+    assert not ran
+
+
+def test_pipelines_that_are_not_supported():
+    base = tiny.sd()
+    other = StableDiffusionImg2ImgPipeline(**base.components, requires_safety_checker=False)
+    with pytest.raises(PipelineError, match="StableDiffusionImg2ImgPipeline.*missing.*ADAPTERS"):
+        Denoiser(other)
+    with pytest.raises(PipelineError, match="no encode_prompt, scheduler, vae"):
+        Denoiser(object())
+    inpainting = tiny.sdxl()
+    inpainting.vae.register_to_config(latent_channels=8)
+    with pytest.raises(PipelineError, match="4 latent channels"):
+        Denoiser(inpainting)
+    headless = tiny.flux()
+    headless.transformer = None
+    with pytest.raises(PipelineError, match="has no transformer"):
+        Denoiser(headless)
+
+
+def test_bad_calls(pipelines):
+    denoiser = Denoiser(pipelines["sd"], settings())
+    conditioning, noise = denoiser.encode(PROMPTS), denoiser.noise(generators())
+    half = denoiser.run(noise, conditioning, 2)
+    for bad in ([], "a prompt", [3], [None]):
+        with pytest.raises(ConfigError, match="prompts"):
+            denoiser.encode(bad)
+    for bad in ([], [3], [np.random.default_rng(0)]):
+        with pytest.raises(ConfigError, match="generators"):
+            denoiser.noise(bad)
+    for step in (-1, 1, 2, 6, 2.5):
+        with pytest.raises(ConfigError, match="last_step"):
+            denoiser.run(half, conditioning, step)
+    with pytest.raises(ConfigError, match="2 rows for 3 candidates"):
+        denoiser.run(half, conditioning.take([0, 1]), 4)
+    for record, on_x0 in (([2], print), ([5], print), ([3], None)):
+        with pytest.raises(ConfigError, match="record"):
+            denoiser.run(half, conditioning, 4, record, on_x0)
+    with pytest.raises(ConfigError, match="last step, 5"):
+        denoiser.final(half)
+    with pytest.raises(ConfigError, match="autoencoder"):
+        denoiser.decode(half.latents, decoder=torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="several steps"):
+        Candidates.cat([noise, half])
+
+
+def test_out_of_memory_is_told_with_a_remedy(pipelines):
+    pipeline = pipelines["sd"]
+    denoiser = Denoiser(pipeline, settings())
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = pipeline.unet.register_forward_hook(full)
+    with pytest.raises(DeviceError, match="3 images at once.*smaller batch"):
+        denoiser.run(denoiser.noise(generators()), denoiser.encode(PROMPTS), 2)
+    hook.remove()
+
+
+# -- accelerators ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("name", NAMES)
+def test_on_an_accelerator(name):
+    place = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
+    if place is None:
+        pytest.skip("no accelerator")
+    expected, _ = in_parts(Denoiser(tiny.build(name), settings()), (5,))
+    pipeline = tiny.build(name).to(place)
+    candidates, _ = in_parts(Denoiser(pipeline, settings()), (2, 5))
+    assert torch.equal(candidates.latents, stock(pipeline))
+    same_to(candidates.latents.cpu(), expected.latents, 1e-3)
+    if place == "cuda":
+        for offload in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+            pipeline = tiny.build(name)
+            getattr(pipeline, offload)()
+            offloaded, _ = in_parts(Denoiser(pipeline, settings()), (2, 5))
+            same_to(offloaded.latents.cpu(), expected.latents, 1e-3)

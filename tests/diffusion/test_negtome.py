@@ -1,0 +1,288 @@
+"""NegToMe against a plain loop over the formula, and on tiny pipelines of the real classes."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from tests import tiny
+from ttsnap_lib.diffusion.denoise import Denoiser, Settings, image_generator
+from ttsnap_lib.diffusion.negtome import NegToMe, merge
+from ttsnap_lib.errors import ConfigError, PipelineError
+
+STEPS = 6
+ALWAYS = {"start": 1000, "end": 0}
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def plain_loop(tokens, group_size, alpha, threshold, matching):
+    """Write the formula out, token by token."""
+    result = tokens.clone()
+    count = tokens.shape[1]
+    for image in range(len(tokens)):
+        reference = tokens[image - image % group_size]
+        if image % group_size == 0:
+            continue
+        similarity = torch.zeros(count, count)
+        for a in range(count):
+            for b in range(count):
+                similarity[a, b] = torch.cosine_similarity(tokens[image, a], reference[b], dim=0)
+        for position in range(count):
+            line = similarity[position] if matching == "paper" else similarity[:, position]
+            if line.max() > threshold:
+                result[image, position] = (1 + alpha) * tokens[image, position] - alpha * reference[line.argmax()]
+    return result
+
+
+def denoised(pipeline, negtome=None, n=4, cuts=(STEPS - 1,), **changes):
+    options = {"n_steps": STEPS, "height": tiny.SIZE, "width": tiny.SIZE} | changes
+    denoiser = Denoiser(pipeline, Settings(**options))
+    text = denoiser.encode(["a red ring"]).repeat(n)
+    candidates = denoiser.noise([image_generator(0, 0, image) for image in range(n)])
+    handle = None if negtome is None else negtome.install(pipeline)
+    try:
+        for cut in cuts:
+            candidates = denoiser.run(candidates, text, cut)
+    finally:
+        if handle is not None:
+            handle.remove()
+    return candidates.latents, handle
+
+
+# -- the formula ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("matching", ["paper", "released"])
+@pytest.mark.parametrize("threshold", [-1.0, 0.2, 0.65])
+@pytest.mark.parametrize("group_size", [2, 3, 6])
+def test_merge_is_the_formula(matching, threshold, group_size):
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(6, 7, 5, generator=generator)
+    expected = plain_loop(tokens, group_size, 1.2, threshold, matching)
+    got = merge(tokens, group_size, 1.2, threshold, matching)
+    assert torch.allclose(got, expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(got[::group_size], tokens[::group_size])  # references keep their bits
+    assert not torch.equal(got, tokens)
+
+
+def test_the_two_matchings_differ():
+    tokens = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(2))
+    assert not torch.equal(merge(tokens, 2, 1.0, 0.1, "paper"), merge(tokens, 2, 1.0, 0.1, "released"))
+
+
+def test_merge_pushes_away_from_the_match():
+    tokens = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(3))
+    tokens[1] = tokens[0] + 0.3 * tokens[1]  # resembles the reference, token by token
+    pushed = merge(tokens, 2, 1.0, 0.5)
+    assert torch.allclose(pushed[1] - tokens[0], 2 * (tokens[1] - tokens[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"group_size": 1}, {"group_size": 2, "alpha": 0.0}, {"group_size": 2, "threshold": 1.0}]
+)
+def test_settings_without_effect(options):
+    tokens = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(merge(tokens, **{"alpha": 1.0, "threshold": 0.2, **options}), tokens)
+
+
+def test_groups_do_not_know_of_each_other():
+    tokens = torch.randn(8, 6, 4, generator=torch.Generator().manual_seed(5))
+    together = merge(tokens, 4, 1.2, 0.1)
+    assert torch.equal(together[4:], merge(tokens[4:], 4, 1.2, 0.1))
+
+
+# -- on pipelines ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl"])
+def test_off_is_the_stock_pipeline(name):
+    pipeline = tiny.build(name)
+    before, _ = denoised(pipeline)
+    changed, handle = denoised(pipeline, NegToMe(min_features=1, threshold=-1, **ALWAYS))
+    assert handle.merges > 0 and not torch.equal(changed, before)
+    assert torch.equal(changed[0], before[0]) or (changed[0] - before[0]).abs().max() < 1e-5  # the reference
+    after, _ = denoised(pipeline)
+    assert torch.equal(after, before)  # removed: same bits
+    outside, handle = denoised(pipeline, NegToMe(min_features=1, start=0, end=0))
+    assert handle.merges == 0 and torch.equal(outside, before)  # on, but never in its window
+    alone, _ = denoised(pipeline, NegToMe(min_features=1, group_size=1, **ALWAYS))
+    assert torch.equal(alone, before)
+    modules = list(pipeline.components["transformer" if name == "flux" else "unet"].modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl"])
+def test_an_image_does_not_depend_on_the_other_groups(name):
+    pipeline = tiny.build(name)
+    negtome = NegToMe(group_size=2, min_features=1, threshold=-1, **ALWAYS)
+    small, _ = denoised(pipeline, negtome, n=2)
+    large, _ = denoised(pipeline, negtome, n=6)
+    assert (large[:2] - small).abs().max() <= 1e-5 * small.abs().max()
+    one_group, _ = denoised(pipeline, NegToMe(group_size=6, min_features=1, threshold=-1, **ALWAYS), n=6)
+    assert (one_group[2:] - large[2:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl"])
+def test_parts_with_negtome_are_one_run_with_it(name):
+    pipeline = tiny.build(name)
+    negtome = NegToMe(min_features=1, threshold=0.0)
+    whole, _ = denoised(pipeline, negtome)
+    parts, _ = denoised(pipeline, negtome, cuts=(0, 2, 5))
+    plain, _ = denoised(pipeline)
+    assert torch.equal(whole, parts) and not torch.equal(whole, plain)
+
+
+def test_flux_hooks_stand_between_attention_and_projection():
+    pipeline = tiny.flux()
+    dual, single = (
+        pipeline.transformer.transformer_blocks[0].attn,
+        pipeline.transformer.single_transformer_blocks[0].attn,
+    )
+    raw, merged = {}, {}
+    hooks = [
+        dual.to_out[0].register_forward_pre_hook(lambda m, a: raw.__setitem__("dual", a[0])),
+        single.register_forward_hook(lambda m, a, out: raw.__setitem__("single", out)),
+    ]
+    negtome = NegToMe(group_size=2, threshold=-1.0, **ALWAYS).install(pipeline)
+    hooks += [
+        dual.to_out[0].register_forward_pre_hook(lambda m, a: merged.__setitem__("dual", a[0])),
+        single.register_forward_hook(lambda m, a, out: merged.__setitem__("single", out)),
+    ]
+    denoised(pipeline, n=4, cuts=(0,))
+    negtome.remove()
+    for hook in hooks:
+        hook.remove()
+    image_tokens = (tiny.SIZE // 8) ** 2
+    assert raw["dual"].shape[1] == image_tokens and raw["single"].shape[1] == image_tokens + tiny.TOKENS
+    expected = plain_loop(raw["dual"], 2, 1.2, -1.0, "paper")
+    assert torch.allclose(merged["dual"], expected, rtol=1e-5, atol=1e-6)
+    text = tiny.TOKENS
+    assert torch.equal(merged["single"][:, :text], raw["single"][:, :text])
+    expected = plain_loop(raw["single"][:, text:], 2, 1.2, -1.0, "paper")
+    assert torch.allclose(merged["single"][:, text:], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_sdxl_merges_after_projection_each_guidance_half_by_itself(guidance):
+    pipeline = tiny.sdxl()
+    block = pipeline.unet.up_blocks[0].attentions[0].transformer_blocks[0]
+    raw, merged = {}, {}
+    hooks = [
+        getattr(block, name).register_forward_hook(lambda m, a, out, name=name: raw.__setitem__(name, out))
+        for name in ("attn1", "attn2")
+    ]
+    negtome = NegToMe(group_size=3, min_features=1, threshold=-1.0, **ALWAYS).install(pipeline)
+    hooks += [
+        getattr(block, name).register_forward_hook(lambda m, a, out, name=name: merged.__setitem__(name, out))
+        for name in ("attn1", "attn2")
+    ]
+    denoised(pipeline, n=3, cuts=(0,), guidance=guidance)
+    negtome.remove()
+    for hook in hooks:
+        hook.remove()
+    down = pipeline.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1
+    assert not down._forward_hooks  # the up blocks only
+    for name in ("attn1", "attn2"):
+        halves = raw[name].chunk(2 if guidance > 1 else 1)
+        expected = torch.cat([plain_loop(half, 3, 2.5, -1.0, "paper") for half in halves])
+        assert len(raw[name]) == 3 * len(halves)
+        assert torch.allclose(merged[name], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_published_windows():
+    flux, sdxl = tiny.flux(), tiny.sdxl()
+    settings = NegToMe().resolved(flux)
+    assert (settings.alpha, settings.threshold, settings.start, settings.end) == (1.2, 0.65, 1000, 900)
+    settings = NegToMe(alpha=1.0).resolved(sdxl)
+    assert (settings.alpha, settings.threshold, settings.start, settings.end) == (1.0, 0.7, 950, 800)
+    assert settings.min_features == 32
+    denoiser = Denoiser(sdxl, Settings(n_steps=20, height=32, width=32))
+    assert denoiser.timesteps[0] == 951  # leading spacing with offset 1, as SDXL ships
+    assert NegToMe().active_steps(sdxl, denoiser.timesteps) == (1, 2, 3)
+    denoiser = Denoiser(flux, Settings(n_steps=20, height=32, width=32))
+    active = NegToMe().active_steps(flux, denoiser.timesteps)
+    assert active == tuple(k for k, t in enumerate(denoiser.timesteps) if t >= 900) and active[0] == 0
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl"])
+def test_the_window_is_read_from_the_timestep(name):
+    """Every step of the window merges as often, in bf16 too, where the model is told a rounded timestep."""
+    for dtype in (torch.float32, torch.bfloat16):
+        pipeline = tiny.build(name).to(dtype)
+        negtome = NegToMe(min_features=1, start=990 if name == "flux" else 800, end=640)
+        denoiser = Denoiser(pipeline, Settings(n_steps=20, height=tiny.SIZE, width=tiny.SIZE))
+        active = negtome.active_steps(pipeline, denoiser.timesteps)
+        assert 0 < len(active) < 20 and 0 not in active
+        text = denoiser.encode(["x"]).repeat(4)
+        candidates = denoiser.noise([image_generator(0, 0, image) for image in range(4)])
+        counts = []
+        with negtome.install(pipeline) as handle:
+            for step in range(20):
+                before = handle.merges
+                candidates = denoiser.run(candidates, text, step)
+                counts.append(handle.merges - before)
+        assert tuple(k for k, count in enumerate(counts) if count) == active
+        assert len({counts[k] for k in active}) == 1
+
+
+def test_features_that_are_too_small_are_left_alone_and_told():
+    pipeline = tiny.sdxl()
+    plain, _ = denoised(pipeline)
+    with pytest.warns(UserWarning, match="min_features=32"):
+        got, handle = denoised(pipeline, NegToMe(**ALWAYS))
+    assert torch.equal(got, plain) and handle.merges == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        _, handle = denoised(pipeline, NegToMe(min_features=4, **ALWAYS))
+    assert handle.merges > 0
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"group_size": 0}, "group_size"),
+        ({"group_size": 2.5}, "group_size"),
+        ({"alpha": -1}, "alpha"),
+        ({"alpha": float("inf")}, "alpha"),
+        ({"threshold": 2}, "threshold"),
+        ({"start": 1200}, "start"),
+        ({"start": 100, "end": 900}, "start is the larger"),
+        ({"min_features": 0}, "min_features"),
+        ({"matching": "papers"}, "Did you mean 'paper'"),
+    ],
+    ids=str,
+)
+def test_bad_settings(changes, match):
+    with pytest.raises(ConfigError, match=match):
+        NegToMe(**changes)
+
+
+def test_to_and_from_a_dictionary():
+    given = NegToMe(group_size=8, alpha=1, matching="released")
+    assert NegToMe.from_dict(given.to_dict()) == given
+    with pytest.raises(ConfigError, match="Did you mean 'alpha'"):
+        NegToMe.from_dict({"alfa": 1.0})
+
+
+def test_a_batch_of_broken_groups_is_refused_in_the_window_only():
+    pipeline = tiny.flux()
+    with pytest.raises(PipelineError, match="batch of 3.*group_size=4"):
+        denoised(pipeline, NegToMe(), n=3)
+    denoised(pipeline, NegToMe(start=0, end=0), n=3)
+    assert getattr(pipeline.transformer, "_negtome", None) is None
+
+
+def test_once_at_a_time_and_for_two_families():
+    pipeline = tiny.flux()
+    with NegToMe().install(pipeline), pytest.raises(PipelineError, match="already"):
+        NegToMe().install(pipeline)
+    NegToMe().install(pipeline).remove()
+    with pytest.raises(PipelineError, match="StableDiffusion3Pipeline"):
+        NegToMe().install(tiny.sd3())

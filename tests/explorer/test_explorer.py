@@ -1,0 +1,363 @@
+"""The explorer's widgets, driven without a browser."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from ttsnap_lib import CostModel, Schedule, save_rewards
+from ttsnap_lib.errors import ConfigError, ScheduleError
+from ttsnap_lib.explorer.explorer import Explorer, explore
+from ttsnap_lib.runs.run import Run
+from ttsnap_lib.simulation.metrics import relative_gain
+from ttsnap_lib.simulation.simulate import curves
+from ttsnap_lib.tensors.tensor import synthetic_rewards
+
+COST = "flux-512+image_reward"
+MULTIPLES = (2, 4, 8, 12)
+
+
+class Clock:
+    """An event loop with a clock of its own: callbacks run when time is moved on."""
+
+    def __init__(self) -> None:
+        self.now, self._queue, self._count = 0.0, [], itertools.count()
+
+    def later(self, delay_s, callback):
+        handle = Handle()
+        heapq.heappush(self._queue, (self.now + delay_s, next(self._count), handle, callback))
+        return handle
+
+    def pass_time(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self._queue and self._queue[0][0] <= end:
+            self.now, _, handle, callback = heapq.heappop(self._queue)
+            if not handle.cancelled:
+                callback()
+        self.now = end
+
+
+class Handle:
+    cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return synthetic_rewards(20, 60, 20, rewards=("a", "b"))
+
+
+@pytest.fixture
+def explorer(dataset, tmp_path):
+    """Return an explorer that computes every change to the end at once (there is no event loop here)."""
+    return Explorer(dataset, rewards=["a"], multiples=MULTIPLES, multiple=8, iterations=20, run=Run(tmp_path))
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def timed(dataset, clock):
+    # So many iterations that they take several blocks.
+    return Explorer(dataset, rewards=["a"], multiples=MULTIPLES, multiple=8, iterations=3000, later=clock.later)
+
+
+def expected_gain(dataset, schedule, method="ttsnap", iterations=20) -> float:
+    cost = CostModel.preset(COST)
+    budgets = [multiple * cost.total(1) for multiple in MULTIPLES]
+    result = curves(dataset, [method], budgets, cost, schedule, iterations=iterations, rng=0, report=["b"])
+    from ttsnap_lib import best_of_n
+
+    final = dataset["base"].values[0, :, :, -1]
+    exact = np.stack([best_of_n(final, int(n)) for n in result.n[0]], axis=-1)
+    return relative_gain(np.array(budgets), result.per_prompt[1, :, 0].T, exact)
+
+
+def test_moving_a_step_changes_numbers_and_picture(explorer, dataset):
+    assert explorer.result.gain.value == pytest.approx(expected_gain(dataset, Schedule((2, 6, 11), (0.4, 0.4, 0.5))))
+    image, text = bytes(explorer.image.value), explorer.numbers.value
+    assert image.startswith(b"\x89PNG")
+    explorer.controls.steps[0].index = 4
+    explorer.controls.keeps[1].value = 0.6
+    assert explorer.controls.schedule == Schedule((4, 6, 11), (0.4, 0.6, 0.5))
+    assert explorer.image.value != image and explorer.numbers.value != text
+    assert explorer.result.gain.value == pytest.approx(expected_gain(dataset, explorer.controls.schedule))
+    assert f"{explorer.result.gain.value:+.1f}" in explorer.numbers.value
+
+
+def test_method_rewards_budget_and_accounting_are_followed(explorer, dataset):
+    controls = explorer.controls
+    controls.method.value = "ttsp"
+    assert explorer.result.gain.value == pytest.approx(expected_gain(dataset, controls.schedule, "ttsp"), abs=1e-9)
+    controls.multiple.value = 4
+    assert explorer.result.at["best_of_n"].n[0] == 4
+    controls.rewards.value = ("a", "b")
+    assert explorer.state.rewards == ("a", "b")
+    controls.shown.value = "b"
+    assert explorer.result.state.shown == "b"
+    before = explorer.result.at["current"].n[0]
+    controls.accounting.value = "published"
+    assert explorer.result.at["current"].n[0] > before  # one step fewer is charged
+    controls.method.value = "best_of_n"
+    assert explorer.result.over_best.value == 0
+    assert len(explorer.result.stages) == 1
+
+
+def test_step_sliders_cannot_cross(explorer):
+    controls = explorer.controls
+    controls.steps[0].index = 15
+    assert controls.schedule.steps == (5, 6, 11)
+    controls.steps[2].index = 0
+    assert controls.schedule.steps == (5, 6, 7)
+    controls.steps[1].index = 12
+    assert controls.schedule.steps == (5, 6, 7)
+    controls.steps[2].index = 18
+    assert controls.schedule.steps == (5, 6, 18)
+
+
+def test_stages_appear_in_order_and_with_room(explorer):
+    controls = explorer.controls
+    controls.steps[2].index = 18  # the last place: a fourth stage has to push it back
+    controls.stages.value = 4
+    steps = controls.schedule.steps
+    assert len(steps) == 4 and all(a < b for a, b in itertools.pairwise(steps)) and steps[-1] <= 18
+    assert explorer.message.value == ""
+    controls.stages.value = 1
+    assert controls.schedule.steps == (2,)
+    assert [slider.layout.display for slider in controls.steps] == [None, "none", "none", "none"]
+    controls.stages.value = 0
+    assert explorer.result.over_best.value == 0
+
+
+def test_pin_and_back(explorer):
+    controls = explorer.controls
+    controls.steps[0].index = 4
+    assert explorer.result.over_pinned.value != 0
+    explorer.controls.pin.click()
+    assert explorer.result.over_pinned.value == 0
+    pinned = controls.schedule
+    controls.keeps[0].value = 0.8
+    controls.unpin.click()
+    assert controls.schedule == pinned and explorer.result.over_pinned.value == 0
+
+
+def test_a_bad_state_is_a_message_and_goes_away(explorer):
+    controls = explorer.controls
+    controls.multiple.value = 0.5
+    assert "Raise the budget" in explorer.message.value and "Traceback" not in explorer.message.value
+    assert explorer.result is None and "ttsnap-stale" in explorer.image._dom_classes
+    controls.multiple.value = 12
+    assert explorer.message.value == "" and "ttsnap-stale" not in explorer.image._dom_classes
+    controls.stages.value = 1
+    controls.steps[0].index = 0
+    controls.keeps[0].value = 0.02
+    assert "the images in the pool" in explorer.message.value
+    controls.rewards.value = ()
+    assert "Choose a reward" in explorer.message.value
+
+
+def test_typed_paths(explorer, dataset, tmp_path):
+    controls = explorer.controls
+    controls.cost_path.value = str(tmp_path / "none.json")
+    assert "cost file cannot be read" in explorer.message.value
+    path = CostModel(step=1, verify=0.5, unit="seconds").save(tmp_path / "mine.json")
+    controls.cost_path.value = str(path)
+    assert explorer.message.value == "" and explorer.state.cost.unit == "seconds" and controls.cost_path.value == ""
+    other = save_rewards(synthetic_rewards(8, 50, 12, rewards=("a",)), tmp_path / "other.zarr")
+    controls.tensor_path.value = str(other)
+    assert "n_steps" in explorer.message.value  # the cost file is of 20 steps
+    controls.cost.value = COST
+    assert explorer.message.value == "" and explorer.state.cost.n_steps == 12
+    assert max(controls.steps[0].options) == 10
+    controls.tensor_path.value = str(tmp_path)
+    assert "reward tensor" in explorer.message.value
+    assert controls.tensor.value == str(other)
+
+
+def test_changes_are_drawn_together_and_settle_later(timed, clock):
+    drawn = []
+    show = timed._show
+    timed._show = lambda mark: (drawn.append(mark), show(mark))
+    clock.pass_time(10)
+    assert timed.result.complete
+    drawn.clear()
+    for index in (3, 4, 5):  # one drag: its first move at once, the others together
+        timed.controls.steps[0].index = index
+        clock.pass_time(0.005)
+        assert drawn == [1] and timed.result.state.schedule.steps[0] == 3
+    clock.pass_time(0.02)
+    assert drawn == [1, 1]
+    assert timed.result.state.schedule.steps[0] == 5
+    assert not timed.result.complete and "a preview" in timed.numbers.value
+    clock.pass_time(0.1)
+    assert drawn == [1, 1]  # still waiting whether it goes on
+    timed.controls.steps[0].index = 4
+    clock.pass_time(0.1)
+    assert drawn == [1, 1, 1]
+    clock.pass_time(10)
+    assert timed.result.complete and drawn[3:] == sorted(drawn[3:]) and "a preview" not in timed.numbers.value
+
+
+def test_a_drag_that_goes_on_is_followed(timed, clock):
+    clock.pass_time(10)
+    images = set()
+    for k in range(40):
+        timed.controls.keeps[0].value = 0.3 + 0.01 * k
+        clock.pass_time(0.01)
+        images.add(bytes(timed.image.value))
+    assert len(images) > 10  # not only when the hand stops
+
+
+def test_settled_numbers_do_not_depend_on_the_way_there(timed, clock, dataset):
+    timed.controls.steps[0].index = 4
+    clock.pass_time(0.03)
+    timed.controls.steps[0].index = 3
+    clock.pass_time(10)
+    direct = Explorer(
+        dataset,
+        rewards=["a"],
+        multiples=MULTIPLES,
+        multiple=8,
+        iterations=3000,
+        steps=(3, 6, 11),
+        later=lambda *a: None,
+    )
+    direct.finish()
+    np.testing.assert_array_equal(timed.result.current.per_prompt, direct.result.current.per_prompt)
+
+
+def test_optimise_sets_the_schedule_and_pins_the_old_one(explorer):
+    controls = explorer.controls
+    controls.stages.value = 1
+    controls.steps[0].index = 17
+    poor = controls.schedule
+    controls.seconds.value = 8
+    explorer.actions.optimise()
+    explorer.actions.thread.join(300)
+    assert explorer.pinned == ("ttsnap", poor)
+    assert explorer.result.gain_change.value > 5
+    assert "Found and set" in explorer.progress.value
+    assert not controls.optimise.disabled and controls.cancel.disabled
+
+
+def test_optimise_can_be_cancelled_and_tells_what_it_cannot(explorer, monkeypatch):
+    controls = explorer.controls
+    controls.method.value = "best_of_n"
+    controls.optimise.click()
+    assert "Best-of-N has no schedule" in explorer.message.value
+    controls.method.value = "ttsnap"
+    controls.seconds.value = 600
+    monkeypatch.setattr("ttsnap_lib.tuning.optimize._TRIALS", {"area": 10**7, "single": 10**7, "frontier": 10**7})
+    controls.optimise.click()
+    controls.cancel.click()
+    explorer.actions.thread.join(300)
+    assert not explorer.actions.thread.is_alive() and not controls.optimise.disabled
+    assert "search cut short" in explorer.progress.value or "Cancelled" in explorer.message.value
+
+
+def test_copied_text_leads_back_to_the_state(dataset, tmp_path):
+    path = save_rewards(dataset, tmp_path / "ours.zarr")
+    first = Explorer(str(path), rewards=["b"], multiples=MULTIPLES, multiple=4, iterations=10)
+    first.controls.steps[1].index = 8
+    first.controls.accounting.value = "published"
+    first.controls.method.value = "ttsp"
+    first.controls.copy_as.value = "papermill parameters"
+    parameters = yaml.safe_load(first.actions.copy())
+    assert first.controls.copied.value and first.controls.copied.layout.display is None
+    first.actions.pin()  # the pinned schedule begins as the one that is given
+    second = Explorer(**parameters)
+    assert second.state == first.state
+    assert second.numbers.value == first.numbers.value
+
+    first.controls.copy_as.value = "schedule YAML"
+    assert Schedule.from_yaml(first.actions.copy()) == first.controls.schedule
+
+    first.controls.copy_as.value = "command that runs it"
+    words = shlex.split(first.actions.copy())
+    assert words[:2] == ["ttsnap", "search"]
+    assert Schedule.from_yaml(words[words.index("--schedule") + 1]) == first.controls.schedule
+    state = first.state
+    assert int(words[words.index("--candidates") + 1]) == state.cost.candidates(state.budget, state.schedule)
+
+    first.controls.copy_as.value = "command line"
+    words = shlex.split(first.actions.copy())
+    assert words[:3] == ["ttsnap", "run", "explore"]
+    given = dict(zip(words[4::3], words[5::3], strict=True))
+    assert yaml.safe_load(given["steps"]) == list(first.controls.schedule.steps)
+    assert set(given) == set(parameters) <= _declared()
+
+
+def test_what_is_given_in_memory_cannot_be_copied(explorer):
+    assert explorer.actions.copy() == ""
+    assert "in memory" in explorer.message.value
+
+
+def _declared() -> set[str]:
+    from ttsnap_lib.runs.parameters import declared_parameters, read_notebook
+
+    return set(declared_parameters(read_notebook(Path(__file__).parents[2] / "notebooks" / "explore.ipynb")))
+
+
+def test_save(explorer, tmp_path, capsys):
+    path = explorer.actions.save()
+    assert path == tmp_path / "explore.png" and path.stat().st_size > 20_000
+    assert path.with_suffix(".pdf").exists()
+    text = (tmp_path / "results.csv").read_text()
+    assert text.startswith("curve,method,reward,budget,n,spent,mean,low,high") and len(text.splitlines()) == 13
+    assert str(path) in explorer.progress.value and capsys.readouterr().out == ""
+
+
+def test_a_figure_stands_in_where_no_widgets_can_be_shown(explorer):
+    bundle = explorer._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle and bundle["image/png"].startswith("iVBOR")
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"method": "ttsnapp"}, ConfigError),
+        ({"rewards": ["c"]}, ConfigError),
+        ({"steps": [19], "keep_ratios": [0.5]}, ScheduleError),
+        ({"steps": [1, 2, 3, 4, 5], "keep_ratios": [0.9] * 5}, ScheduleError),
+        ({"cost": "flux-513"}, ConfigError),
+        ({"accounting": "honest"}, ConfigError),
+    ],
+)
+def test_wrong_arguments_raise(dataset, given, error):
+    with pytest.raises(error):
+        Explorer(dataset, **given)
+
+
+def test_explore_saves_when_nobody_looks(dataset, tmp_path, monkeypatch):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    explorer = explore(dataset, multiples=MULTIPLES, multiple=8, iterations=10, run=Run(tmp_path))
+    assert explorer.result.complete and (tmp_path / "explore.png").exists()
+
+
+@pytest.mark.slow
+def test_papermill_runs_the_notebook(tmp_path):
+    """With papermill's own command line and a parameters file."""
+    parameters = tmp_path / "given.yaml"
+    parameters.write_text(yaml.safe_dump({"steps": [3, 8], "keep_ratios": [0.3, 0.5], "iterations": 20}))
+    notebook = Path(__file__).parents[2] / "notebooks" / "explore.ipynb"
+    environment = {**os.environ, "TTSNAP_DATA_CACHE": str(tmp_path), "PYTHONPATH": str(notebook.parents[1])}
+    command = [sys.executable, "-m", "papermill", str(notebook), str(tmp_path / "out.ipynb"), "-f", str(parameters)]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=500)
+    content = json.loads((tmp_path / "out.ipynb").read_text())
+    outputs = [output for cell in content["cells"] for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert (tmp_path / "runs" / "explore" / "interactive" / "explore.png").exists()

@@ -1,0 +1,90 @@
+"""Measured costs: what is counted, what is timed, what the file holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.live.world import N_STEPS, make_clip, settings
+from tests.rewards.conftest import save_clip
+from ttsnap_lib import CostModel
+from ttsnap_lib.diffusion.denoise import Denoiser, image_generator
+from ttsnap_lib.errors import ConfigError, RewardError
+from ttsnap_lib.live.measure import count_tflops, measure_costs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return make_clip(save_clip(tmp_path_factory.mktemp("clip") / "one"))
+
+
+@pytest.fixture(scope="module")
+def measured(clip):
+    decoder = tiny.tiny_decoder()
+    return measure_costs(tiny.flux(), clip, settings(), decoder=decoder, batch_sizes=(4, 1), repeats=2)
+
+
+def test_counting():
+    a, b = torch.ones(3, 5), torch.ones(5, 7)
+    assert count_tflops(lambda: a @ b) * 1e12 == 2 * 3 * 5 * 7
+    q = torch.ones(1, 2, 6, 8)  # fused attention counts as its two products
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert count_tflops(lambda: attend(q, q, q)) * 1e12 == 2 * (2 * 2 * 6 * 6 * 8)
+
+
+def test_parts_are_those_of_the_models(measured):
+    pipeline = tiny.flux()
+    denoiser = Denoiser(pipeline, settings())
+    text, start = denoiser.encode(["a cat"]), denoiser.noise([image_generator(0, 0, 0)])
+    costs = measured.tflops
+    whole = count_tflops(lambda: denoiser.run(start, text, N_STEPS - 1))
+    assert costs.step * N_STEPS == pytest.approx(whole, rel=1e-9)
+    assert costs.decode == pytest.approx(count_tflops(lambda: denoiser.decode(start.latents)), rel=1e-9)
+    assert 0 < costs.preview_decode < costs.decode
+    assert costs.per_prompt > 0 and costs.verify > 0 and costs.n_steps == N_STEPS
+
+
+def test_guidance_doubles_a_step(clip):
+    from dataclasses import replace
+
+    pipeline = tiny.sdxl()
+    free = measure_costs(pipeline, clip, replace(settings("sdxl"), guidance=1.0), batch_sizes=(1,), repeats=1)
+    guided = measure_costs(pipeline, clip, replace(settings("sdxl"), guidance=5.0), batch_sizes=(1,), repeats=1)
+    assert guided.tflops.step == pytest.approx(2 * free.tflops.step, rel=1e-6)
+    assert guided.tflops.decode == free.tflops.decode
+
+
+def test_several_rewards_add_up(measured, clip):
+    two = [clip, lambda prompts, images: [0.0] * len(images)]
+    both = measure_costs(tiny.flux(), two, settings(), batch_sizes=(1,), repeats=1)
+    assert both.tflops.verify == pytest.approx(measured.tflops.verify)  # a plain function has no products
+    assert both.facts["rewards"] == ["clip", "<lambda>"] and both.tflops.preview_decode is None
+
+
+def test_seconds_are_the_largest_batchs(measured):
+    frame = measured.by_batch
+    assert frame["batch_size"].unique().tolist() == [1, 4]
+    assert set(frame["part"]) == {"step", "decode", "preview_decode", "verify"}
+    last = frame[frame["batch_size"] == 4].set_index("part")["seconds"]
+    assert measured.seconds.step == last["step"] and measured.seconds.verify == last["verify"]
+    assert (frame["low"] <= frame["seconds"]).all() and (frame["seconds"] <= frame["high"]).all()
+    assert measured.seconds.unit == "seconds" and measured.cost("seconds") is measured.seconds
+
+
+@pytest.mark.parametrize("unit", ["TFLOPs", "seconds"])
+def test_the_file_is_a_cost_model(measured, unit, tmp_path):
+    path = measured.save(tmp_path / "cost.json", unit)
+    assert CostModel.load(path) == measured.cost(unit)
+
+
+def test_bad_input(clip):
+    for sizes in ((), (0,), (1.5,)):
+        with pytest.raises(ConfigError, match="batch_sizes"):
+            measure_costs(None, clip, batch_sizes=sizes)
+    with pytest.raises(ConfigError, match="repeats"):
+        measure_costs(None, clip, repeats=0)
+    with pytest.raises(RewardError):
+        measure_costs(None, "no/such/reward")

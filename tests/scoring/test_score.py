@@ -1,0 +1,360 @@
+"""Trajectories into reward tensors: values, resume, shards, added rewards, noise-aware series, bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.launch import environment, launcher
+from tests.rewards.conftest import make_images, save_clip
+from tests.rewards.test_steps import write_adapters
+from tests.score_world import IDENTITY, SIZE, brightness, fill, prompts_of
+from ttsnap_lib import Schedule, open_rewards, simulate
+from ttsnap_lib.errors import CheckpointError, ConfigError, DiskError, RewardError, TensorError, TrajectoryError
+from ttsnap_lib.rewards.loading import load_reward
+from ttsnap_lib.scoring.score import score
+from ttsnap_lib.tensors.tensor import drop_missing
+from ttsnap_lib.trajectories.read import Trajectories
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Trajectories of 3 prompts x 3 images x 4 steps."""
+    return fill(tmp_path_factory.mktemp("trajectories") / "set")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Folder of a tiny CLIP reward."""
+    return save_clip(tmp_path_factory.mktemp("clip") / "tiny-clip")
+
+
+@pytest.fixture(scope="module")
+def adapters(clip, tmp_path_factory):
+    """Run folder with LoRA adapters for steps 2 and 1."""
+    return write_adapters(clip, tmp_path_factory.mktemp("run"), steps=(2, 1))
+
+
+def store_hash(path) -> str:
+    """Digest of every file of a store, with its name."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            digest.update(str(file.relative_to(path)).encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def expected(folder, reward, step_of=None):
+    """Scores by `Reward.score`, one picture at a time."""
+    found = Trajectories(folder)
+    out = np.empty((len(found.prompts), found.images_per_prompt, found.n_steps), np.float32)
+    for prompt, image, step in np.ndindex(out.shape):
+        reward.use_step(step if step_of and step in step_of else None)
+        picture = Image.fromarray(found.read(prompt, image, step))
+        out[prompt, image, step] = reward.score(found.prompts[prompt], picture)[0]
+    reward.use_step(None)
+    return out
+
+
+def test_values_and_layout(folder, clip, tmp_path):
+    seen = []
+    report = score(
+        folder, [clip, brightness], tmp_path / "r.zarr", device="cpu", batch_size=5,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    tensor = open_rewards(tmp_path / "r.zarr")
+    assert tensor["base"].dims == ("reward", "prompt", "image", "step")
+    assert list(tensor["reward"].values) == ["tiny-clip", "brightness"]
+    assert list(tensor["prompt_text"].values) == prompts_of(3)
+    assert tensor.attrs["model"] == "tiny"
+    base = tensor["base"].values
+    np.testing.assert_allclose(base[0], expected(folder, load_reward(clip, device="cpu")), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(base[1], expected(folder, load_reward(brightness)), rtol=1e-6)
+    assert np.array_equal(tensor["noise_aware"].values, base)
+    assert set(tensor["noise_aware_source"].values.ravel()) == {"copied_from_base"}
+    assert set(tensor["status"].values) == {"scored"}
+    assert report.pictures == 36 and report.scores == 72 and report.images_per_s > 0 and not report.skipped
+    assert seen[0] == (0, 36) and seen[-1] == (36, 36) and len(seen) > 5
+    again = score(folder, [clip, brightness], tmp_path / "r.zarr", device="cpu", batch_size=5)
+    assert again.pictures == 0
+
+
+def test_some_steps_then_the_others(folder, clip, tmp_path):
+    score(folder, clip, tmp_path / "parts.zarr", device="cpu", steps=[-1, 1], batch_size=3)
+    tensor = open_rewards(tmp_path / "parts.zarr")
+    assert tensor["step"].values.tolist() == [1, 3] and set(tensor["status"].values) == {"scored"}
+    report = score(folder, clip, tmp_path / "parts.zarr", device="cpu", batch_size=3)
+    assert report.pictures == 18  # the other two steps
+    score(folder, clip, tmp_path / "whole.zarr", device="cpu", batch_size=3)
+    one, other = open_rewards(tmp_path / "parts.zarr"), open_rewards(tmp_path / "whole.zarr")
+    np.testing.assert_allclose(one["base"].values, other["base"].values, rtol=1e-5)
+
+
+def test_rewards_are_added_to_a_tensor(folder, clip, tmp_path):
+    out = tmp_path / "r.zarr"
+    score(folder, clip, out, device="cpu")
+    before = open_rewards(out)["base"].values[0]
+    report = score(folder, [brightness, clip], out, device="cpu")
+    tensor = open_rewards(out)
+    assert list(tensor["reward"].values) == ["tiny-clip", "brightness"]
+    assert np.array_equal(tensor["base"].values[0], before)
+    assert report.scores == 36 and set(tensor["status"].values) == {"scored"}
+
+
+@pytest.mark.parametrize("order", ["together", "later"])
+def test_noise_aware_series(folder, clip, adapters, tmp_path, order):
+    out = tmp_path / "r.zarr"
+    if order == "later":
+        score(folder, clip, out, device="cpu")
+    score(folder, clip, out, device="cpu", noise_aware=adapters, batch_size=5)
+    tensor = open_rewards(out)
+    reward = load_reward(clip, device="cpu", adapters=adapters)
+    base, aware = expected(folder, reward), expected(folder, reward, step_of=(1, 2))
+    np.testing.assert_allclose(tensor["base"].values[0], base, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(tensor["noise_aware"].values[0], aware, rtol=1e-4, atol=1e-4)
+    assert np.abs(aware - base)[..., 1:3].max() > 0.1
+    assert tensor["noise_aware_source"].values[0].tolist() == [
+        "copied_from_base", "finetuned", "finetuned", "copied_from_base",
+    ]  # fmt: skip
+    assert np.array_equal(tensor["noise_aware"].values[..., [0, 3]], tensor["base"].values[..., [0, 3]])
+    assert set(tensor["status"].values) == {"scored"}
+    assert score(folder, clip, out, device="cpu", noise_aware=adapters).pictures == 0
+
+
+def test_full_weights_series(folder, clip, tmp_path):
+    from safetensors.torch import save_file
+
+    source = load_reward(clip, device="cpu")
+    state = {key: value.clone() * 1.1 for key, value in source.module.state_dict().items() if "vision_model" in key}
+    (tmp_path / "run" / "step_2").mkdir(parents=True)
+    save_file(state, tmp_path / "run" / "step_2" / "model.safetensors")
+    (tmp_path / "run" / "curriculum.json").write_text("{}")
+    score(folder, clip, tmp_path / "r.zarr", device="cpu", noise_aware={"tiny-clip": tmp_path / "run"})
+    reward = load_reward(clip, device="cpu", adapters=tmp_path / "run")
+    aware = open_rewards(tmp_path / "r.zarr")["noise_aware"].values[0]
+    np.testing.assert_allclose(aware, expected(folder, reward, step_of=(2,)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_that_grows(clip, tmp_path):
+    grown = fill(tmp_path / "set", n_prompts=2, n_images=2)
+    score(grown, brightness, tmp_path / "r.zarr")
+    before = open_rewards(tmp_path / "r.zarr")["base"].values
+    done = {(prompt, image) for prompt in range(2) for image in range(2)}
+    fill(grown, n_prompts=3, n_images=3, done=done)
+    report = score(grown, brightness, tmp_path / "r.zarr")
+    tensor = open_rewards(tmp_path / "r.zarr")
+    assert tensor["base"].shape == (1, 3, 3, 4) and not np.isnan(tensor["base"].values).any()
+    assert np.array_equal(tensor["base"].values[:, :2, :2], before)
+    assert report.pictures == 36 and list(tensor["prompt_text"].values) == prompts_of(3)
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+REWARD = "tests.score_world:brightness"
+
+
+def child(folder, out, shard: str, *, pause_s: float) -> subprocess.Popen:
+    """Start a process that scores, and pauses after each batch."""
+    code = (
+        "import sys, time\nfrom ttsnap_lib.scoring.score import score\n"
+        "folder, reward, out, shard, pause = sys.argv[1:]\n"
+        "def progress(done, total):\n"
+        "    print(done, flush=True)\n"
+        "    time.sleep(float(pause))\n"
+        "score(folder, reward, out, batch_size=7, shard=shard, progress=progress)\n"
+    )
+    arguments = [folder, REWARD, out, shard, pause_s]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+
+
+@pytest.fixture(scope="module")
+def long_folder(tmp_path_factory):
+    """Trajectories of 60 prompts: three chunks."""
+    return fill(tmp_path_factory.mktemp("trajectories") / "long", n_prompts=60, n_images=2)
+
+
+def test_shards_equal_one_process(long_folder, clip, tmp_path):
+    score(long_folder, clip, tmp_path / "one.zarr", device="cpu", batch_size=7)
+    for shard in ("1/2", "0/2"):
+        score(long_folder, clip, tmp_path / "two.zarr", device="cpu", batch_size=7, shard=shard)
+    assert store_hash(tmp_path / "two.zarr") == store_hash(tmp_path / "one.zarr")
+    pending = score(long_folder, clip, tmp_path / "half.zarr", device="cpu", batch_size=7, shard="1/2")
+    assert pending.pictures == 25 * 2 * 4
+    status = open_rewards(tmp_path / "half.zarr")["status"].values
+    assert (status[25:50] == "scored").all() and (status[:25] == "pending").all()
+
+
+def test_two_processes_do_not_share_a_shard(long_folder, tmp_path):
+    out = tmp_path / "r.zarr"
+    process = child(long_folder, out, "0/2", pause_s=60)
+    try:
+        process.stdout.readline()
+        with pytest.raises(DiskError, match="another process"):
+            score(long_folder, REWARD, out, shard="0/2")
+        with pytest.raises(TensorError, match="while other shards write"):
+            score(long_folder, [REWARD, load_reward(brightness, name="again")], out, shard="1/2")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_accelerate_launch_equals_one_process(long_folder, clip, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, torch\ntorch.set_num_threads(1)\nfrom ttsnap_lib.scoring.score import score\n"
+        "score(*sys.argv[1:4], device='cpu', batch_size=7)\n"
+    )
+    command = [*launcher(2), str(script), str(long_folder), str(clip), str(tmp_path / "two.zarr")]
+    subprocess.run(command, check=True, env=environment())
+    locks = tmp_path / ".two.zarr" / ".ttsnap" / "locks"
+    assert len(list(locks.glob("shard-*-of-2.lock"))) == 2  # there were two processes indeed
+    score(long_folder, clip, tmp_path / "one.zarr", device="cpu", batch_size=7)
+    assert store_hash(tmp_path / "two.zarr") == store_hash(tmp_path / "one.zarr")
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Trajectories with a damaged picture in prompt 1."""
+    broken = fill(tmp_path / "broken")
+    path = broken / "p0001" / "id001" / "s02.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    return broken
+
+
+def test_a_damaged_picture(broken, tmp_path):
+    out = tmp_path / "r.zarr"
+    with pytest.raises(TrajectoryError, match=r"p0001/id001/s02\.png is truncated"):
+        score(broken, brightness, out, batch_size=4)
+    assert open_rewards(out)["status"].values.tolist() == ["scored", "pending", "pending"]
+    report = score(broken, brightness, out, batch_size=4, on_error="skip")
+    tensor = open_rewards(out)
+    assert np.argwhere(np.isnan(tensor["base"].values)).tolist() == [[0, 1, 1, 2]]
+    assert tensor["status"].values.tolist() == ["scored", "partial", "scored"]
+    (skipped,) = report.skipped
+    assert (skipped.prompt, skipped.image, skipped.step, skipped.reward) == (1, 1, 2, "brightness")
+    listed = json.loads((tmp_path / "r.zarr.skipped.json").read_text())
+    assert listed[0]["image"] == 1 and "truncated" in listed[0]["reason"]
+    # Mended, the same command fills the gap.
+    make_images(1, SIZE[1], SIZE[0])[0].save(broken / "p0001" / "id001" / "s02.png")
+    assert not score(broken, brightness, out, batch_size=4, on_error="skip").skipped
+    assert not np.isnan(open_rewards(out)["base"].values).any()
+    assert not (tmp_path / "r.zarr.skipped.json").exists()
+
+
+def test_what_was_skipped_is_listed_by_the_simulation_or_dropped_on_demand(broken, tmp_path):
+    score(broken, brightness, tmp_path / "r.zarr", on_error="skip")
+    tensor = open_rewards(tmp_path / "r.zarr")
+    schedule = Schedule((2,), (0.5,))
+    with pytest.raises(TensorError, match=r"1 scores are missing.*brightness: prompt 1, image 1, step 2.*drop_missing"):
+        simulate(tensor, "ttsp", n=2, schedule=schedule)
+    kept = drop_missing(tensor)
+    assert kept["image"].values.tolist() == [0, 2]
+    assert np.isfinite(simulate(kept, "ttsp", n=2, schedule=schedule).mean).all()
+
+
+def test_skipping_changes_no_other_score(broken, folder, clip, tmp_path):
+    score(broken, clip, tmp_path / "gap.zarr", device="cpu", batch_size=5, on_error="skip")
+    score(folder, clip, tmp_path / "whole.zarr", device="cpu", batch_size=5)
+    gap, whole = (open_rewards(tmp_path / name)["base"].values for name in ("gap.zarr", "whole.zarr"))
+    same = ~np.isnan(gap)
+    assert np.array_equal(gap[same], whole[same]) and same.sum() == 35
+
+
+def test_a_missing_picture_stops_before_any_work(broken, tmp_path):
+    os.unlink(broken / "p0002" / "id002" / "s01.png")
+    calls = []
+    with pytest.raises(TrajectoryError, match=r"p0002/id002/s01\.png is missing"):
+        score(broken, lambda prompts, images: calls.append(1), tmp_path / "r.zarr")
+    assert not calls
+    report = score(broken, brightness, tmp_path / "s.zarr", on_error="skip")
+    assert {(s.prompt, s.image, s.step) for s in report.skipped} == {(1, 1, 2), (2, 2, 1)}
+
+
+def test_simulation_refuses_the_gaps_or_drops_them(broken, tmp_path):
+    from ttsnap_lib import CostModel, simulate
+    from ttsnap_lib.tensors.tensor import drop_missing
+
+    score(broken, brightness, tmp_path / "r.zarr", on_error="skip")
+    tensor = open_rewards(tmp_path / "r.zarr").load()
+    tensor["base"].values[0, 1, 1, 3] = np.nan
+    tensor["noise_aware"].values[0, 1, 1, 3] = np.nan
+    options = {"budget": 12.0, "cost": CostModel(step=1.0, verify=0.0, n_steps=4), "rng": np.random.default_rng(0)}
+    with pytest.raises(TensorError):
+        simulate(tensor, "best_of_n", **options)
+    whole = drop_missing(tensor)
+    assert whole["image"].values.tolist() == [0, 2]
+    assert np.isfinite(simulate(whole, "best_of_n", **{**options, "budget": 8.0}).mean).all()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda prompts, images: [float("nan")] * len(images), r"not finite for .*p0000/id000/s00\.png"),
+        (lambda prompts, images: [0.0], r"failed on .*p0000/id000/s00\.png .*wrong shape"),
+        (lambda prompts, images: 1 / 0, r"failed on .*p0000/id000/s00\.png .*ZeroDivisionError"),
+    ],
+)
+def test_rewards_that_fail(folder, function, message, tmp_path):
+    with pytest.raises(RewardError, match=message):
+        score(folder, load_reward(function, name="bad"), tmp_path / "r.zarr")
+    report = score(folder, [load_reward(function, name="bad"), brightness], tmp_path / "s.zarr", on_error="skip")
+    tensor = open_rewards(tmp_path / "s.zarr")
+    assert np.isnan(tensor["base"].values[0]).all() == (message.find("wrong shape") < 0)
+    assert not np.isnan(tensor["base"].values[1]).any()
+    assert {skipped.reward for skipped in report.skipped} <= {"bad"}
+
+
+def test_other_prompts_trajectories_or_weights_are_refused(folder, clip, adapters, tmp_path):
+    out = tmp_path / "r.zarr"
+    score(folder, clip, out, device="cpu", noise_aware=adapters)
+    before = store_hash(out)
+    other = fill(tmp_path / "other", identity={**IDENTITY, "seed": 1})
+    with pytest.raises(TensorError, match="other trajectories"):
+        score(other, clip, out, device="cpu")
+    stranger = save_clip(tmp_path / "x" / "tiny-clip", seed=7)
+    with pytest.raises(TensorError, match="by other weights"):
+        score(folder, stranger, out, device="cpu")
+    series = write_adapters(stranger, tmp_path / "run", steps=(1,))
+    weights = (series / "step_1" / "adapter_model.safetensors").read_bytes()
+    (series / "step_1" / "adapter_model.safetensors").write_bytes(weights[:-4] + b"\x00\x00\x80\x3f")
+    with pytest.raises(TensorError, match="step 1 by other weights"):
+        score(folder, clip, out, device="cpu", noise_aware=series)
+    changed = fill(tmp_path / "changed")
+    manifest = json.loads((changed / "manifest.json").read_text())
+    manifest["prompts"][1] = "something else"
+    (changed / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(TensorError, match="prompt 1 is another one"):
+        score(changed, clip, out, device="cpu")
+    assert store_hash(out) == before
+
+
+def test_bad_settings(folder, clip, adapters, tmp_path):
+    out = tmp_path / "r.zarr"
+    for options in ({"batch_size": 0}, {"on_error": "ignore"}, {"steps": [4]}, {"steps": []}, {"shard": "2/2"}):
+        with pytest.raises(ConfigError):
+            score(folder, brightness, out, **options)
+    with pytest.raises(TrajectoryError, match="no trajectory folder"):
+        score(tmp_path, brightness, out)
+    with pytest.raises(ConfigError, match="distinct names"):
+        score(folder, [brightness, brightness], out)
+    with pytest.raises(ConfigError, match="reward=folder"):
+        score(folder, [clip, brightness], out, device="cpu", noise_aware=adapters)
+    late = write_adapters(clip, tmp_path / "late", steps=(14,))
+    with pytest.raises(CheckpointError, match="for other trajectories"):
+        score(folder, clip, out, device="cpu", noise_aware=late)
+    assert not out.exists()

@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+from scipy.integrate import simpson
+from scipy.stats import kendalltau
+
+from ttsnap_lib import best_of_n, relative_gain
+from ttsnap_lib.errors import ConfigError, TensorError
+from ttsnap_lib.simulation import metrics as m
+from ttsnap_lib.tensors.tensor import synthetic_rewards
+
+
+def test_tau_b_is_scipys_with_and_without_ties():
+    rng = np.random.default_rng(0)
+    final = rng.standard_normal((3, 30)).round(1)  # rounding makes ties
+    scores = rng.standard_normal((3, 30, 4)).round(1)
+    scores[0, :, 2] = 5.0  # constant: no tau
+    tau = m.kendall_tau(scores, final)
+    for p in range(3):
+        for s in range(4):
+            expected = kendalltau(scores[p, :, s], final[p]).statistic
+            assert tau.per_prompt[p, s] == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    assert tau.mean[2] == pytest.approx(np.nanmean(tau.per_prompt[:, 2]))
+    assert (tau.low <= tau.mean + 1e-12).all() and (tau.mean <= tau.high + 1e-12).all()
+
+
+def test_interval_covers_the_mean_about_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(200):
+        estimate = m.Estimate.over_prompts(rng.standard_normal(60), rng, resamples=400)
+        hits += estimate.low <= 0 <= estimate.high
+    assert (
+        180 <= hits <= 199
+    )  # 95% of 200, with three standard errors and the small-sample bias of a percentile bootstrap
+
+
+def test_bootstrap_is_paired_and_reproducible():
+    values = np.random.default_rng(0).standard_normal((40, 2))
+    values[:, 1] = values[:, 0] + 1
+    boot = m.bootstrap_means(values, 3)
+    assert np.allclose(boot[:, 1] - boot[:, 0], 1)
+    assert np.array_equal(boot, m.bootstrap_means(values, 3))
+    assert boot.std(0)[0] == pytest.approx(values[:, 0].std() / np.sqrt(40), rel=0.15)
+
+
+def test_relative_gain_is_simpsons_area_above_the_first_point():
+    budgets = np.array([1.0, 2, 4, 5])
+    base, better = np.array([1.0, 2, 2.5, 3]), np.array([1.5, 2.5, 3, 3.2])
+    expected = 100 * (simpson(better - 1, x=budgets) / simpson(base - 1, x=budgets) - 1)
+    assert relative_gain(budgets, better, base) == pytest.approx(expected)
+    assert isinstance(relative_gain(budgets, better, base), float)
+    assert relative_gain(budgets, base, base) == 0
+    stacked = np.stack([better - 0.3, better + 0.3])
+    assert relative_gain(budgets, stacked, base) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "rewards", "baseline", "match"),
+    [
+        ([1, 2], [1, 2], [2, 1], "more than 0"),
+        ([1, 2], [1, 2], [1, 1], "more than 0"),
+        ([2, 1], [1, 2], [1, 2], "increasing"),
+        ([1], [1], [1], "two or more"),
+        ([1, 2], [1, 2, 3], [1, 2], "rewards"),
+        ([1, 2], [1, 2], 3.0, "baseline"),
+        ([1, 2], [1, np.nan], [1, 2], "with NaN"),
+    ],
+)
+def test_relative_gain_refuses(budgets, rewards, baseline, match):
+    with pytest.raises(ConfigError, match=match):
+        relative_gain(budgets, rewards, baseline)
+
+
+def test_top_select_by_hand():
+    final = np.array([[0.0, 3, 2, 1]])
+    scores = np.array([[0.0, 1, 3, 2]])[:, :, None]
+    accuracy, gap = m.top_select(scores, final, 0.5)  # keeps images 2 and 3
+    assert accuracy.mean[0] == 0 and gap.mean[0] == 1
+    accuracy, gap = m.top_select(scores, final, 0.75)  # image 1 as well
+    assert accuracy.mean[0] == 1 and gap.mean[0] == 0
+    accuracy, _ = m.top_select(scores, final, (0.5, 0.75))
+    assert accuracy.mean[0] == 0.5
+    accuracy, gap = m.top_select(final[:, :, None], final)
+    assert accuracy.mean[0] == 1 and gap.mean[0] == 0
+
+
+def test_perfect_verifier_and_compute_saved():
+    final = synthetic_rewards(20, 50, 3)["base"].values[0, :, :, -1]
+    assert m.perfect_verifier(final, 7).mean == pytest.approx(best_of_n(final, 7).mean())
+    mean = np.array([best_of_n(final, 8).mean(), best_of_n(final, 2).mean(), 99.0])
+    saved = m.compute_saved(np.array([40.0, 40.0, 40.0]), mean, final, candidate_cost=10.0)
+    assert saved[:2] == pytest.approx([0.5, -1.0])
+    assert np.isnan(saved[2])
+
+
+def test_effective_pool_size():
+    assert m.effective_pool_size(np.arange(10.0)[None]) == pytest.approx([10])
+    assert m.effective_pool_size(np.array([[1.0, 1, 2, 2]])) == pytest.approx([2])
+    assert m.effective_pool_size(np.array([[1.0, 1, 1, 2]])) == pytest.approx([1 / (0.75**2 + 0.25**2)])
+
+
+def test_bad_shapes():
+    with pytest.raises(TensorError, match="shapes"):
+        m.kendall_tau(np.zeros((2, 3)), np.zeros((2, 3)))
+    with pytest.raises(TensorError, match="shapes"):
+        m.top_select(np.zeros((2, 3, 4)), np.zeros((2, 4)))
+    with pytest.raises(ConfigError, match="ratio"):
+        m.top_select(np.zeros((2, 3, 4)), np.zeros((2, 3)), 0.0)
+
+
+def test_published_tau_table(pools):
+    dataset = pools["flux"].sel(reward=["image_reward"]).isel(prompt=slice(None, None, 4))
+    final = dataset["base"].values[0, :, :, -1]
+    base = m.kendall_tau(dataset["base"].values[0], final).mean[[2, 4, 6, 8, 11, 14]]
+    aware = m.kendall_tau(dataset["noise_aware"].values[0], final).mean[[2, 4, 6, 8, 11, 14]]
+    assert base == pytest.approx([0.09, 0.27, 0.44, 0.56, 0.70, 0.80], abs=0.0051)  # the table has two digits
+    assert aware == pytest.approx([0.25, 0.45, 0.59, 0.66, 0.73, 0.80], abs=0.0051)
+
+
+def test_one_prompt_has_no_interval():
+    assert np.isnan(m.bootstrap_means(np.ones((1, 3)), resamples=10)).all()
+    told = m.Estimate.over_prompts(np.ones((1, 3)))
+    assert told.mean.tolist() == [1, 1, 1] and np.isnan(told.low).all() and np.isnan(told.high).all()

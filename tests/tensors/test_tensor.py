@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+import xarray as xr
+
+from ttsnap_lib import open_rewards, save_rewards
+from ttsnap_lib.errors import DiskError, TensorError
+from ttsnap_lib.tensors.tensor import (
+    PROMPT_CHUNK,
+    check_rewards,
+    drop_missing,
+    drop_repeats,
+    make_rewards,
+    noise_aware_steps,
+    repeated_images,
+    stack_rewards,
+    synthetic_rewards,
+)
+
+
+@pytest.fixture
+def tensor():
+    return synthetic_rewards(30, 8, 5, rewards=("a", "b"))
+
+
+def test_round_trip_to_the_last_bit(tensor, tmp_path):
+    tensor = tensor.assign_coords(prompt_text=("prompt", [f"ein Bild, {k} — Größe" for k in range(30)]))
+    path = save_rewards(tensor, tmp_path / "t.zarr")
+    opened = open_rewards(path)
+    assert opened.identical(tensor)
+    assert opened["base"].dtype == np.float32
+    assert opened["base"].encoding["chunks"][1] == PROMPT_CHUNK
+    assert not [entry for entry in tmp_path.iterdir() if entry.name != "t.zarr"]
+
+
+def test_open_is_lazy(tensor, tmp_path):
+    opened = open_rewards(save_rewards(tensor, tmp_path / "t.zarr"))
+    assert not opened["base"]._in_memory
+    resaved = save_rewards(opened.isel(prompt=slice(3, 7)), tmp_path / "part.zarr")
+    assert open_rewards(resaved)["base"].equals(tensor["base"].isel(prompt=slice(3, 7)))
+
+
+def test_save_refuses_a_taken_path(tensor, tmp_path):
+    save_rewards(tensor, tmp_path / "t.zarr")
+    with pytest.raises(TensorError, match="overwrite"):
+        save_rewards(tensor, tmp_path / "t.zarr")
+    save_rewards(tensor.isel(prompt=[0]), tmp_path / "t.zarr", overwrite=True)
+    assert open_rewards(tmp_path / "t.zarr").sizes["prompt"] == 1
+
+
+def test_a_full_disk_leaves_the_old_tensor(tensor, tmp_path, monkeypatch):
+    save_rewards(tensor, tmp_path / "t.zarr")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(xr.Dataset, "to_zarr", full)
+    with pytest.raises(DiskError, match="disk full"):
+        save_rewards(tensor, tmp_path / "t.zarr", overwrite=True)
+    assert open_rewards(tmp_path / "t.zarr").identical(tensor)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["t.zarr"]
+
+
+def test_not_a_tensor(tensor, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty.zarr").mkdir()
+    for path in ("nowhere.zarr", "file", "empty.zarr"):
+        with pytest.raises(TensorError):
+            open_rewards(tmp_path / path)
+    xr.Dataset({"other": ("x", np.zeros(3))}).to_zarr(tmp_path / "other.zarr", consolidated=False)
+    with pytest.raises(TensorError, match="variable 'base'"):
+        open_rewards(tmp_path / "other.zarr")
+    with pytest.raises(TensorError, match=r"xarray\.Dataset"):
+        check_rewards(np.zeros(3))
+    with pytest.raises(TensorError, match="variable 'noise_aware'"):
+        check_rewards(tensor.drop_vars("noise_aware"))
+    with pytest.raises(TensorError, match="schema_version"):
+        check_rewards(tensor.assign_attrs(schema_version=99))
+    with pytest.raises(TensorError, match="increasing"):
+        check_rewards(tensor.isel(step=[1, 0]))
+
+
+def test_a_damaged_chunk_is_told(tensor, tmp_path):
+    from ttsnap_lib import simulate
+
+    path = save_rewards(tensor, tmp_path / "t.zarr")
+    chunk = next(found for found in path.glob("base/c/**/*") if found.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:20])
+    with pytest.raises(TensorError, match="base cannot be read"):
+        simulate(open_rewards(path), "best_of_n", n=3)
+
+
+def test_a_lost_chunk_is_no_row_of_zeros(tensor, tmp_path):
+    from ttsnap_lib import simulate
+
+    path = save_rewards(tensor, tmp_path / "t.zarr")
+    next(found for found in path.glob("base/c/**/*") if found.is_file()).unlink()
+    with pytest.raises(TensorError, match="missing"):
+        simulate(open_rewards(path), "best_of_n", n=3)
+
+
+def test_make_rewards_shapes():
+    with pytest.raises(TensorError, match="shapes"):
+        make_rewards(np.zeros((2, 3, 4)), rewards=["a", "b"])
+    with pytest.raises(TensorError, match="rewards"):
+        make_rewards(np.zeros((2, 3, 4, 5)), rewards=["a"])
+    with pytest.raises(TensorError, match="each once"):
+        make_rewards(np.zeros((2, 3, 4, 5)), rewards=["a", "a"])
+    copied = make_rewards(np.zeros((1, 3, 4, 5)), rewards=["a"])
+    assert set(copied["noise_aware_source"].values.ravel()) == {"copied_from_base"}
+    assert noise_aware_steps(copied) == {"a": []}
+    assert noise_aware_steps(copied.drop_vars("noise_aware_source")) == {"a": [0, 1, 2, 3, 4]}
+
+
+def test_stack(tensor):
+    a, b = tensor.sel(reward=["a"]), tensor.sel(reward=["b"])
+    stacked = stack_rewards([a, b])
+    assert stacked["base"].equals(tensor["base"])
+    assert stacked["noise_aware_source"].equals(tensor["noise_aware_source"])
+    with pytest.raises(TensorError, match="each once"):
+        stack_rewards([a, a])
+    with pytest.raises(TensorError, match="coordinate 'image'"):
+        stack_rewards([a, b.isel(image=slice(4))])
+    with pytest.raises(TensorError):
+        stack_rewards([])
+
+
+def test_repeats_are_found_and_dropped(tensor):
+    repeated = tensor.isel(image=[0, 1, 0, 2, 1, 3]).assign_coords(image=np.arange(6))
+    assert repeated_images(repeated).tolist() == [0, 1, 0, 3, 1, 5]
+    assert drop_repeats(repeated)["image"].values.tolist() == [0, 1, 3, 5]
+    assert drop_repeats(tensor).identical(tensor)
+
+
+def test_drop_missing(tensor):
+    tensor["base"][0, 4, 2, 1] = np.nan
+    tensor["base"][:, 7] = np.nan
+    cleaned = drop_missing(tensor)
+    assert cleaned.sizes["prompt"] == 29 and 7 not in cleaned["prompt"].values
+    assert cleaned["image"].values.tolist() == [0, 1, 3, 4, 5, 6, 7]
+    with pytest.raises(TensorError, match="one or more"):
+        drop_missing(tensor.assign(base=tensor["base"] * np.nan))

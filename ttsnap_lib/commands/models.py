@@ -1,0 +1,441 @@
+"""``ttsnap import-published``: the authors' YAML folders in, a reward tensor out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from ttsnap_lib.commands.options import Defaults
+
+
+def add_score(commands: Any) -> None:
+    """Register the commands with argparse's subparsers."""
+    score = commands.add_parser(
+        "score",
+        help="score a trajectory folder into a reward tensor",
+        description="Score the pictures of a trajectory folder. The same command goes on where it stopped; other rewards, "
+        "steps, or a noise-aware series are added to the tensor.",
+    )
+    score.add_argument("folder", type=Path, help="trajectory folder of `ttsnap generate`")
+    add_reward_arguments(score)
+    score.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the accelerator when there is one)")
+    score.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
+    score.add_argument("--compile", action="store_true", help="compile the reward with torch.compile")
+    score.add_argument(
+        "-o", "--out", type=Path, help="the tensor, a Zarr folder (default: beside FOLDER, as FOLDER.zarr)"
+    )
+    score.add_argument("--steps", type=int, nargs="+", metavar="STEP", help="steps to score (default: all)")
+    score.add_argument("--batch-size", type=int, default=32, help="pictures per forward pass (default: %(default)s)")
+    score.add_argument("--shard", metavar="I/N", help="score every N-th chunk of 25 prompts, from the I-th (from 0)")
+    score.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="a damaged picture or a score that is not finite: stop, or leave NaN and list it (default: %(default)s)",
+    )
+    score.add_argument("--workers", type=int, default=4, help="reading threads (default: %(default)s)")
+    score.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    score.set_defaults(func=_score)
+
+    export = commands.add_parser(
+        "export",
+        help="write a reward tensor in the authors' YAML layouts",
+        description="Write reward values per step (published) or the clean images' rewards (ground-truth), exactly.",
+    )
+    export.add_argument("tensor", type=Path, help="Zarr folder")
+    export.add_argument("-o", "--out", type=Path, required=True, help="folder (published) or file (ground-truth)")
+    export.add_argument("--layout", choices=("published", "ground-truth"), default="published")
+    export.add_argument("--model", help="first part of the published folder names, such as flux")
+    export.add_argument("--reward", action="append", metavar="NAME", help="rewards to export (default: all)")
+    export.set_defaults(func=_export)
+
+
+def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that :func:`given_rewards` reads; `ttsnap generate --score` takes the same."""
+    parser.add_argument(
+        "--reward", action="append", default=[], metavar="[NAME=]SOURCE",
+        help="image_reward, pickscore, hpsv2, hpsv2.1, clipscore, pocket-clip, a folder, a hub id, or module:function; "
+        "several are scored in one pass (default: pocket-clip)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reward-option", action="append", default=[], metavar="[NAME.]KEY=VALUE",
+        help="an option of a reward, such as hpsv2.weights=HPS_v2_compressed.pt",
+    )  # fmt: skip
+    parser.add_argument(
+        "--noise-aware", action="append", default=[], metavar="[NAME=]FOLDER",
+        help="run folder of `ttsnap finetune`: fills noise_aware at its steps",
+    )  # fmt: skip
+
+
+def given_rewards(arguments: argparse.Namespace, **loading: Any) -> list[Any]:
+    """Return the rewards that the command line asks for, loaded with `loading`, with their noise-aware series."""
+    from ttsnap_lib.errors import ConfigError
+    from ttsnap_lib.rewards.loading import load_reward
+    from ttsnap_lib.scoring.score import load_rewards
+
+    sources: dict[str, str] = {}
+    for entry in arguments.reward or ["pocket-clip"]:
+        name, source = _split(entry)
+        name = name or (source.rpartition(":")[2] if ":" in source else Path(source).name)
+        if name in sources:
+            raise ConfigError(
+                f"--reward: got {name!r}, expected each name once. Write another name: --reward other={source}."
+            )
+        sources[name] = source
+    options: dict[str, dict[str, Any]] = {name: {} for name in sources}
+    for entry in arguments.reward_option:
+        key, value = _pair("--reward-option", entry)
+        name, dot, option = key.rpartition(".")
+        options[_of(name if dot else "", sources, "--reward-option")][option] = _value(value)
+    models = {name: load_reward(source, name=name, **loading, **options[name]) for name, source in sources.items()}
+    series = {}
+    for entry in arguments.noise_aware:
+        name, folder = _split(entry)
+        series[_of(name or "", sources, "--noise-aware")] = folder
+    return load_rewards(list(models.values()), series or None)
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    import sys
+
+    from ttsnap_lib.scoring.score import score
+    from ttsnap_lib.style import progress_bar
+    from ttsnap_lib.trajectories.read import Trajectories
+
+    Trajectories(arguments.folder)  # a wrong folder is told before a model is loaded
+    out = arguments.out or arguments.folder.absolute().with_name(arguments.folder.absolute().name + ".zarr")
+    report = score(
+        arguments.folder,
+        given_rewards(arguments, device=arguments.device, dtype=arguments.dtype, compile=arguments.compile),
+        out,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        shard=arguments.shard,
+        on_error=arguments.on_error,
+        workers=arguments.workers,
+        progress=progress_bar("pictures", quiet=arguments.quiet),
+    )
+    print(report)
+    for skipped in report.skipped[:20]:
+        print(
+            f"skipped: {skipped.reward} ({skipped.variant}), prompt {skipped.prompt}, image {skipped.image}, "
+            f"step {skipped.step}: {skipped.reason}",
+            file=sys.stderr,
+        )
+    if len(report.skipped) > 20:
+        print(f"... {len(report.skipped) - 20} more in {report.path}.skipped.json", file=sys.stderr)
+    print(f"next: ttsnap run simulate -p tensor {out} -p cost COST{' -p missing drop' if report.skipped else ''}")
+    print("(COST: a preset or a file of `ttsnap cost`; few images a prompt allow small budgets only: -p multiples)")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from ttsnap_lib.errors import ConfigError
+    from ttsnap_lib.tensors.published import export_ground_truth, export_published
+    from ttsnap_lib.tensors.tensor import open_rewards
+
+    dataset = open_rewards(arguments.tensor)
+    rewards = arguments.reward
+    if arguments.layout == "ground-truth":
+        if rewards and len(rewards) > 1:
+            raise ConfigError(f"--reward: got {rewards!r}, expected one. Export one file per reward.")
+        print(export_ground_truth(dataset, arguments.out, reward=rewards[0] if rewards else None))
+        return 0
+    model = arguments.model or str(dataset.attrs.get("model", "")).rpartition("/")[2] or "model"
+    files = export_published(dataset, arguments.out, model, rewards=rewards)
+    print(f"{arguments.out}: {len(files)} files\nnext: ttsnap import-published {arguments.out} --model {model}")
+    return 0
+
+
+def _split(entry: str) -> tuple[str | None, str]:
+    name, equals, value = entry.partition("=")
+    return (name, value) if equals else (None, entry)
+
+
+def _pair(what: str, entry: str) -> tuple[str, str]:
+    from ttsnap_lib.errors import ConfigError
+
+    key, equals, value = entry.partition("=")
+    if not equals:
+        raise ConfigError(f"{what}: got {entry!r}, expected KEY=VALUE. Write for example scale=2.5.")
+    return key, value
+
+
+def _of(name: str, sources: dict[str, str], what: str) -> str:
+    from ttsnap_lib.checks import choice
+    from ttsnap_lib.errors import ConfigError
+
+    if name:
+        return choice(what, name, sources)
+    if len(sources) > 1:
+        raise ConfigError(f"{what}: got 'no name', expected one of {list(sources)}. Say for which reward it is.")
+    return next(iter(sources))
+
+
+def _value(text: str) -> Any:
+    """Return true and false and numbers as such, everything else as text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+_SHOWN = 20
+
+
+def add_generate(commands: Any) -> None:
+    """Register the commands with argparse's subparsers."""
+    generate = commands.add_parser(
+        "generate",
+        help="generate images with their x0 estimate at every step",
+        description="Fill a trajectory folder. Run the same command again to go on where it stopped; raise --images "
+        "or add prompts at the end to widen it. Under `accelerate launch`, or with --shard, several processes share "
+        "the work and write the same bytes as one.",
+        formatter_class=Defaults,
+    )
+    generate.add_argument(
+        "--prompts", default="pocket", help=".json, .txt, .csv or .parquet file, or pocket[:split[:count]]"
+    )
+    generate.add_argument("--limit", type=int, metavar="N", help="take the first N prompts only")
+    generate.add_argument("--out", metavar="FOLDER", help="the trajectory folder; may be left out with --score")
+    generate.add_argument(
+        "--score", metavar="TENSOR.zarr",
+        help="score the images into a reward tensor; without --out while they are made, and none is kept",
+    )  # fmt: skip
+    add_reward_arguments(generate)
+    generate.add_argument("--images", type=int, default=8, metavar="N", help="images per prompt")
+    generate.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps")
+    generate.add_argument(
+        "--size", type=_size, metavar="PIXELS", help="512 or height x width, 512x768 (default: the model's)"
+    )
+    generate.add_argument("--guidance", type=float, help="guidance strength (default: the model's)")
+    generate.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    generate.add_argument("--max-sequence-length", type=int, metavar="N", help="text tokens of the T5 encoder")
+    generate.add_argument(
+        "--negtome", type=int, nargs="?", const=0, metavar="GROUP",
+        help="Negative Token Merging, for variety, in groups of GROUP images (alone: of 4)",
+    )  # fmt: skip
+    generate.add_argument("--seed", type=int, default=0, help="base seed")
+    generate.add_argument(
+        "--batch-size", type=int, metavar="N", help="images per batch (default: the folder's, else 8)"
+    )
+    generate.add_argument("--format", choices=("png", "webp"), help="lossless both (default: the folder's, else png)")
+    generate.add_argument("--shard", metavar="I/N", help="make every N-th batch, from the I-th: 0/4, 1/4, ...")
+    _run_arguments(generate, "pocket-flux")
+    generate.set_defaults(func=_generate)
+
+    verify = commands.add_parser(
+        "verify",
+        help="check a trajectory folder, and mend it",
+        description="Find missing, damaged, changed and foreign files. Exit status 1 when there are any. "
+        "--repair makes missing and damaged pictures again, and nothing else; foreign files stay.",
+        formatter_class=Defaults,
+    )
+    verify.add_argument("folder")
+    verify.add_argument("--repair", action="store_true", help="make what is missing or damaged again")
+    _run_arguments(verify, None)
+    verify.set_defaults(func=_verify)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, model: str | None, *, threads: str) -> None:
+    """Add the arguments that say which pipeline is loaded and how; `ttsnap search` and `cost` take the same."""
+    shown = "" if model else ", for --repair (default: the folder's)"
+    parser.add_argument("--model", default=model, help=f"pocket-flux, pocket-sdxl, a folder or a hub id{shown}")
+    parser.add_argument("--revision", help="commit, branch or tag of a hub id")
+    parser.add_argument("--variant", help="file variant of a hub id, such as fp16")
+    parser.add_argument("--scheduler", help="flow-euler, euler, ddim, dpm++ or unipc (default: the model's)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps")
+    parser.add_argument("--dtype", default="auto", help="fp32, bf16 or fp16 (auto: fp32 on the CPU, else bf16)")
+    parser.add_argument("--offload", default="none", help="model or sequential: weights rest in main memory")
+    parser.add_argument("--fp8", action="store_true", help="keep the denoising model's weights in 8 bits")
+    parser.add_argument("--threads", type=int, metavar="N", help=threads)
+
+
+def _run_arguments(parser: argparse.ArgumentParser, model: str | None) -> None:
+    add_model_arguments(
+        parser, model, threads="CPU threads of the model (default: the folder's, else all cores, 1 for small models)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=4, metavar="N", help="threads that read, encode and write pictures"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) not in (1, 2) or not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 512 or 512x768 (height x width)")
+    return int(parts[0]), int(parts[-1])
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from ttsnap_lib.checks import MAX_IMAGES, integer
+    from ttsnap_lib.errors import ConfigError
+    from ttsnap_lib.trajectories.prompts import read_prompts
+
+    # What costs nothing to check comes before a model of many gigabytes is loaded.
+    prompts = read_prompts(arguments.prompts, limit=arguments.limit)
+    integer("--images", arguments.images, 1, MAX_IMAGES)
+    if not arguments.out and not arguments.score:
+        raise ConfigError(
+            "neither --out nor --score: got None, expected one of them. Say where the images go, or where their "
+            "rewards go."
+        )
+    if not arguments.score and (arguments.reward or arguments.reward_option or arguments.noise_aware):
+        raise ConfigError(
+            "--reward, --reward-option or --noise-aware without --score: got "
+            f"{[*arguments.reward, *arguments.reward_option, *arguments.noise_aware]!r}, expected rewards with --score "
+            "alone. Add --score TENSOR.zarr, or run `ttsnap score` on the folder afterwards."
+        )
+
+    from ttsnap_lib.diffusion.denoise import Settings
+    from ttsnap_lib.diffusion.negtome import NegToMe
+    from ttsnap_lib.diffusion.pipelines import load_pipeline
+    from ttsnap_lib.style import progress_bar
+    from ttsnap_lib.trajectories.generate import generate
+
+    height, width = arguments.size or (None, None)
+    settings = Settings(
+        n_steps=arguments.steps,
+        guidance=arguments.guidance,
+        height=height,
+        width=width,
+        max_sequence_length=arguments.max_sequence_length,
+        negative_prompt=arguments.negative_prompt,
+    )
+    negtome = None
+    if arguments.negtome is not None:
+        negtome = NegToMe(arguments.negtome) if arguments.negtome else NegToMe()
+    loading = _loading(arguments)
+    pipeline = load_pipeline(arguments.model, **loading)
+    rewards = []
+    if arguments.score:
+        device = None if loading["device"] == "auto" else loading["device"]
+        rewards = given_rewards(arguments, device=device)
+    common = {
+        "images_per_prompt": arguments.images,
+        "settings": settings,
+        "seed": arguments.seed,
+        "batch_size": arguments.batch_size,
+        "shard": arguments.shard,
+        "negtome": negtome,
+        "cpu_threads": arguments.threads,
+        "workers": arguments.workers,
+        "source": arguments.prompts,
+        "progress": progress_bar(quiet=arguments.quiet),
+    }
+    if not arguments.out:
+        from ttsnap_lib.scoring.score import generate_scores
+
+        print(generate_scores(pipeline, prompts, arguments.score, rewards, **common))
+        return 0
+    print(generate(pipeline, prompts, arguments.out, image_format=arguments.format, **common))
+    if arguments.score:
+        from ttsnap_lib.scoring.score import score
+
+        bar = progress_bar("pictures", quiet=arguments.quiet)
+        print(score(arguments.out, rewards, arguments.score, shard=arguments.shard, progress=bar))
+    return 0
+
+
+def _loading(arguments: argparse.Namespace, **changes: Any) -> dict[str, Any]:
+    """Return the options of load_pipeline; under ``accelerate launch`` each process takes a device of its own."""
+    device, rank = arguments.device, os.environ.get("LOCAL_RANK", "")
+    if device == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        device = "cpu"
+    elif device == "auto" and rank.isdigit():
+        import torch
+
+        if torch.cuda.is_available():
+            device = f"cuda:{int(rank) % torch.cuda.device_count()}"
+    names = ("revision", "variant", "scheduler", "dtype", "offload", "fp8")
+    return {**{name: getattr(arguments, name) for name in names}, "device": device, **changes}
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from ttsnap_lib.style import progress_bar
+    from ttsnap_lib.trajectories.read import verify
+
+    bar = progress_bar("prompts", quiet=arguments.quiet)
+    report = verify(arguments.folder, workers=arguments.workers, progress=bar)
+    _show(report)
+    if not arguments.repair or not (report.repairs() or report.count("leftover")):
+        return 0 if report.ok else 1
+
+    from ttsnap_lib.trajectories.generate import pipeline_of, repair
+
+    pipeline = pipeline_of(arguments.folder, arguments.model, **_loading(arguments))
+    after = repair(
+        pipeline,
+        arguments.folder,
+        report=report,
+        workers=arguments.workers,
+        progress=progress_bar(quiet=arguments.quiet),
+    )
+    print("after the repair:")
+    _show(after)
+    return 0 if after.ok else 1
+
+
+def _show(report: Any) -> None:
+    for finding in report.findings[:_SHOWN]:
+        print(f"{finding.kind:9}{finding.path}{f'  ({finding.detail})' if finding.detail else ''}")
+    if len(report.findings) > _SHOWN:
+        print(f"... and {len(report.findings) - _SHOWN} more")
+    print(report)
+
+
+def add_published(commands: Any) -> None:
+    """Register the command with argparse's subparsers."""
+    parser = commands.add_parser(
+        "import-published",
+        help="import published YAML reward values into a reward tensor",
+        description="Import published reward values (folders such as flux_imr_val_base) to the last bit.",
+    )
+    parser.add_argument("values", type=Path, help="folder that holds the published folders")
+    parser.add_argument("--model", required=True, help="flux, sdxl, ...")
+    parser.add_argument("--rewards", nargs="+", help="image_reward, pickscore, hpsv2 (default: all that are there)")
+    parser.add_argument("--prompts", type=Path, help="JSON list of the prompt texts")
+    parser.add_argument("--distinct", action="store_true", help="drop repeated trajectories")
+    parser.add_argument(
+        "-o", "--out", type=Path, help="Zarr folder to write (default: data_cache/published/<model>.zarr)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing tensor")
+    parser.set_defaults(func=_import)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from ttsnap_lib.errors import TensorError
+    from ttsnap_lib.files import data_cache
+    from ttsnap_lib.style import progress_bar
+    from ttsnap_lib.tensors.published import import_published
+    from ttsnap_lib.tensors.tensor import save_rewards
+
+    out = arguments.out or data_cache() / "published" / f"{arguments.model}.zarr"
+    if out.exists() and not arguments.overwrite:  # before the import, which takes a while
+        raise TensorError(f"output: got {out}, expected a new path. Pass --overwrite or another --out.")
+    dataset = import_published(
+        arguments.values,
+        arguments.model,
+        arguments.rewards,
+        arguments.distinct,
+        prompts=arguments.prompts,
+        progress=progress_bar("files"),
+    )
+    save_rewards(dataset, out, overwrite=arguments.overwrite)
+    sizes = " x ".join(f"{size} {dim}s" for dim, size in dataset["base"].sizes.items())
+    print(
+        f"{out}: {sizes}\nnext: ttsnap run simulate -p tensor {out} -p cost flux-512+image_reward  (name your model and reward)"
+    )
+    return 0
+
+
+def add(subparsers) -> None:
+    """Add the commands of this group."""
+    add_generate(subparsers)
+    add_score(subparsers)
+    add_published(subparsers)

@@ -1,0 +1,230 @@
+"""``ttsnap demo``: the main job on what comes with the package, headless."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def add_run(commands: Any) -> None:
+    """Register the commands with argparse's subparsers."""
+    run = commands.add_parser(
+        "run",
+        help="run a notebook headless, with strict parameters, in a run folder",
+        description="Run a notebook headless. A finished run with the same parameters is not run again.",
+    )
+    run.add_argument("notebook", help="path of a notebook, or the name of a shipped one (simulate)")
+    _parameter_arguments(run)
+    run.add_argument("-o", "--folder", help="holds the run folders (default: data_cache/runs)")
+    run.add_argument("--force", action="store_true", help="run again even when a finished run exists")
+    run.add_argument("--timeout", type=float, metavar="SECONDS", help="longest time for one cell")
+    run.add_argument("--list", action="store_true", help="show the notebook's parameters and stop")
+    run.add_argument("-q", "--quiet", action="store_true", help="print the run folder only")
+    run.set_defaults(func=_run)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="run a notebook over a grid of parameters, in parallel, resumable",
+        description="Run a notebook over the grid in a YAML file. What has finished is not run again.",
+        epilog="Exit status: 0 all runs are good, 1 some failed, 130 interrupted.",
+    )
+    sweep.add_argument("grid", type=Path, metavar="GRID.yaml", help="notebook, parameters, grid, cases, exclude")
+    sweep.add_argument("-j", "--workers", type=int, help="local worker processes (default: one for each core)")
+    sweep.add_argument("--scheduler", metavar="ADDRESS", help="run on this Dask cluster (tcp://host:8786) instead")
+    sweep.add_argument("-o", "--folder", help="for the table and the figure (default: data_cache/sweeps/NAME)")
+    sweep.add_argument("--runs", metavar="FOLDER", help="holds the run folders (default: data_cache/runs)")
+    sweep.add_argument("--retries", type=int, default=2, help="tries again after a lost worker (default: 2)")
+    sweep.add_argument("--timeout", type=float, metavar="SECONDS", help="longest time for one cell")
+    sweep.add_argument("--dry-run", action="store_true", help="show the runs and stop")
+    sweep.add_argument("-q", "--quiet", action="store_true", help="print the sweep's folder and its failures only")
+    sweep.set_defaults(func=_sweep)
+
+    report = commands.add_parser(
+        "report",
+        help="render a run or a sweep as one HTML file",
+        description="Render a run folder or a sweep folder as one HTML file that needs nothing else.",
+    )
+    report.add_argument("folder", type=Path, help="what `ttsnap run` or `ttsnap sweep` printed")
+    report.add_argument("-o", "--output", type=Path, metavar="REPORT.html", help="default: report.html in the folder")
+    report.set_defaults(func=_report)
+
+
+def _parameter_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="set one parameter (may stand several times)",
+    )  # fmt: skip
+    parser.add_argument("-f", dest="file", type=Path, metavar="PARAMS.yaml", help="set the parameters named in a file")
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the parameters of the file, overlaid with those of the command line."""
+    from ttsnap_lib.errors import ConfigError
+    from ttsnap_lib.files import read_yaml
+    from ttsnap_lib.runs.parameters import declared_parameters, from_text, read_notebook
+    from ttsnap_lib.runs.run import find_notebook
+
+    declared = declared_parameters(read_notebook(find_notebook(arguments.notebook)))
+    remedy = "Write lines of `name: value`, indented with spaces."
+    given = read_yaml(arguments.file, "parameters", remedy=remedy) if arguments.file else {}
+    if not isinstance(given, dict | None):
+        raise ConfigError(
+            f"{arguments.file!s}: got {given!r}, expected a mapping of parameters. Write lines of `name: value`."
+        )
+    return {**(given or {}), **{name: from_text(text, declared.get(name)) for name, text in arguments.parameters}}
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ttsnap_lib.runs import run as execution
+    from ttsnap_lib.runs import run as runner
+
+    execution.lean_imports()
+    if arguments.list:
+        return _list(arguments.notebook)
+    given = _given(arguments)
+    planned = runner.plan(arguments.notebook, given, folder=arguments.folder)
+    quiet = arguments.quiet
+    result = runner.run(
+        planned.notebook,
+        given,
+        folder=arguments.folder,
+        force=arguments.force,
+        progress=None if quiet else lambda line: print(f"{planned.notebook.stem}: {line}", file=sys.stderr, flush=True),
+        echo=not quiet,
+        timeout_s=arguments.timeout,
+    )
+    print(result.folder)
+    return 0
+
+
+def _list(notebook: str) -> int:
+    from ttsnap_lib.runs.parameters import declared_parameters, read_notebook
+    from ttsnap_lib.runs.run import find_notebook
+
+    path = find_notebook(notebook)
+    for parameter in declared_parameters(read_notebook(path), path.name).values():
+        kind = f": {parameter.annotation}" if parameter.annotation else ""
+        comment = f"  # {parameter.help}" if parameter.help else ""
+        print(f"{parameter.name}{kind} = {parameter.default!r}{comment}")
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from ttsnap_lib.runs.sweep import load_grid
+
+    grid = load_grid(arguments.grid)
+    if arguments.dry_run:
+        return _dry_run(grid, arguments.runs)
+    from ttsnap_lib.runs.sweep import run_sweep
+
+    result = run_sweep(
+        grid,
+        folder=arguments.folder,
+        runs_folder=arguments.runs,
+        workers=arguments.workers,
+        scheduler=arguments.scheduler,
+        retries=arguments.retries,
+        timeout_s=arguments.timeout,
+        stream=None if arguments.quiet else sys.stderr,
+    )
+    for failure in result.failed:
+        where = f" at {failure['cell']}" if failure["cell"] else ""
+        print(f"failed: {failure['label']}{where}: {failure['last_line']}", file=sys.stderr)
+        print(f"        {failure['folder']}/executed.ipynb", file=sys.stderr)
+    print(result.folder)
+    return 1 if result.failed else 0
+
+
+def _dry_run(grid: Any, runs: str | None) -> int:
+    from ttsnap_lib.runs.run import finished, plan
+    from ttsnap_lib.runs.sweep import short_parameters
+
+    for parameters, case in zip(grid.runs, grid.cases, strict=True):
+        planned = plan(grid.notebook, parameters, folder=runs)
+        state = "finished" if finished(planned) else "to run"
+        print(f"{planned.run_hash}  {state:<8}  {short_parameters(parameters, grid.axes, case)}")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from ttsnap_lib.runs import run as execution
+
+    execution.lean_imports()
+    from ttsnap_lib.runs.report import render
+
+    print(render(arguments.folder, arguments.output))
+    return 0
+
+
+def add_demo(commands: Any) -> None:
+    """Register the command with argparse's subparsers."""
+    parser = commands.add_parser("demo", help="run the main job on the embedded default (`make demo`)")
+    parser.add_argument("--values", type=Path, help="folder of published reward values to simulate on instead")
+    parser.set_defaults(func=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from ttsnap_lib.files import data_cache
+    from ttsnap_lib.runs import run as runner
+    from ttsnap_lib.style import progress_bar
+    from ttsnap_lib.tensors.published import find_published, import_published
+    from ttsnap_lib.tensors.tensor import save_rewards
+
+    start = time.monotonic()
+    parameters: dict[str, Any] = {}
+    made = []
+    if arguments.values:
+        model, rewards = next(iter(find_published(arguments.values).items()), ("flux", None))
+        tensor = data_cache() / "published" / f"{model}.zarr"
+        if not tensor.exists():
+            dataset = import_published(arguments.values, model, rewards, progress=progress_bar("files"))
+            save_rewards(dataset, tensor)
+        # Published rewards are of the real models, so they are priced as those, and one reward selects.
+        reward = (rewards or ["image_reward"])[0]
+        parameters = {"tensor": str(tensor), "rewards": [reward], "cost": f"{model}-512+{reward}"}
+    else:
+        made.append(runner.run("generate", _GENERATE, progress=_say("generate")))
+        made.append(runner.run("finetune", _FINETUNE, progress=_say("finetune")))
+    made.append(runner.run("simulate", parameters, progress=_say("simulate")))
+    print(f"\nDone in {time.monotonic() - start:.0f} s. What it made:")
+    for result in made:
+        print(f"  {result.folder}")
+        for path in [*result.tables.values(), *result.figures.values(), result.folder / "executed.ipynb"]:
+            print(f"    {path.name}")
+    if not arguments.values:
+        print("\nKendall tau of a small finetuning on held-out prompts, base and noise-aware:")
+        shown = made[1].table("comparison")[["step", "base_tau", "noise_aware_tau", "gain", "gain_low", "gain_high"]]
+        print(shown.round(3).to_string(index=False))
+    print("\nRelative gain over Best-of-N in percent, with its 95% interval over prompts:")
+    print(made[-1].table("relative_gains").round(1).to_string(index=False))
+    print(_NEXT)
+    return 0
+
+
+def _say(name: str) -> Callable[[str], None]:
+    return lambda line: print(f"{name}: {line}", file=sys.stderr, flush=True)
+
+
+_GENERATE = {"prompts": "pocket:evaluation:3", "images": 4, "compare_diversity": False}
+
+
+_FINETUNE = {"trajectories": "pocket-sdxl:train:96x8+mirror", "steps": [2, 0]}
+
+
+_NEXT = """
+Next:
+  make lab                                  open the notebooks: explore.ipynb moves a schedule by hand
+  .venv/bin/ttsnap run simulate --list      the parameters of a notebook
+  .venv/bin/ttsnap search "a large red ring left of a small blue square on a white background" \\
+      --candidates 8 --out data_cache/search   one prompt, for real
+"""
+
+
+def add(subparsers) -> None:
+    """Add the commands of this group."""
+    add_demo(subparsers)
+    add_run(subparsers)

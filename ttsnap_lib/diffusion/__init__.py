@@ -1,0 +1,1 @@
+"""Drive a stock diffusers pipeline, part by part."""

@@ -1,0 +1,498 @@
+"""Run a stock diffusers pipeline from one step to another, with the x0 estimate at each step.
+
+The pipeline's own ``__call__`` does the work: it is handed a scheduler that shows it a part of the schedule
+(:mod:`ttsnap_lib._segments`), the prompts as embeddings that were computed once, and the latents of the candidates
+that are still in the running. Between two parts candidates may be dropped.
+
+>>> denoiser = Denoiser(load_pipeline("pocket-flux"), Settings(n_steps=20))
+>>> text = denoiser.encode(["a small red ring on a green background"]).repeat(8)
+>>> candidates = denoiser.noise([image_generator(0, 0, image) for image in range(8)])
+>>> candidates = denoiser.run(candidates, text, last_step=6)
+>>> best = [2, 5]
+>>> candidates = denoiser.run(candidates.take(best), text.take(best), last_step=19)
+>>> images = denoiser.final(candidates)
+
+Nothing here depends on the device, the precision or offload. Tested is the CPU in fp32, bf16 and fp16; ``cuda``,
+``mps`` and offload are untested so far, and have tests marked ``device``. One denoiser at a time drives a pipeline;
+decoding may overlap with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+
+from ttsnap_lib.checks import MAX_PIXELS, MAX_STEPS, integer, known_keys, memory_errors, real
+from ttsnap_lib.diffusion.families import adapter_of
+from ttsnap_lib.diffusion.schedulers import History, history_of, make_segment, noise_levels, prepare
+from ttsnap_lib.errors import ConfigError, PipelineError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How images are denoised. None stands for the default of the pipeline (a pocket pipeline brings its own).
+
+    Parameters
+    ----------
+    n_steps : int
+        Denoising steps of a whole trajectory.
+    guidance : float, optional
+        Guidance strength: the model's own input for guidance-distilled FLUX, classifier-free guidance elsewhere
+        (also for FLUX without that input); 1 is none.
+    height, width : int, optional
+        Size of the images in pixels.
+    max_sequence_length : int, optional
+        Text tokens of the T5 encoder (FLUX, Stable Diffusion 3).
+    negative_prompt : str, optional
+        What to steer away from; needs classifier-free guidance.
+    true_guidance : float, optional
+        Classifier-free guidance on top of FLUX's embedded guidance (``true_cfg_scale``).
+
+    Raises
+    ------
+    ConfigError
+        A value that can be right for no pipeline; :class:`Denoiser` checks the rest.
+    """
+
+    n_steps: int = 20
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    max_sequence_length: int | None = None
+    negative_prompt: str | None = None
+    true_guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "n_steps", integer("n_steps", self.n_steps, 1, MAX_STEPS))
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                put(self, name, integer(name, getattr(self, name), 1, MAX_PIXELS))
+        if self.height is not None and self.width is not None:
+            integer("height x width", self.height * self.width, 1, MAX_PIXELS)
+        if self.max_sequence_length is not None:
+            put(self, "max_sequence_length", integer("max_sequence_length", self.max_sequence_length, 1, 512))
+        for name in ("guidance", "true_guidance"):
+            if getattr(self, name) is not None:
+                put(self, name, real(name, getattr(self, name), 0))
+        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
+            raise ConfigError(
+                f"negative_prompt: got {self.negative_prompt!r}, expected text or None. Give one text for all."
+            )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels, of settings that :func:`resolve` has filled in."""
+        if self.height is None or self.width is None:
+            raise ConfigError(f"size: got {(self.height, self.width)!r}, expected two numbers. Resolve them first.")
+        return self.height, self.width
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a plain dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Settings:
+        """Build from :meth:`to_dict`'s form; unknown keys are an error."""
+        known_keys("settings", content, [field.name for field in fields(cls)])
+        return cls(**content)
+
+
+def as_settings(value: Any) -> Settings:
+    """Return `value` when it is a Settings; None is the default ones.
+
+    Raises
+    ------
+    ConfigError
+        Anything else.
+    """
+    if value is not None and not isinstance(value, Settings):
+        raise ConfigError(
+            f"settings: got {value!r}, expected a Settings or None. Pass Settings(...) or Settings.from_dict(...)."
+        )
+    return value or Settings()
+
+
+def resolve(settings: Settings, pipeline: Any) -> Settings:
+    """Return `settings` with every default filled in, checked against what `pipeline` can take.
+
+    Raises
+    ------
+    ConfigError
+        A size, text length or guidance that this pipeline cannot take.
+    """
+    adapter = adapter_of(pipeline)
+    brought = getattr(pipeline, "ttsnap_defaults", None) or {}
+    height, width = adapter.default_size(pipeline)
+    standard = {
+        "guidance": adapter.default_guidance(pipeline),
+        "height": height,
+        "width": width,
+        "max_sequence_length": adapter.default_sequence_length(pipeline),
+    }
+    found: dict[str, Any] = {
+        name: brought.get(name, value) for name, value in standard.items() if getattr(settings, name) is None
+    }
+    resolved = replace(settings, **found)
+    multiple = adapter.size_multiple(pipeline)
+    for name in ("height", "width"):
+        value = getattr(resolved, name)
+        if value % multiple:
+            near = max(multiple, round(value / multiple) * multiple)
+            raise ConfigError(
+                f"{name} of {type(pipeline).__name__}: got {value!r}, expected a multiple of {multiple}. The nearest "
+                f"is {near}."
+            )
+    if adapter.sequence_length is None and settings.max_sequence_length is not None:
+        raise ConfigError(
+            f"max_sequence_length: got {settings.max_sequence_length!r}, expected None: {type(pipeline).__name__} has "
+            "no T5 encoder. Leave it out."
+        )
+    if settings.true_guidance is not None and not adapter.embedded_guidance(pipeline):
+        raise ConfigError(
+            f"true_guidance: got {settings.true_guidance!r}, expected None: this model's guidance is classifier-free "
+            "already. Set guidance instead."
+        )
+    if settings.negative_prompt is not None and not adapter.uses_cfg(pipeline, resolved):
+        raise ConfigError(
+            f"negative_prompt has no effect without classifier-free guidance: got {settings.negative_prompt!r}, "
+            "expected None, or guidance above 1. Set "
+            f"{'true_guidance' if adapter.embedded_guidance(pipeline) else 'guidance'} above 1, or leave it out."
+        )
+    return resolved
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: the embeddings a pipeline call takes, by name, each with one row per image."""
+
+    embeds: Mapping[str, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.embeds.values())))
+
+    def take(self, indices: Sequence[int]) -> Conditioning:
+        """Return the rows `indices`."""
+        return Conditioning({name: _rows(value, indices) for name, value in self.embeds.items()})
+
+    def repeat(self, n: int) -> Conditioning:
+        """Return each row `n` times in a row: all candidates of the first prompt, then those of the second."""
+        return Conditioning({name: value.repeat_interleave(n, dim=0) for name, value in self.embeds.items()})
+
+    @classmethod
+    def cat(cls, parts: Sequence[Conditioning]) -> Conditioning:
+        """Return the rows of all `parts`, in order."""
+        return cls({name: torch.cat([part.embeds[name] for part in parts]) for name in parts[0].embeds})
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Images on their way: their latents after `step`, and what a multistep solver remembers.
+
+    Attributes
+    ----------
+    latents : torch.Tensor
+        (n, ...), in the layout that the pipeline's loop works in.
+    step : int
+        The last step that has run; -1 is pure noise.
+    history : dict, optional
+        Earlier model outputs, for multistep schedulers.
+    """
+
+    latents: torch.Tensor
+    step: int = -1
+    history: History | None = None
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def take(self, indices: Sequence[int]) -> Candidates:
+        """Return the candidates `indices`: the survivors of a pruning step."""
+        history = None if self.history is None else {k: _rows(v, indices) for k, v in self.history.items()}
+        return replace(self, latents=_rows(self.latents, indices), history=history)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Candidates]) -> Candidates:
+        """Return the candidates of all `parts`, in order; they must stand at one step."""
+        steps = sorted({part.step for part in parts})
+        if len(steps) != 1:
+            raise ConfigError(
+                f"candidates of several steps cannot be joined: got {steps!r}, expected parts that have run to one "
+                "step. Run them to the same step first."
+            )
+        kept = [part.history or {} for part in parts]
+        history = None if parts[0].history is None else {name: _joined([one[name] for one in kept]) for name in kept[0]}
+        return cls(torch.cat([part.latents for part in parts]), steps[0], history)
+
+
+def image_seed(base_seed: int, prompt_index: int, image_index: int) -> int:
+    """Return the seed of one image; it depends on these three numbers alone.
+
+    The low 63 bits of ``numpy.random.SeedSequence([base, prompt, image]).generate_state(1, uint64)``.
+    """
+    numbers = [
+        integer(name, value, 0)
+        for name, value in (("base_seed", base_seed), ("prompt_index", prompt_index), ("image_index", image_index))
+    ]
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) & (2**63 - 1)
+
+
+def image_generator(base_seed: int, prompt_index: int, image_index: int) -> torch.Generator:
+    """Return the CPU generator of one image, seeded with :func:`image_seed`."""
+    return torch.Generator().manual_seed(image_seed(base_seed, prompt_index, image_index))
+
+
+def _rows(value: Any, indices: Sequence[int]) -> Any:
+    if isinstance(value, list):
+        return [_rows(one, indices) for one in value]
+    if not isinstance(value, torch.Tensor) or value.ndim == 0:  # a timestep, a count, an empty place
+        return value
+    return value[torch.as_tensor(indices, dtype=torch.long, device=value.device)]
+
+
+def _joined(values: list[Any]) -> Any:
+    if isinstance(values[0], list):
+        return [_joined(list(parts)) for parts in zip(*values, strict=True)]
+    return torch.cat(values) if isinstance(values[0], torch.Tensor) and values[0].ndim else values[0]
+
+
+_SMALLER = "Use a smaller batch, a smaller size, or load_pipeline(..., offload='model')."
+
+
+class Denoiser:
+    """Drives one stock pipeline, part by part.
+
+    Parameters
+    ----------
+    pipeline : diffusers.DiffusionPipeline
+        A text-to-image pipeline of :data:`ttsnap_lib._adapters.ADAPTERS`. Nothing on it stays changed.
+    settings : Settings, optional
+        Kept, with every default filled in, in ``.settings``.
+
+    Attributes
+    ----------
+    settings : Settings
+        What is run, without a None except where there is nothing to set.
+    timesteps : torch.Tensor
+        (n_steps,) on the CPU: what the model is told at each step.
+    sigmas : tuple of float
+        (n_steps + 1,): the noise level before each step, and after the last.
+
+    Raises
+    ------
+    PipelineError, ConfigError
+        A pipeline, a scheduler or a setting that cannot work; raised here, before any model runs.
+    """
+
+    def __init__(self, pipeline: Any, settings: Settings | None = None) -> None:
+        self.pipeline = pipeline
+        self._adapter = adapter_of(pipeline)
+        self._scheduler = prepare(pipeline.scheduler)
+        self.settings = resolve(as_settings(settings), pipeline)
+        # A dry run: the pipeline checks its inputs and asks for its schedule, and is given no timestep to run.
+        dry = make_segment(self._scheduler, 0, -1)
+        blank = self._adapter.blank_embeds(pipeline, self.settings)
+        blank = {name: value.to(self.device, self.dtype) for name, value in blank.items()}
+        try:
+            with self._installed(dry):
+                self._call(blank, self._pack(torch.zeros(1, *self.latent_shape)))
+        except ValueError as error:
+            raise PipelineError(
+                f"{type(pipeline).__name__} refuses these settings: {error}: got {self.settings.to_dict()!r}, expected "
+                "settings that this pipeline takes. Change the setting it names, or leave it to the pipeline's default."
+            ) from error
+        self.timesteps: torch.Tensor = dry._whole.cpu()
+        self.sigmas: tuple[float, ...] = noise_levels(dry)
+        if len(self.timesteps) != self.settings.n_steps:
+            raise PipelineError(
+                f"the scheduler makes {len(self.timesteps)} timesteps of {self.settings.n_steps} steps: got "
+                f"{type(pipeline.scheduler).__name__!r}, expected one timestep per step. Change n_steps or the "
+                "scheduler's timestep_spacing."
+            )
+
+    # -- facts --------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes (with offload: the accelerator, not where the weights rest)."""
+        return self.pipeline._execution_device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the denoising model and of the latents."""
+        return self._adapter.component(self.pipeline).dtype
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image's latents as the decoder takes them."""
+        return self._adapter.latent_shape(self.pipeline, *self.settings.size)
+
+    @property
+    def ends_clean(self) -> bool:
+        """Whether the x0 estimate of the last step is the image: the schedule ends at sigma 0."""
+        return self.sigmas[-1] == 0
+
+    # -- work ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode `prompts` once, one row each, together with the negative prompt where guidance needs it."""
+        if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ConfigError(
+                f"prompts: got {prompts!r}, expected a list of at least one text. Give the prompts as a list."
+            )
+        with memory_errors(len(prompts), remedy=_SMALLER):
+            return Conditioning(MappingProxyType(self._adapter.encode(self.pipeline, list(prompts), self.settings)))
+
+    def noise(self, generators: Sequence[torch.Generator]) -> Candidates:
+        """Draw pure noise, one image per generator, in fp32 on the CPU, and cast it to the pipeline's precision."""
+        generators = list(generators)
+        if not generators or any(
+            not isinstance(one, torch.Generator) or one.device.type != "cpu" for one in generators
+        ):
+            raise ConfigError(
+                f"generators: got {generators!r}, expected a list of torch.Generator on the CPU, one per image. Make "
+                "them with image_generator(base_seed, prompt_index, image_index)."
+            )
+        shape = self.latent_shape
+        drawn = torch.stack([torch.randn(shape, generator=one, dtype=torch.float32) for one in generators])
+        return Candidates(self._pack(drawn))
+
+    def run(
+        self,
+        candidates: Candidates,
+        conditioning: Conditioning,
+        last_step: int,
+        record: Collection[int] = (),
+        on_x0: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> Candidates:
+        """Run the steps after ``candidates.step`` up to and with `last_step`.
+
+        Parameters
+        ----------
+        candidates : Candidates
+            n images, at any step before `last_step`.
+        conditioning : Conditioning
+            n rows, those of the candidates.
+        last_step : int
+            0-based index of the last step to run.
+        record : collection of int
+            Steps at which `on_x0` is called.
+        on_x0 : callable, optional
+            ``on_x0(step, x0)`` with the x0 estimates (n, ...) in the layout and precision of the latents, for
+            :meth:`decode`. Called between two steps; what it raises ends the run and leaves the pipeline usable.
+
+        Returns
+        -------
+        Candidates
+            The same images at `last_step`.
+
+        Raises
+        ------
+        ConfigError
+            Steps out of order, or numbers of rows that differ.
+        DeviceError
+            Out of memory.
+        """
+        first = candidates.step + 1
+        last_step = integer("last_step", last_step, first, self.settings.n_steps - 1)
+        if len(candidates) != len(conditioning):
+            raise ConfigError(
+                f"conditioning of {len(conditioning)} rows for {len(candidates)} candidates: got "
+                f"{len(conditioning)!r}, expected one row per candidate. Use Conditioning.repeat(n) for several seeds "
+                "of a prompt, and take() the same survivors of both."
+            )
+        outside = [step for step in record if not first <= step <= last_step]
+        if outside or (record and on_x0 is None):
+            raise ConfigError(
+                f"record: got {sorted(record)!r}, expected steps in [{first}, {last_step}], with an on_x0 to take "
+                "them. Record steps that this part runs, and pass on_x0."
+            )
+        segment = make_segment(self._scheduler, first, last_step, record, on_x0, candidates.history)
+        with self._installed(segment), memory_errors(len(candidates), remedy=_SMALLER):
+            latents = self._call(conditioning.embeds, candidates.latents)
+        return Candidates(latents, last_step, history_of(segment))
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, decoder: Any = None) -> torch.Tensor:
+        """Return the pixels of `latents` or x0 estimates: (n, 3, height, width), float32 in [0, 1].
+
+        Parameters
+        ----------
+        latents : torch.Tensor
+            (n, ...) in the layout of :class:`Candidates`.
+        decoder : AutoencoderTiny or AutoencoderKL, optional
+            Decodes instead of the pipeline's VAE, for quick looks.
+        """
+        return self.pipeline.image_processor.postprocess(self._pixels(latents, decoder), output_type="pt").float()
+
+    @torch.no_grad()
+    def final(self, candidates: Candidates) -> torch.Tensor:
+        """Return the finished images as the stock pipeline puts them out: (n, 3, height, width), float32 in [0, 1].
+
+        The safety checker and the watermark run where the pipeline has them, as in its own call.
+        """
+        if candidates.step != self.settings.n_steps - 1:
+            raise ConfigError(
+                f"candidates.step: got {candidates.step!r}, expected the last step, {self.settings.n_steps - 1}. Run "
+                "them to the end first; decode() shows images on their way."
+            )
+        pixels = self._pixels(candidates.latents, None)
+        options = {}
+        if getattr(self.pipeline, "watermark", None) is not None:
+            pixels = self.pipeline.watermark.apply_watermark(pixels)
+        if getattr(self.pipeline, "safety_checker", None) is not None:
+            pixels, flagged = self.pipeline.run_safety_checker(pixels, self.device, self.dtype)
+            options["do_denormalize"] = [not bad for bad in flagged]
+        images = self.pipeline.image_processor.postprocess(pixels, output_type="pt", **options).float()
+        self.pipeline.maybe_free_model_hooks()
+        return images
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _pixels(self, latents: torch.Tensor, decoder: Any) -> torch.Tensor:
+        vae = decoder if decoder is not None else self.pipeline.vae
+        if not hasattr(vae, "decode") or not hasattr(vae, "config"):
+            raise ConfigError(
+                f"decoder: got {type(vae).__name__!r}, expected a diffusers autoencoder. Pass an AutoencoderTiny."
+            )
+        latents = self._adapter.unpack(self.pipeline, latents, *self.settings.size)
+        # fp16 overflows in the SDXL VAE; stock pipelines decode in fp32 then.
+        upcast = decoder is None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+        if upcast:
+            vae.to(dtype=torch.float32)
+        try:
+            latents = self._adapter.descale(latents.to(self.device, vae.dtype), vae.config)
+            with memory_errors(len(latents), remedy=_SMALLER):
+                return vae.decode(latents, return_dict=False)[0]
+        finally:
+            if upcast:
+                vae.to(dtype=torch.float16)
+
+    def _pack(self, latents: torch.Tensor) -> torch.Tensor:
+        return self._adapter.pack(self.pipeline, latents).to(self.device, self.dtype)
+
+    def _call(self, embeds: Mapping[str, torch.Tensor], latents: torch.Tensor) -> torch.Tensor:
+        options = self._adapter.call_options(self.pipeline, self.settings)
+        return self.pipeline(**embeds, latents=latents, output_type="latent", return_dict=False, **options)[0]
+
+    @contextlib.contextmanager
+    def _installed(self, scheduler: Any) -> Iterator[None]:
+        """Put `scheduler` in the pipeline's place, and everything a call changes back afterwards."""
+        # Past DiffusionPipeline.__setattr__, which would write the class into the pipeline's saved configuration.
+        own = vars(self.pipeline)
+        before = {name: value for name, value in own.items() if name == "scheduler" or name.startswith("_")}
+        own["scheduler"] = scheduler
+        own["_progress_bar_config"] = {"disable": True}
+        try:
+            yield
+        finally:
+            for name in [name for name in own if name.startswith("_") and name not in before]:
+                del own[name]
+            own.update(before)

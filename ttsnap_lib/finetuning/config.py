@@ -1,0 +1,348 @@
+"""The learning rate of every update, a pure function: a resumed run has it too."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ttsnap_lib.checks import choice, integer, known_keys, real, text
+from ttsnap_lib.errors import ConfigError
+from ttsnap_lib.files import as_path, read_yaml
+
+_LOSSES = ("mse", "centered_mse", "preference", "listwise")
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """How a reward is finetuned.
+
+    Parameters
+    ----------
+    reward : str
+        What :func:`ttsnap_lib.rewards.load_reward` takes.
+    trajectories, validation : str, optional
+        Where the pictures come from when the call does not say, see :func:`ttsnap_lib.curriculum.open_images`.
+    validation_prompts : int
+        Training prompts held out for validation (the last ones) when there is no `validation`; 0 goes without.
+    steps : tuple of int
+        Denoising steps in descending order; each starts from the weights of the one before.
+    curriculum : bool
+        False trains one model on all the steps mixed, and writes it for each of them: the ablation.
+    epochs_per_step : int
+        Passes over the training pictures at each step.
+    max_updates_per_step : int, optional
+        Stops a step early, for trials.
+    method : {"lora", "full"}
+        Adapters, or the weights themselves.
+    lora_rank, lora_alpha, lora_dropout
+        Of the adapters.
+    lora_targets : str, optional
+        Regular expression of the adapted layers' names; the family's own when not given.
+    trainable : str, optional
+        Regular expression of the parameters that full finetuning trains; all of them when not given.
+    mse, centered_mse, preference, listwise : float
+        Weights of the losses: squared error to the target; the same after both lost their mean over the images of
+        the prompt in the batch; Bradley-Terry on pairs of one prompt; cross-entropy of the softmax over the images
+        of one prompt. The last three need `group_size` of 2 and more.
+    preference_tau : float
+        Temperature of the last two, in units of the reward (of its deviation with `standardize`).
+    standardize : bool
+        Measure targets and predictions in deviations of the batch's targets from their mean.
+    batch_size : int
+        Pictures per update, over all processes and accumulated parts.
+    group_size : int
+        Pictures of one prompt that come together; 1 shuffles freely.
+    accumulation : int
+        Parts that a batch is processed in, each on its own.
+    learning_rate, weight_decay, beta1, beta2
+        Of AdamW.
+    warmup_updates : int
+        Updates over which the rate rises.
+    decay : {"linear", "cosine", "exponential", "constant"}
+        How the rate falls after that.
+    decay_floor : float
+        Where it ends, as a fraction of the starting rate (exponential: 1e-4 at least).
+    restart : bool
+        Whether rate and optimizer start anew at each step; else one run of the rate over the whole curriculum.
+    step_rate_decay : float
+        Factor on the starting rate from one step to the next.
+    max_grad_norm : float
+        Gradients are clipped to this norm; 0 leaves them.
+    mixed_precision : {"no", "bf16", "fp16"}
+        Of activations.
+    gradient_checkpointing : bool
+        Computes the blocks' activations twice instead of keeping them.
+    seed : int
+        Of the adapters' start, the order of the data and dropout.
+    validate_every : int
+        Updates between validations within a step; 0 validates before and after it.
+    patience : int
+        Validations without a better tau after which a step ends; 0 never. Needs `validate_every`.
+    keep : {"best", "last"}
+        Which weights a step ends with: those of the best validation tau (those it started with among them), or the
+        last.
+    save_every : int
+        Updates between saved states, from which a killed run goes on.
+    save_dtype : {"float32", "float16", "bfloat16"}
+        Type of the weights in the checkpoints of the steps.
+    check_targets : bool
+        Refuse a ground-truth file that does not agree with the base reward on a few images.
+    tracker : str, optional
+        ``"tensorboard"`` or ``"wandb"``, through accelerate.
+
+    Raises
+    ------
+    ConfigError
+        A value that cannot be right, with its bound.
+    """
+
+    reward: str = "pocket-clip"
+    trajectories: str | None = None
+    validation: str | None = None
+    validation_prompts: int = 32
+    steps: tuple[int, ...] = tuple(range(14, -1, -1))
+    curriculum: bool = True
+    epochs_per_step: int = 1
+    max_updates_per_step: int | None = None
+    method: str = "lora"
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    lora_targets: str | None = None
+    trainable: str | None = None
+    mse: float = 1.0
+    centered_mse: float = 0.0
+    preference: float = 0.0
+    listwise: float = 0.0
+    preference_tau: float = 0.5
+    standardize: bool = False
+    batch_size: int = 100
+    group_size: int = 1
+    accumulation: int = 1
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    warmup_updates: int = 0
+    decay: str = "linear"
+    decay_floor: float = 0.5
+    restart: bool = True
+    step_rate_decay: float = 1.0
+    max_grad_norm: float = 5.0
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    validate_every: int = 0
+    patience: int = 0
+    keep: str = "best"
+    save_every: int = 200
+    save_dtype: str = "float32"
+    check_targets: bool = True
+    tracker: str | None = None
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        text("reward", self.reward)
+        for name in ("trajectories", "validation", "lora_targets", "trainable"):
+            if getattr(self, name) is not None:
+                text(name, getattr(self, name))
+        for name in ("lora_targets", "trainable"):
+            _check_pattern(name, getattr(self, name))
+        for name, low in _INTEGERS.items():
+            put(self, name, integer(name, getattr(self, name), low))
+        if self.max_updates_per_step is not None:
+            put(self, "max_updates_per_step", integer("max_updates_per_step", self.max_updates_per_step, 1))
+        for name, (low, high, open_low) in _REALS.items():
+            put(self, name, real(name, getattr(self, name), low, high, open_low=open_low))
+        for name, options in _CHOICES.items():
+            choice(name, getattr(self, name), options)
+        for name in ("curriculum", "standardize", "restart", "gradient_checkpointing", "check_targets"):
+            choice(name, getattr(self, name), (True, False))
+        put(self, "steps", _steps(self.steps))
+        integer("seed", self.seed, 0, 2**63 - 1)  # what torch takes
+        if self.patience and not self.validate_every:
+            raise ConfigError(
+                f"patience without validate_every: got {self.patience!r}, expected 0 when a step is validated at its "
+                "end alone. Set validate_every to the updates between validations."
+            )
+        self._check_batches()
+
+    def _check_batches(self) -> None:
+        if self.batch_size % self.group_size:
+            raise ConfigError(
+                f"batch_size: got {self.batch_size!r}, expected a multiple of group_size ({self.group_size}). Pictures "
+                "of one prompt come in whole groups: change one of the two."
+            )
+        if self.accumulation > self.batch_size // self.group_size:
+            raise ConfigError(
+                f"accumulation: got {self.accumulation!r}, expected at most the {self.batch_size // self.group_size} "
+                "groups of a batch. Lower accumulation or group_size."
+            )
+        if not any(getattr(self, name) for name in _LOSSES):
+            raise ConfigError(
+                f"losses: got 0, expected a weight above 0 for one of {_LOSSES}. Set mse to 1, for example."
+            )
+        paired = [name for name in _LOSSES[1:] if getattr(self, name)]
+        if paired and self.group_size < 2:
+            raise ConfigError(
+                f"group_size with {paired[0]}: got {self.group_size!r}, expected 2 or more: this loss compares images "
+                "of one prompt. Set group_size to the images per prompt, for example 8."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, for YAML and JSON."""
+        return {**asdict(self), "steps": list(self.steps)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], what: str = "finetuning settings") -> CurriculumConfig:
+        """Build from plain values; a key that is no field is an error."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{what}: got {values!r}, expected a mapping of settings. Write lines of `name: value`.")
+        known_keys(what, values, [field.name for field in fields(cls)])
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> CurriculumConfig:
+        """Return a copy with other values; unknown names are an error."""
+        known_keys("finetuning settings", changes, [field.name for field in fields(self)])
+        return replace(self, **changes)
+
+
+_INTEGERS = {
+    "validation_prompts": 0,
+    "epochs_per_step": 1,
+    "lora_rank": 1,
+    "batch_size": 1,
+    "group_size": 1,
+    "accumulation": 1,
+    "warmup_updates": 0,
+    "seed": 0,
+    "validate_every": 0,
+    "patience": 0,
+    "save_every": 1,
+}
+
+
+_REALS = {  # name: (low, high, whether low itself is out)
+    "lora_alpha": (0, None, True),
+    "lora_dropout": (0, 0.99, False),
+    **{name: (0, None, False) for name in _LOSSES},
+    "preference_tau": (0, None, True),
+    "learning_rate": (0, None, True),
+    "weight_decay": (0, None, False),
+    "beta1": (0, 0.9999, False),
+    "beta2": (0, 0.999999, False),
+    "decay_floor": (0, 1, False),
+    "step_rate_decay": (0, None, True),
+    "max_grad_norm": (0, None, False),
+}
+
+
+_CHOICES = {
+    "method": ("lora", "full"),
+    "decay": ("linear", "cosine", "exponential", "constant"),
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "keep": ("best", "last"),
+    "save_dtype": ("float32", "float16", "bfloat16"),
+    "tracker": (None, "tensorboard", "wandb"),
+}
+
+
+def _check_pattern(name: str, pattern: str | None) -> None:
+    try:
+        re.compile(pattern or "")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError(
+            f"{name}: got {pattern!r}, expected a regular expression ({error}). Escape its special characters."
+        ) from error
+
+
+def _steps(given: Any) -> tuple[int, ...]:
+    if isinstance(given, str | bytes) or not hasattr(given, "__iter__"):
+        raise ConfigError(f"steps: got {given!r}, expected a list of steps. Write [14, 13, 12], for example.")
+    steps = tuple(integer("steps", step, 0) for step in given)
+    if not steps or list(steps) != sorted(set(steps), reverse=True):
+        raise ConfigError(
+            f"steps: got {steps!r}, expected distinct steps in descending order, the cleanest first. Sort them: the "
+            "curriculum goes from clean images to noisy ones."
+        )
+    return steps
+
+
+_CONFIGS = Path(__file__).with_name("configs")
+
+
+def shipped_configs() -> list[str]:
+    """Return the names of the configurations that come with the package."""
+    return sorted(path.stem for path in _CONFIGS.glob("*.yaml"))
+
+
+def load_config(source: str | Path, **changes: Any) -> CurriculumConfig:
+    """Load settings from a YAML file or a shipped configuration, with changes on top.
+
+    Parameters
+    ----------
+    source : str or Path
+        A file, or one of :func:`shipped_configs`, such as ``"pocket-flux"`` or ``"flux-pickscore"``.
+    **changes
+        Fields that differ.
+
+    Returns
+    -------
+    CurriculumConfig
+
+    Raises
+    ------
+    ConfigError
+        No such file or name, broken YAML, an unknown key, a bad value.
+    """
+    path = as_path("finetuning configuration", source)
+    if not path.suffix and (_CONFIGS / f"{source}.yaml").is_file():
+        path = _CONFIGS / f"{source}.yaml"
+    if not path.is_file():
+        close = difflib.get_close_matches(str(source), shipped_configs(), n=1)
+        raise ConfigError(
+            f"finetuning configuration: got {source}, expected a YAML file or one of {shipped_configs()}. "
+            f"{f'Did you mean {close[0]!r}?' if close else 'Check the path.'}"
+        )
+    values = read_yaml(path, "finetuning configuration", remedy="Write lines of `name: value`.")
+    known_keys("finetuning settings", changes, [field.name for field in fields(CurriculumConfig)])
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path!s}: got {values!r}, expected a mapping of settings. Write lines `name: value`.")
+    return CurriculumConfig.from_dict({**values, **changes}, str(path))
+
+
+def learning_rate(config: CurriculumConfig, position: int, update: int, updates: int) -> float:
+    """Return the learning rate of one update.
+
+    Parameters
+    ----------
+    config : CurriculumConfig
+    position : int
+        Position of the step in the curriculum, from 0.
+    update : int
+        Update within the step, from 0.
+    updates : int
+        Updates that the step has.
+    """
+    start = config.learning_rate * config.step_rate_decay**position
+    if not config.restart and config.curriculum:  # one run of the rate over all steps, of as many updates each
+        update, updates = position * updates + update, updates * len(config.steps)
+    if update < config.warmup_updates:
+        return start * (update + 1) / config.warmup_updates
+    span = updates - config.warmup_updates
+    progress = min(1.0, (update - config.warmup_updates) / (span - 1)) if span > 1 else 0.0
+    floor = config.decay_floor
+    if config.decay == "linear":
+        factor = 1 - (1 - floor) * progress
+    elif config.decay == "cosine":
+        factor = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    elif config.decay == "exponential":
+        factor = max(floor, 1e-4) ** progress
+    else:
+        factor = 1.0
+    return start * factor

@@ -1,0 +1,337 @@
+"""Figures of a curriculum, and a listener that draws while it trains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ttsnap_lib.errors import CheckpointError, CurriculumError
+from ttsnap_lib.files import atomic_write, failures_as
+from ttsnap_lib.finetuning.data import Images, score_step
+from ttsnap_lib.rewards.base import Reward
+from ttsnap_lib.simulation.metrics import bootstrap_means, kendall_tau, top_select
+from ttsnap_lib.style import axes_or_new, tidy
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Means over prompts."""
+
+    tau: float
+    """Kendall's tau-b with the target, over the images of a prompt."""
+    mse: float
+    top_accuracy: float
+    """How often the best image is among the top share by the reward; the released ratios, averaged."""
+    top_gap: float
+    """By how much the best kept target falls short, in units of the reward."""
+
+    def row(self, prefix: str) -> dict[str, float]:
+        """Return the values under names such as ``before_tau``."""
+        return {f"{prefix}_{name}": float(value) for name, value in vars(self).items()}
+
+
+def measures(scores: np.ndarray, targets: np.ndarray) -> Validation:
+    """Return the measures of scores (prompt, image) against targets (prompt, image)."""
+    deep = scores[:, :, None]
+    accuracy, gap = top_select(deep, targets, resamples=1)
+    return Validation(
+        tau=float(kendall_tau(deep, targets, resamples=1).mean[0]),
+        mse=float(np.square(scores.astype(np.float64) - targets).mean()),
+        top_accuracy=float(accuracy.mean[0]),
+        top_gap=float(gap.mean[0]),
+    )
+
+
+def validate(reward: Reward, images: Images, targets: np.ndarray, step: int, *, batch_size: int = 256) -> Validation:
+    """Score all pictures of `images` at `step` with the weights as they are now, and measure.
+
+    Parameters
+    ----------
+    reward : Reward
+    images : Images
+    targets : (prompt, image)
+        Rewards of the clean images.
+    step : int
+    batch_size : int
+
+    Returns
+    -------
+    Validation
+    """
+    return measures(score_step(reward, images, step, batch_size=batch_size), targets)
+
+
+_MEASURES = ("tau", "mse", "top_accuracy", "top_gap")
+
+
+_COLUMNS = [
+    *("step", "updates", "kept_update", "early_stop", "elapsed_s", "first_loss", "last_loss"),
+    *(f"{when}_{name}" for when in ("base", "before", "after") for name in _MEASURES),
+]
+
+
+def metrics_table(folder: str | Path) -> pd.DataFrame:
+    """Return one row per finished step of a run folder, in the order of training.
+
+    Columns ``base_*`` are the base model at the step, ``before_*`` the weights that the step started with, ``after_*``
+    the weights it ended with; each with ``tau``, ``mse``, ``top_accuracy`` and ``top_gap`` on the validation prompts.
+    """
+    import pandas as pd
+
+    from ttsnap_lib.rewards.checkpoints import read_curriculum
+
+    return _frame(pd.DataFrame(read_curriculum(folder).get("metrics", [])))
+
+
+def write_tables(folder: Path, rows: list[dict[str, Any]], losses: list[dict[str, Any]]) -> None:
+    """Write ``metrics`` and ``losses`` as CSV and Parquet."""
+    import pandas as pd
+
+    for name, content in (("metrics", rows), ("losses", losses)):
+        frame = pd.DataFrame(content)
+        frame = _frame(frame) if name == "metrics" else frame
+        with atomic_write(folder / f"{name}.csv", "w") as file:
+            frame.to_csv(file, index=False, lineterminator="\n")
+        with atomic_write(folder / f"{name}.parquet") as file:
+            frame.to_parquet(file, index=False)
+
+
+def _frame(frame: pd.DataFrame) -> pd.DataFrame:
+    # JSON keeps its keys sorted, and has null where a measure is undefined.
+    frame = frame[[name for name in _COLUMNS if name in frame]]
+    return frame.astype({name: float for name in frame if name.endswith(_MEASURES)})
+
+
+def compare_at_steps(
+    reward: Reward,
+    images: Images,
+    targets: np.ndarray,
+    *,
+    steps: Sequence[int] | None = None,
+    rng: np.random.Generator | int = 0,
+    resamples: int = 2000,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Compare the noise-aware weights with the base, on prompts that neither training nor choice of settings saw.
+
+    Parameters
+    ----------
+    reward : Reward
+        With a series attached.
+    images : Images
+        The fresh pictures.
+    targets : (prompt, image)
+        Base rewards of the clean images.
+    steps : sequence of int, optional
+        All of the series when not given.
+    rng, resamples
+        Of the bootstrap over prompts.
+    progress : callable, optional
+        ``progress(done, total)`` per step.
+
+    Returns
+    -------
+    table : DataFrame
+        A row per step: ``base_tau``, ``noise_aware_tau``, ``gain``, and 95% intervals over prompts (``gain`` paired).
+    gains : ndarray (prompt, step)
+        Gain in tau of every prompt, for :func:`gain_where_useful`.
+
+    Raises
+    ------
+    CurriculumError
+        A reward without a series, or no steps.
+    """
+    import pandas as pd
+
+    steps = list(reward.adapter_steps if steps is None else steps)
+    if not steps:
+        raise CurriculumError(
+            f"reward {reward.name} has no noise-aware weights to compare: got {steps!r}, expected one step or more. "
+            "Attach a run folder of ttsnap finetune, or name steps."
+        )
+    base, aware = [], []
+    for done, step in enumerate(steps, 1):
+        base.append(score_step(reward.use_step(None), images, step))
+        aware.append(score_step(reward.use_step(step), images, step))
+        if progress is not None:
+            progress(done, len(steps))
+    reward.use_step(None)
+    found = [kendall_tau(np.stack(scores, -1), targets, resamples=1).per_prompt for scores in (base, aware)]
+    gains = found[1] - found[0]
+    rows: dict[str, Any] = {"step": steps}
+    for name, values in (("base_tau", found[0]), ("noise_aware_tau", found[1]), ("gain", gains)):
+        kept = np.nan_to_num(values, nan=0.0)
+        low, high = np.quantile(bootstrap_means(kept, rng, resamples), [0.025, 0.975], axis=0)
+        rows |= {name: kept.mean(0), f"{name}_low": low, f"{name}_high": high}
+    return pd.DataFrame(rows), gains
+
+
+def gain_where_useful(
+    table: pd.DataFrame, gains: np.ndarray, low: float = 0.1, high: float = 0.5, *, rng: int = 0, resamples: int = 2000
+) -> dict[str, Any]:
+    """Return the mean gain, with its interval over prompts, over the steps where the base tau is in [low, high].
+
+    These are the steps at which pruning pays: the base reward knows something, and not yet enough.
+
+    Parameters
+    ----------
+    table, gains
+        As :func:`compare_at_steps` returns them.
+    low, high : float
+        Of the base tau.
+    rng, resamples
+        Of the bootstrap over prompts.
+
+    Returns
+    -------
+    dict
+        ``steps``, ``gain``, ``low``, ``high`` and ``worst_step_gain``.
+    """
+    chosen = table["base_tau"].between(low, high).to_numpy()
+    per_prompt = np.nan_to_num(gains[:, chosen], nan=0.0).mean(1)
+    bounds = np.quantile(bootstrap_means(per_prompt, rng, resamples), [0.025, 0.975])
+    return {
+        "steps": table["step"][chosen].tolist(),
+        "gain": float(per_prompt.mean()),
+        "low": float(bounds[0]),
+        "high": float(bounds[1]),
+        "worst_step_gain": float(table["gain"][chosen].min()) if chosen.any() else float("nan"),
+    }
+
+
+def losses_table(folder: str | Path) -> pd.DataFrame:
+    """Return the loss of every update of a run folder."""
+    import pandas as pd
+
+    with failures_as(
+        CheckpointError,
+        f"losses cannot be read: got {Path(folder) / 'losses.csv'}, expected the table of a run folder. Finish at "
+        "least one step of ttsnap finetune.",
+    ):
+        return pd.read_csv(Path(folder) / "losses.csv")
+
+
+def loss_curves(losses: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw the loss of every update, one stretch per step, a light dot each and a smoothed line.
+
+    Returns
+    -------
+    Axes
+    """
+    from matplotlib.ticker import LogFormatter
+
+    ax = axes_or_new(ax, (5.2, 3.2))
+    offset = 0
+    for k, (step, rows) in enumerate(losses.groupby("step", sort=False)):
+        x = offset + rows["update"].to_numpy()
+        ax.plot(x, rows["loss"], ".", color=f"C{k % 2}", markersize=2, alpha=0.35)
+        ax.plot(x, rows["loss"].ewm(halflife=max(1, len(rows) / 12)).mean(), color=f"C{k % 2}", linewidth=1.4)
+        ax.annotate(str(step), (x.mean(), 1.0), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=8)
+        offset = x[-1] + 1
+    ax.set(xlabel="update (numbers above: denoising step)", ylabel="loss")
+    if (losses["loss"] > 0).all():
+        ax.set_yscale("log")
+        # Plain numbers: a loss seldom spans a power of ten.
+        ax.yaxis.set_major_formatter(LogFormatter())
+        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    return tidy(ax)
+
+
+def tau_by_step(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw the validation tau of each step: the base, what the step started with, what it ended with.
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax, (5.2, 3.2))
+    table = table.sort_values("step")
+    styles = {"base": ("0.45", "s", "--"), "before": ("C1", "^", ":"), "after": ("C0", "o", "-")}
+    labels = {"base": "base reward", "before": "before this step", "after": "noise-aware"}
+    for name, (color, marker, line) in styles.items():
+        if f"{name}_tau" in table:
+            ax.plot(table["step"], table[f"{name}_tau"], color=color, marker=marker, linestyle=line, markersize=4,
+                    linewidth=1.5, label=labels[name])  # fmt: skip
+    ax.set(xlabel="denoising step", ylabel="Kendall tau with the clean reward")
+    ax.locator_params(axis="x", integer=True)
+    ax.legend(frameon=False, loc="lower right")
+    return tidy(ax)
+
+
+def gain_by_step(comparison: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw the gain in tau on fresh prompts with its interval, as :func:`compare_at_steps` returns it.
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax, (5.2, 3.0))
+    ax.axhline(0, color="0.25", linewidth=0.8)
+    ax.fill_between(
+        comparison["step"], comparison["gain_low"], comparison["gain_high"], color="C0", alpha=0.2, linewidth=0
+    )
+    ax.plot(comparison["step"], comparison["gain"], color="C0", marker="o", markersize=4, linewidth=1.5)
+    ax.set(xlabel="denoising step", ylabel="gain in Kendall tau")
+    ax.locator_params(axis="x", integer=True)
+    return tidy(ax)
+
+
+class LiveCurves:
+    """Draws loss and validation tau in the notebook while :func:`finetune` runs; pass it as `listener`.
+
+    Parameters
+    ----------
+    every_s : float
+        Least time between two drawings; each costs a tenth of a second or two.
+    """
+
+    def __init__(self, every_s: float = 4.0) -> None:
+        self.every_s, self._drawn = every_s, time.monotonic()
+        self.losses: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        self._handle: Any = None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Take an event of the run."""
+        if event["event"] == "update":
+            self.losses.append(event)
+        elif event["event"] == "step":
+            self.rows.append(event)
+        # The end of a step is always drawn, or the last one would be missing from the picture that stays.
+        due = event["event"] == "step" or time.monotonic() - self._drawn > self.every_s
+        if self.losses and due:
+            self._show()
+            self._drawn = time.monotonic()
+
+    def figure(self) -> Figure:
+        """Return the figure of what has happened so far."""
+        import matplotlib.pyplot as plt
+        import pandas as pd
+
+        figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.2), layout="constrained")
+        if self.losses:
+            loss_curves(pd.DataFrame(self.losses), ax=axes[0])
+        if self.rows:
+            tau_by_step(pd.DataFrame(self.rows), ax=axes[1])
+        return figure
+
+    def _show(self) -> None:
+        import matplotlib.pyplot as plt
+        from IPython.display import display
+
+        figure = self.figure()
+        if self._handle is None:
+            self._handle = display(figure, display_id=True)
+        else:
+            self._handle.update(figure)
+        plt.close(figure)

@@ -1,0 +1,1 @@
+"""The live search: one prompt, one budget, one best image."""

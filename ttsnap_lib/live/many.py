@@ -1,0 +1,243 @@
+"""Searches over a prompt file: one folder a prompt, resumable, sharded, one table at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ttsnap_lib.errors import ConfigError, SearchError
+from ttsnap_lib.files import HIDDEN, atomic_write, lock, parse_shard, read_if_whole, read_json, shard_lock, write_json
+from ttsnap_lib.live.run import search
+from ttsnap_lib.rewards.loading import load_reward
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+_NOT_IDENTITY = ("on_check", "progress", "batch_size", "preview_px")  # these do not decide the results
+
+
+def search_many(
+    pipeline: Any,
+    prompts: Sequence[str],
+    reward: Any,
+    folder: str | Path | None,
+    *,
+    identity: Mapping[str, Any] | None = None,
+    shard: tuple[int, int] | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Search every prompt and return one row each; prompts that are done already are not searched again.
+
+    Parameters
+    ----------
+    pipeline : diffusers pipeline
+    prompts : list of str
+        A prompt's place in the list is its index for the seeds.
+    reward : Reward, str, callable, or a list of them
+        Loaded once, for all prompts.
+    folder : path or None
+        Gets ``p0000/image.png``, ``record.json``, ``candidates.parquet`` and ``summary.json`` per prompt,
+        ``results.csv`` and ``results.parquet``. None keeps nothing but the returned table of this shard.
+    identity : dict, optional
+        More of what decides the results, as plain JSON content, beside models and options. A folder made with
+        another one is refused.
+    shard : (int, int) or "0/2", optional
+        Which of how many processes this is; prompts are dealt out in turn. By default the place in an
+        ``accelerate launch``, else all prompts.
+    progress : callable, optional
+        Called with (prompts done, prompts of this shard).
+    options
+        As in :func:`ttsnap_lib.search`. A deadline holds for each prompt.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per prompt of all shards that is done, see :func:`collect`.
+
+    Raises
+    ------
+    SearchError
+        The folder holds results of other settings; or some prompts failed, after all others are done.
+    DiskError
+        A full disk, a folder that cannot be written, or another process at the same shard. What is done stays.
+    KeyboardInterrupt
+        Ctrl-C; the best so far of the prompt at work is saved, and searched again next time.
+    """
+    index, of = parse_shard(shard)
+    rewards = [load_reward(one) for one in (reward if isinstance(reward, list | tuple) else [reward])]
+    mine = range(index, len(prompts), of)
+    failed: dict[int, SearchError] = {}
+    rows: list[dict[str, Any]] = []
+
+    def work(place: Path | None) -> None:
+        for done, number in enumerate(mine):
+            target = None if place is None else place / f"p{number:04d}"
+            digest = hashlib.sha256(prompts[number].encode()).hexdigest()
+            if target is None or not _finished(target, digest):
+                try:
+                    result = search(pipeline, prompts[number], rewards, prompt_index=number, **options)
+                except SearchError as error:  # one prompt must not cost the others
+                    failed[number] = error
+                    warnings.warn(f"prompt {number}: {error}", stacklevel=3)
+                else:
+                    rows.append(result.summary())
+                    if target is not None:
+                        result.save(target)
+                        write_json(target / "summary.json", {**result.summary(), "prompt_sha256": digest})
+                    if result.record.stopped == "interrupt":
+                        raise KeyboardInterrupt
+            if progress is not None:
+                progress(done + 1, len(mine))
+
+    if folder is None:
+        import pandas as pd
+
+        work(None)
+        frame = pd.DataFrame(rows)
+    else:
+        folder = Path(folder)
+        with shard_lock(folder, (index, of)) as held:
+            _check_identity(folder, {**_identity(pipeline, rewards, options), **(identity or {})})
+        with held:
+            try:
+                work(folder)
+            finally:
+                frame = collect(folder)
+    if failed:
+        raise SearchError(
+            f"{len(failed)} of {len(mine)} prompts failed: got {list(failed)!r}, expected every prompt. The others are "
+            f"done; run again for these. The first said: {next(iter(failed.values()))}"
+        )  # fmt: skip
+    return frame
+
+
+def collect(folder: str | Path) -> pd.DataFrame:
+    """Return the results found in `folder`, one row per prompt, and write them as ``results.csv`` and Parquet.
+
+    Prompts that were interrupted are left out; those that a deadline ended are told by ``stopped``.
+    """
+    import io
+
+    import pandas as pd
+
+    folder = Path(folder)
+    remedy = "Remove that folder and search again: the other prompts stay."
+    with lock(folder / HIDDEN / "locks" / "table.lock", wait=True):  # else a shard could write an older table last
+        rows = [
+            read_json(path, "summary of a prompt", error=SearchError, remedy=remedy)
+            for path in sorted(folder.glob("p*/summary.json"))
+        ]
+        rows = [row for row in rows if row.get("stopped") != "interrupt"]
+        frame = pd.DataFrame(rows).drop(columns="prompt_sha256", errors="ignore")
+        if len(frame):
+            frame = frame.sort_values("prompt_index", ignore_index=True)
+            buffer = io.BytesIO()
+            frame.to_parquet(buffer)
+            for name, content in (
+                ("results.csv", frame.to_csv(index=False).encode()),
+                ("results.parquet", buffer.getvalue()),
+            ):
+                with atomic_write(folder / name) as file:
+                    file.write(content)
+    return frame
+
+
+def compare(
+    frames: Mapping[str, pd.DataFrame], reward: str, baseline: str = "best_of_n", seed: int = 0
+) -> pd.DataFrame:
+    """Return one row per method: mean reward, cost and seconds, and the paired difference to the baseline.
+
+    Parameters
+    ----------
+    frames : dict
+        Method to the table of :func:`search_many`, over the same prompts.
+    reward : str
+        Column that is compared.
+    baseline : str
+        Key of `frames` that the others are compared with.
+    seed : int
+        Of the bootstrap over prompts that gives ``low`` and ``high``, the 95% interval of the difference.
+    """
+    import numpy as np
+    import pandas as pd
+
+    from ttsnap_lib.checks import choice
+    from ttsnap_lib.simulation.metrics import bootstrap_means
+
+    choice("baseline", baseline, frames)
+    ours = {name: frame.set_index("prompt_index") for name, frame in frames.items()}
+    rows = []
+    for name, frame in ours.items():
+        shared = frame.index.intersection(ours[baseline].index)
+        difference = (frame.loc[shared, reward] - ours[baseline].loc[shared, reward]).to_numpy(float)
+        boot = bootstrap_means(difference, np.random.default_rng(seed), 2000)
+        low, high = np.quantile(boot, (0.025, 0.975))
+        rows.append(
+            {
+                "method": name, "prompts": len(shared), "candidates": frame["candidates"].mean(),
+                "cost": frame["cost"].astype(float).mean(), "elapsed_s": frame["elapsed_s"].mean(),
+                reward: frame[reward].mean(), "difference": difference.mean(), "low": low, "high": high,
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def check_one_source(prompt: str | None, prompts: str | None) -> None:
+    """Refuse a command that names both a prompt and a prompt file, or neither."""
+    if (prompt is None) == (prompts is None):
+        raise ConfigError(
+            f"prompt: got { {'prompt': prompt, 'prompts': prompts}!r}, expected one prompt, or --prompts FILE. Give "
+            "exactly one of them."
+        )  # fmt: skip
+
+
+def _finished(target: Path, digest: str) -> bool:
+    summary = read_if_whole(target / "summary.json") or {}
+    return bool(summary) and summary.get("stopped") != "interrupt" and summary.get("prompt_sha256") == digest
+
+
+def _identity(pipeline: Any, rewards: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides the results, as plain values: models by their weights, options by their content."""
+    from ttsnap_lib.costs import CostModel
+    from ttsnap_lib.diffusion.denoise import Settings
+    from ttsnap_lib.diffusion.pipelines import load_decoder
+    from ttsnap_lib.trajectories.generate import decoder_digest, weights_digest
+
+    plain = {key: value for key, value in options.items() if key not in _NOT_IDENTITY}
+    if isinstance(plain.get("cost"), str | Path):
+        plain["cost"] = CostModel.load(plain["cost"])
+    for key in ("schedule", "cost", "settings", "negtome"):
+        if hasattr(plain.get(key), "to_dict"):
+            plain[key] = plain[key].to_dict()
+    plain.setdefault("settings", Settings().to_dict())
+    return {
+        **plain,
+        "pipeline": [type(pipeline).__name__, type(pipeline.scheduler).__name__, weights_digest(pipeline)],
+        "decoder": decoder_digest(load_decoder(options.get("decoder"), pipeline)),
+        "rewards": {one.name: one.fingerprint() for one in rewards},
+        "noise_aware": {
+            one.name: {str(step): one.step_fingerprint(step) for step in one.adapter_steps} for one in rewards
+        },
+    }
+
+
+def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
+    path = folder / "search.json"
+    plain = json.loads(json.dumps(identity, default=str))
+    if not path.exists():
+        write_json(path, plain)
+        return
+    before = read_json(path, "record of an earlier search", error=SearchError, remedy="Choose another output folder.")
+    if before != plain:
+        keys = [key for key in {**before, **plain} if before.get(key) != plain.get(key)]
+        raise SearchError(
+            f"{folder} holds results of other settings ({', '.join(keys)}): got "
+            f"{ {key: plain.get(key) for key in keys}!r}, expected { {key: before.get(key) for key in keys}!s}. "
+            "Choose another output folder, or the same settings."
+        )

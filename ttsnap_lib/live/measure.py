@@ -1,0 +1,198 @@
+"""Measures a cost model on the machine at hand: FLOPs and seconds of a step, a decode, a check, the text."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ttsnap_lib.checks import choice, integer
+from ttsnap_lib.costs import CostModel
+from ttsnap_lib.diffusion.pipelines import pipeline_facts
+from ttsnap_lib.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+_SPAN = 5  # denoising steps timed in one go
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured.
+
+    Attributes
+    ----------
+    tflops, seconds : CostModel
+        Per candidate, at the largest batch size for the seconds.
+    by_batch : pandas.DataFrame
+        Batch size, part (step, decode, preview_decode, verify), seconds per candidate: median, lowest and highest run.
+    facts : dict
+        Model, reward, device, precision, size, versions.
+    """
+
+    tflops: CostModel
+    seconds: CostModel
+    by_batch: pd.DataFrame
+    facts: dict[str, Any]
+
+    def cost(self, unit: str = "TFLOPs") -> CostModel:
+        """Return the cost model in ``"TFLOPs"`` or ``"seconds"``."""
+        return self.tflops if choice("unit", unit, ("TFLOPs", "seconds")) == "TFLOPs" else self.seconds
+
+    def save(self, path: str | Path, unit: str = "TFLOPs") -> Path:
+        """Write JSON that :meth:`CostModel.load` reads: the model in `unit` under ``cost``, and everything else."""
+        from ttsnap_lib.files import write_json
+
+        content = {
+            "cost": self.cost(unit).to_dict(),
+            "tflops": self.tflops.to_dict(),
+            "seconds": self.seconds.to_dict(),
+            "by_batch": self.by_batch.to_dict("records"),
+            "facts": self.facts,
+        }
+        write_json(path, content)
+        return Path(path)
+
+
+def count_tflops(function: Callable[[], Any]) -> float:
+    """Return the TFLOPs of one call, two per multiply-add.
+
+    Torch's counter sees matrix products, convolutions and attention, not elementwise work.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    # The counter knows no fused attention of the CPU; as plain products it is the same work.
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        function()
+    return counter.get_total_flops() / 1e12
+
+
+def measure_costs(
+    pipeline: Any,
+    reward: Any,
+    settings: Any = None,
+    *,
+    decoder: Any = None,
+    batch_sizes: Sequence[int] = (1, 8),
+    repeats: int = 3,
+    prompt: str = "a photo of a cat",
+) -> Measurement:
+    """Measure a step, a decode, a check and the text, each alone, on the pipeline's device.
+
+    Parameters
+    ----------
+    pipeline : diffusers pipeline
+    reward : Reward, str, callable, or a list of them
+        What :func:`ttsnap_lib.rewards.load_reward` takes; of several the check is the sum.
+    settings : Settings, optional
+    decoder : AutoencoderTiny, folder, hub id or ``"pocket-tiny"``, optional
+        Measured as ``preview_decode``.
+    batch_sizes : sequence of int
+        Seconds are measured at each; the largest one gives the cost model.
+    repeats : int
+        Runs per number, after one to warm up; medians are taken.
+    prompt : str
+        Text to measure with; its length does not matter where prompts are padded.
+
+    Returns
+    -------
+    Measurement
+
+    Raises
+    ------
+    ConfigError
+        No batch size, or a number out of its range.
+    """
+    import pandas as pd
+    import torch
+
+    from ttsnap_lib.diffusion.denoise import Denoiser, image_generator
+    from ttsnap_lib.diffusion.pipelines import load_decoder
+    from ttsnap_lib.provenance import versions
+    from ttsnap_lib.rewards.loading import load_reward
+
+    sizes = sorted({integer("batch_sizes", size, 1) for size in batch_sizes})
+    if not sizes:
+        raise ConfigError(f"batch_sizes: got {sizes!r}, expected at least one. Name one batch size or more.")
+    repeats = integer("repeats", repeats, 1)
+    rewards = [load_reward(one) for one in (reward if isinstance(reward, list | tuple) else [reward])]
+    denoiser = Denoiser(pipeline, settings)
+    decoder = load_decoder(decoder, pipeline)
+    n_steps = denoiser.settings.n_steps
+    text = denoiser.encode([prompt])
+    # A run of several steps: what starting the pipeline takes is spread over them, as in a search.
+    span = min(_SPAN, n_steps)
+
+    def parts(size: int) -> dict[str, tuple[Callable[[], Any], int]]:
+        """Return by name what is timed, and how many units of it one call does."""
+        rows = text.take([0] * size)
+        start = denoiser.noise([image_generator(0, 0, image) for image in range(size)])
+        images = denoiser.decode(start.latents)
+        found: dict[str, tuple[Callable[[], Any], int]] = {
+            "step": (lambda: denoiser.run(start, rows, span - 1), span * size),
+            "decode": (lambda: denoiser.decode(start.latents), size),
+            "verify": (lambda: [one.score(prompt, images, check=False, batch_size=size) for one in rewards], size),
+        }
+        if decoder is not None:
+            found["preview_decode"] = (lambda: denoiser.decode(start.latents, decoder), size)
+        return found
+
+    def seconds(function: Callable[[], Any], units: int) -> list[float]:
+        times = []
+        for _ in range(repeats + 1):
+            _synchronize(denoiser.device)
+            begin = time.perf_counter()
+            function()
+            _synchronize(denoiser.device)
+            times.append((time.perf_counter() - begin) / units)
+        return times[1:]
+
+    def read_text() -> None:
+        denoiser.encode([prompt])
+        for one in rewards:
+            with contextlib.suppress(NotImplementedError):  # a function has no text tower
+                one.encode_text([prompt])
+
+    single = parts(1)
+    single["verify"][0]()  # the prompt's embedding is kept from here on, as in a search
+    tflops: dict[str, Any] = {name: count_tflops(function) / units for name, (function, units) in single.items()}
+    rows = []
+    latest: dict[str, Any] = {}
+    for size in sizes:
+        for name, (function, units) in parts(size).items():
+            times = seconds(function, units)
+            latest[name] = statistics.median(times)
+            rows.append({"batch_size": size, "part": name, "seconds": latest[name], "low": min(times),
+                         "high": max(times)})  # fmt: skip
+    with torch.no_grad():
+        per_prompt = count_tflops(read_text)
+        text_s = statistics.median(seconds(read_text, 1))
+    facts = {
+        **pipeline_facts(denoiser),
+        "rewards": [one.name for one in rewards],
+        "decoder": None if decoder is None else type(decoder).__name__,
+        "settings": denoiser.settings.to_dict(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    return Measurement(
+        CostModel(**tflops, per_prompt=per_prompt, n_steps=n_steps),
+        CostModel(**latest, per_prompt=text_s, n_steps=n_steps, unit="seconds"),
+        pd.DataFrame(rows),
+        facts,
+    )
+
+
+def _synchronize(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,168 @@
+"""Pictures of an online run: rows of estimates at each check, pruned ones dimmed, the winner framed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ttsnap_lib.style import METHOD_LABELS, method_style, reward_label
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ttsnap_lib.live.record import SearchRecord, SearchResult
+
+
+def gallery(record: SearchRecord, *, columns: int = 16, tile_in: float = 0.8) -> Figure:
+    """Draw the candidates at each check, best score first.
+
+    Parameters
+    ----------
+    record : SearchRecord
+        Of a run in this process (pictures are not saved with a record).
+    columns : int
+        Candidates shown per check; the others are counted in the row's label.
+    tile_in : float
+        Side of a picture in inches.
+
+    Returns
+    -------
+    Figure
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    frame_color = sns.color_palette("colorblind")[1]
+    selecting = next(r for r, name in enumerate(record.rewards) if name not in record.report)
+    reached = [k for k, step in enumerate(record.checks) if any(at == step for _, at in record.previews)]
+    columns = min(columns, len(record.seeds))
+    figure, axes = plt.subplots(
+        max(1, len(reached)), columns, squeeze=False, layout="constrained",
+        figsize=(tile_in * columns + 1.6, (tile_in + 0.34) * max(1, len(reached)) + 0.4),
+    )  # fmt: skip
+    for ax in axes.ravel():
+        ax.set_axis_off()
+    for row, k in enumerate(reached):
+        step = record.checks[k]
+        scores = record.scores[:, k, selecting]
+        order = np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable").tolist()
+        shown = [candidate for candidate in order if (candidate, step) in record.previews]
+        is_final = k == len(record.checks) - 1
+        for place, candidate in enumerate(shown[:columns]):
+            ax = axes[row, place]
+            failed = np.isnan(scores[candidate])
+            dropped = failed or record.pruned_at[candidate] == step or (is_final and candidate != record.winner)
+            ax.imshow(record.previews[candidate, step], alpha=0.3 if dropped else 1.0, interpolation="nearest")
+            label = "failed" if failed else f"{scores[candidate]:.2f}"
+            ax.set_title(label, fontsize=7, pad=2, color="0.55" if dropped else "black")
+            if candidate == record.winner:
+                ax.set_axis_on()
+                ax.set(xticks=[], yticks=[])
+                for spine in ax.spines.values():
+                    spine.set(color=frame_color, linewidth=3)
+        what = "clean image" if is_final else f"step {step}"
+        more = f"\nbest {columns} shown" if len(shown) > columns else ""
+        axes[row, 0].annotate(f"{what}\n{len(shown)} scored{more}", (-0.12, 0.5), xycoords="axes fraction", ha="right",
+                              va="center", fontsize=8)  # fmt: skip
+    figure.suptitle(_headline(record, selecting), fontsize=9)
+    return figure
+
+
+def _headline(record: SearchRecord, selecting: int) -> str:
+    method = METHOD_LABELS.get(record.method, record.method)
+    prompt = record.prompt if len(record.prompt) <= 70 else record.prompt[:67] + "..."
+    if record.winner < 0:
+        return f"{method}: {prompt}"
+    seen = np.flatnonzero(~np.isnan(record.scores[record.winner, :, selecting]))
+    if not len(seen):
+        return f"{method}: {prompt}"
+    best = record.scores[record.winner, seen[-1], selecting]
+    what = "winner" if seen[-1] == len(record.checks) - 1 else "best so far"
+    return f"{method}: {prompt}\n{what}: candidate {record.winner}, {record.rewards[selecting]} {best:.3f}"
+
+
+class LiveGallery:
+    """Draws the gallery in the notebook anew after each stage: pass one as ``on_check`` of a search.
+
+    Attributes
+    ----------
+    figure : matplotlib.figure.Figure or None
+        The last drawing.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.figure: Figure | None = None
+        self._handle: Any = None
+
+    def __call__(self, record: SearchRecord) -> None:
+        """Draw `record`; the first time a new output appears, later it is replaced."""
+        import matplotlib.pyplot as plt
+        from IPython.display import display
+
+        self.figure = gallery(record, **self.options)
+        plt.close(self.figure)  # or the notebook would show it a second time at the end of the cell
+        if self._handle is None:
+            self._handle = display(self.figure, display_id=True)
+        else:
+            self._handle.update(self.figure)
+
+
+def winners(results: Mapping[str, SearchResult], *, tile_in: float = 2.2) -> Figure:
+    """Draw the chosen images side by side, each with its method, score and candidates.
+
+    Returns
+    -------
+    Figure
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(results), squeeze=False, figsize=(tile_in * len(results), tile_in + 0.6), layout="constrained"
+    )
+    for ax, (method, result) in zip(axes[0], results.items(), strict=True):
+        ax.imshow(result.image, interpolation="nearest")
+        name, score = next((name, value) for name, value in result.scores.items() if name not in result.record.report)
+        count = len(result.record.seeds)
+        ax.set_title(f"{METHOD_LABELS.get(method, method)}\n{name} {score:.3f}, {count} candidates", fontsize=8)
+        ax.set_axis_off()
+    return figure
+
+
+def per_prompt(frames: Mapping[str, pd.DataFrame], reward: str, *, ax: Axes | None = None) -> Axes:
+    """Plot the reward of the chosen image of each prompt by method; a line joins the methods at each prompt.
+
+    Parameters
+    ----------
+    frames : dict
+        Method to the table of :func:`ttsnap_lib.search_many.search_many`.
+    reward : str
+        Column to plot.
+    ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    import matplotlib.pyplot as plt
+
+    if ax is None:
+        ax = plt.subplots(figsize=(6.4, 3.2), layout="constrained")[1]
+    values = {method: frame.set_index("prompt_index")[reward].astype(float) for method, frame in frames.items()}
+    prompts = sorted(set().union(*(series.index for series in values.values())))
+    table = np.array([series.reindex(prompts).to_numpy() for series in values.values()])
+    ax.vlines(prompts, np.nanmin(table, axis=0), np.nanmax(table, axis=0), color="0.8", linewidth=2, zorder=1)
+    for method, row in zip(values, table, strict=True):
+        style = method_style(method) | {"linestyle": "none"}
+        ax.plot(prompts, row, label=METHOD_LABELS.get(method, method), zorder=2, **style)
+    ax.set(
+        xlabel="prompt", ylabel=f"{reward_label(reward)} of the chosen image", xticks=prompts[:: -(-len(prompts) // 20)]
+    )
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax

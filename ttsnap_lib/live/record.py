@@ -1,0 +1,229 @@
+"""What an online run leaves: every candidate's seed, scores and fate, the cost of each stage, the image."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ttsnap_lib.checks import known_keys
+from ttsnap_lib.costs import CostModel
+from ttsnap_lib.errors import SearchError
+from ttsnap_lib.files import atomic_write, failures_as, read_json, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from PIL.Image import Image
+
+
+@dataclass
+class StageRecord:
+    """One stage as it ran: the forwards, decodes and scores that were done, and the seconds they took.
+
+    What was done twice because memory ran out is counted twice. `cost` is None without a cost model.
+    """
+
+    first_step: int
+    last_step: int
+    candidates: int
+    variant: str
+    forwards: int = 0
+    decodes: int = 0
+    scores: int = 0
+    preview: bool = False
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+    score_s: float = 0.0
+    elapsed_s: float = 0.0
+    cost: float | None = None
+
+    def price(self, cost: CostModel) -> float:
+        """Return what was done here in the unit of `cost`."""
+        decode = cost.decode if not self.preview or cost.preview_decode is None else cost.preview_decode
+        return self.forwards * cost.step + self.decodes * decode + self.scores * cost.verify
+
+
+@dataclass
+class SearchRecord:
+    """Everything about a run but the pixels of the losers.
+
+    Attributes
+    ----------
+    checks : list of int
+        Steps that were scored, the last one the clean image.
+    scores : float32 (candidate, check, reward)
+        NaN where a candidate was not scored.
+    pruned_at : list of int
+        Per candidate the step at which it was pruned, -1 for those never pruned, -2 for those whose scoring failed.
+    winner : int
+        Best so far while the run goes on; -1 before the first check.
+    stopped : str
+        Empty for a whole run, else ``"deadline"`` or ``"interrupt"``.
+    cost_model : dict or None
+        The cost model that priced the stages.
+    facts : dict
+        Model, scheduler, device, precision, decoder, versions.
+    previews : dict
+        (candidate, step) to a small uint8 picture (H, W, 3); not saved.
+    """
+
+    prompt: str
+    method: str
+    seed: int
+    prompt_index: int
+    seeds: list[int]
+    rewards: list[str]
+    schedule: dict[str, list]
+    settings: dict[str, Any]
+    checks: list[int]
+    scores: np.ndarray
+    pruned_at: list[int]
+    combine: str
+    weights: list[float] | None = None
+    report: list[str] = field(default_factory=list)
+    stages: list[StageRecord] = field(default_factory=list)
+    text_s: float = 0.0
+    elapsed_s: float = 0.0
+    winner: int = -1
+    stopped: str = ""
+    cost_model: dict[str, Any] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    previews: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
+
+    def spent(self, cost: CostModel) -> float:
+        """Return what the run cost in the unit of `cost`, from the forwards, decodes and scores that were done."""
+        return cost.per_prompt + sum(stage.price(cost) for stage in self.stages)
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row per candidate: index, seed, fate, and a column per reward and check."""
+        import pandas as pd
+
+        rows: dict[str, Any] = {
+            "candidate": np.arange(len(self.seeds)),
+            "seed": self.seeds,
+            "pruned_at": self.pruned_at,
+            "winner": np.arange(len(self.seeds)) == self.winner,
+        }
+        for r, name in enumerate(self.rewards):
+            for k, step in enumerate(self.checks):
+                rows[f"{name}_s{step:02d}"] = self.scores[:, k, r]
+        return pd.DataFrame(rows)
+
+    def stage_frame(self) -> pd.DataFrame:
+        """Return one row per stage: what was done, what it cost and how long it took."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(stage) for stage in self.stages])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain JSON content; NaN becomes null, pictures are left out."""
+        plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("scores", "previews")}
+        plain["stages"] = [asdict(stage) for stage in self.stages]
+        values = self.scores.astype(float).astype(object)
+        values[np.isnan(self.scores)] = None
+        plain["scores"] = values.tolist()
+        return plain
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> SearchRecord:
+        """Build from :meth:`to_dict`'s form; unknown keys are an error."""
+        known_keys("search record", content, [one.name for one in fields(cls)], error=SearchError)
+        scores = np.array(content["scores"], dtype=np.float32)  # None becomes NaN
+        stages = [StageRecord(**stage) for stage in content["stages"]]
+        return cls(**{**content, "scores": scores, "stages": stages})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SearchRecord:
+        """Read the record of a folder that :meth:`SearchResult.save` wrote.
+
+        Raises
+        ------
+        SearchError
+            No record, or one that cannot be read.
+        """
+        path = Path(folder) / "record.json"
+        remedy = "Check the folder, or search again."
+        content = read_json(path, "search record", error=SearchError, remedy=remedy)
+        bound = "record.json as SearchResult.save() writes it"
+        with failures_as(SearchError, f"search record cannot be read: got {path}, expected {bound}. {remedy}"):
+            return cls.from_dict({key: value for key, value in content.items() if key not in ("cost", "complete")})
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search gives.
+
+    Attributes
+    ----------
+    image : PIL.Image.Image
+        The chosen image; on a run that was cut short without a finished candidate, the best estimate so far.
+    winner : int
+        Its candidate index.
+    record : SearchRecord
+    cost : float
+        What the run cost by the cost model, counted from the work that was done; NaN without a model.
+    complete : bool
+        False when the run was cut short by a deadline or by Ctrl-C (``record.stopped`` says which).
+    """
+
+    image: Image
+    winner: int
+    record: SearchRecord
+    cost: float
+    complete: bool
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Rewards of the winner at the last check it reached; NaN when it reached none."""
+        seen = np.flatnonzero(~np.isnan(self.record.scores[self.winner]).all(-1))
+        row = self.record.scores[self.winner, seen[-1] if len(seen) else 0]
+        return {name: float(row[r]) for r, name in enumerate(self.record.rewards)}
+
+    def summary(self) -> dict[str, Any]:
+        """Return the run in one flat row of JSON values; None where there is no number."""
+        record = self.record
+        row = {
+            "prompt_index": record.prompt_index,
+            "prompt": record.prompt,
+            "method": record.method,
+            "winner": self.winner,
+            "seed": record.seeds[self.winner],
+            **self.scores,
+            "candidates": len(record.seeds),
+            "cost": self.cost,
+            "elapsed_s": record.elapsed_s,
+            "complete": self.complete,
+            "stopped": record.stopped,
+        }
+        missing = [key for key, value in row.items() if isinstance(value, float) and np.isnan(value)]
+        return {**row, **dict.fromkeys(missing)}  # NaN is not JSON
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``image.png`` (seed, schedule and rewards in its metadata), ``candidates.parquet`` and ``record.json``.
+
+        ``record.json`` comes last: a folder that has it is whole.
+        """
+        from PIL.PngImagePlugin import PngInfo
+
+        folder, record = Path(folder), self.record
+        notes = PngInfo()
+        facts = {
+            **self.summary(), "rewards": record.rewards, "schedule": record.schedule, "settings": record.settings,
+            "base_seed": record.seed, **record.facts,
+        }  # fmt: skip
+        for key, value in facts.items():
+            notes.add_itxt(f"ttsnap:{key}", value if isinstance(value, str) else json.dumps(value))
+        with atomic_write(folder / "image.png") as file:
+            self.image.save(file, format="PNG", pnginfo=notes)
+        buffer = io.BytesIO()
+        record.frame().to_parquet(buffer)
+        with atomic_write(folder / "candidates.parquet") as file:
+            file.write(buffer.getvalue())
+        cost = None if np.isnan(self.cost) else self.cost
+        write_json(folder / "record.json", {**record.to_dict(), "cost": cost, "complete": self.complete})
+        return folder

@@ -1,0 +1,211 @@
+"""Training of pocket-clip: contrastive with hard negatives, then preferences between generated pictures.
+
+As for the PickScore it stands for, the last stage sees finished pictures only: what a denoising run looks like on
+its way stays unknown to it, and is left to noise-aware finetuning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModelWithProjection
+
+from ttsnap_lib.pocket.training.loop import Fit, fit
+from ttsnap_lib.pocket.training.models import make_clip
+from ttsnap_lib.pocket.training.text import attribute_targets, tokenize
+from ttsnap_lib.pocket.training.tokens import CLIP_TOKENS, clip_tokenizer
+from ttsnap_lib.pocket.world import (
+    BACKGROUNDS,
+    COLORS,
+    PIXELS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    caption,
+    hard_negative,
+    parse_caption,
+)
+
+_MEAN = _STD = (0.5, 0.5, 0.5)
+
+
+_NEGATIVES = 2
+
+
+_HEADS = [*(len(SIZES), len(COLORS), len(SHAPES), len(RELATIONS) + 1) * 2, len(BACKGROUNDS)]
+
+
+def clip_processor() -> CLIPProcessor:
+    """Return pocket-clip's processor: 32 x 32 pixels, scaled to [-1, 1]."""
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": PIXELS},
+        crop_size={"height": PIXELS, "width": PIXELS},
+        image_mean=list(_MEAN),
+        image_std=list(_STD),
+    )
+    return CLIPProcessor(image_processor=image_processor, tokenizer=clip_tokenizer())
+
+
+def degrade(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return float pictures (n, 32, 32, 3) in [0, 1]: a third as they are, the others blurred or lightly noised."""
+    out = pictures.astype(np.float32) / 255.0
+    kind = rng.integers(3, size=len(out))
+    blurred = np.flatnonzero(kind == 1)
+    strength = rng.uniform(0.3, 0.8)  # one filter for the batch keeps this cheap
+    if len(blurred):
+        out[blurred] = ndimage.gaussian_filter(out[blurred], (0, strength, strength, 0))
+    noised = np.flatnonzero(kind == 2)
+    levels = rng.uniform(0.0, 0.05, size=(len(noised), 1, 1, 1))
+    out[noised] += (levels * rng.standard_normal(out[noised].shape)).astype(np.float32)
+    return np.clip(out, 0.0, 1.0)
+
+
+def _pixels(pictures: np.ndarray) -> torch.Tensor:
+    """Return what the processor makes of float pictures in [0, 1] of the right size."""
+    return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).float().sub_(0.5).div_(0.5)
+
+
+def _embed(clip: CLIPModel, pictures: np.ndarray | None, ids: torch.Tensor | None) -> tuple:
+    seen = None if pictures is None else F.normalize(clip.get_image_features(pixel_values=_pixels(pictures)), dim=-1)
+    read = None if ids is None else F.normalize(clip.get_text_features(input_ids=ids), dim=-1)
+    return seen, read
+
+
+@torch.no_grad()
+def clip_scores(clip: CLIPModel, texts: Sequence[str], pictures: np.ndarray) -> np.ndarray:
+    """Return PickScore's formula, ``exp(logit_scale) * cosine``, float32 (n,), of float pictures in [0, 1]."""
+    ids, scale = tokenize(clip_tokenizer(), texts, CLIP_TOKENS), clip.logit_scale.exp()
+    out = []
+    for start in range(0, len(pictures), 256):
+        seen, read = _embed(clip, pictures[start : start + 256], ids[start : start + 256])
+        out.append(scale * (seen * read).sum(dim=-1))
+    return torch.cat(out).numpy()
+
+
+def _contrast(clip: CLIPModel, scenes: list[Scene], pictures: np.ndarray, rng: np.random.Generator) -> dict:
+    """Return the contrastive loss of a batch, each picture against all captions and its own hard negatives."""
+    texts = [caption(scene if rng.random() < 0.5 else scene.mirrored()) for scene in scenes]
+    wrong = [caption(hard_negative(scene, rng)) for scene in scenes for _ in range(_NEGATIVES)]
+    seen, read = _embed(clip, pictures, tokenize(clip_tokenizer(), texts + wrong, CLIP_TOKENS))
+    n, scale = len(scenes), clip.logit_scale.exp().clamp(max=100.0)
+    same = torch.arange(n)
+    near = torch.einsum("nd,nkd->nk", seen, read[n:].view(n, _NEGATIVES, -1))
+    in_batch = seen @ read[:n].T
+    return {
+        "contrast": F.cross_entropy(scale * torch.cat([in_batch, near], dim=1), same)
+        + F.cross_entropy(scale * in_batch.T, same),
+        "hard": (near.max(dim=1).values < in_batch.diagonal()).float().mean(),
+        "seen": seen,
+    }
+
+
+def _first_from_left_or_top(scene: Scene) -> Scene:
+    """Return the telling of a picture that starts left or on top, so that a picture has one answer."""
+    return scene.mirrored() if scene.relation in ("right of", "below") else scene
+
+
+def train_contrastive(
+    scenes: list[Scene],
+    pictures: np.ndarray,
+    text: CLIPTextModelWithProjection,
+    how: Fit,
+    scratch: Path,
+    seed: int = 0,
+    log: Callable = print,
+) -> tuple[CLIPModel, list]:
+    """Train pocket-clip on renders and degraded pictures, from the trained text encoder.
+
+    Besides the contrastive loss, linear readers (dropped afterwards) tell the attributes from the picture's embedding:
+    the vision tower learns shapes several times faster with them.
+    """
+    clip = make_clip(seed)
+    clip.text_model.load_state_dict(text.text_model.state_dict())
+    clip.text_projection.load_state_dict(text.text_projection.state_dict())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        heads = nn.ModuleList(nn.Linear(clip.config.projection_dim, size) for size in _HEADS)
+    targets = attribute_targets([_first_from_left_or_top(scene) for scene in scenes])
+
+    def loss(rng: np.random.Generator, batch: int) -> dict[str, torch.Tensor]:
+        rows = rng.integers(len(scenes), size=batch)
+        parts = _contrast(clip, [scenes[k] for k in rows], degrade(pictures[rows], rng), rng)
+        seen, wanted = parts.pop("seen") * 8.0, targets[torch.from_numpy(rows)]
+        told = [F.cross_entropy(head(seen), wanted[:, k], ignore_index=-100) for k, head in enumerate(heads)]
+        parts["attributes"] = torch.stack(told).mean()
+        return {"loss": parts["contrast"] + parts["attributes"], **{k: v.detach() for k, v in parts.items()}}
+
+    history = fit("clip", {"clip": clip, "heads": heads}, loss, how, seed=seed, scratch=scratch, log=log)
+    return clip.eval(), history
+
+
+def train_preferences(
+    clip: CLIPModel,
+    generated: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    flawed: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    scenes: list[Scene],
+    pictures: np.ndarray,
+    how: Fit,
+    scratch: Path,
+    seed: int = 0,
+    log: Callable = print,
+) -> list:
+    """Teach pocket-clip which of two finished pictures of a caption is the better one; return the log.
+
+    Parameters
+    ----------
+    generated : sequence of (caption, pictures, oracle)
+        For each caption its pictures, uint8 (k, 32, 32, 3), and their oracle scores (k,).
+    flawed : sequence of (caption, pictures, oracle)
+        The same of flawed renders (see ``flaws``): half of each batch. They keep a few thousand generated pictures
+        from being learned by heart.
+    scenes, pictures
+        Renders (VAE-decoded ones among them), for the contrastive loss that keeps what was learned.
+    """
+    group = min(len(item[2]) for item in (*generated, *flawed))
+
+    def loss(rng: np.random.Generator, batch: int) -> dict[str, torch.Tensor]:
+        half = max(1, batch // group // 2)
+        chosen = [source[k] for source in (generated, flawed) for k in rng.choice(len(source), half, replace=False)]
+        picks = [rng.permutation(len(item[2]))[:group] for item in chosen]
+        texts = [item[0] for item in chosen]
+        shown = np.concatenate([item[1][pick] for item, pick in zip(chosen, picks, strict=True)])
+        shown = shown.astype(np.float32) / 255.0
+        if rng.random() < 0.5:  # mirror images of the pairs, with captions that tell them so
+            shown, texts = shown[:, :, ::-1], [_flipped(text) for text in texts]
+        oracle = np.stack([item[2][pick] for item, pick in zip(chosen, picks, strict=True)])
+        truth = torch.from_numpy(oracle).float()
+        seen, read = _embed(clip, shown, tokenize(clip_tokenizer(), texts, CLIP_TOKENS))
+        score = clip.logit_scale.exp() * torch.einsum("pkd,pd->pk", seen.view(len(chosen), group, -1), read)
+        difference = score[:, :, None] - score[:, None, :]
+        better = torch.sigmoid((truth[:, :, None] - truth[:, None, :]) / _LABEL_TEMPERATURE)
+        off = ~torch.eye(group, dtype=torch.bool).expand(len(chosen), -1, -1)
+        preference = F.binary_cross_entropy_with_logits(difference[off], better[off])
+        clear = off & ((better - 0.5).abs() > 0.3)
+        right = ((difference > 0) == (better > 0.5))[clear].float()
+        rows = rng.integers(len(scenes), size=max(2, batch // 2))
+        parts = _contrast(clip, [scenes[k] for k in rows], degrade(pictures[rows], rng), rng)
+        total = preference + 0.1 * parts["contrast"]
+        return {"loss": total, "preference": preference.detach(), "right": right.mean() if len(right) else right.sum(),
+                "contrast": parts["contrast"].detach(), "hard": parts["hard"]}  # fmt: skip
+
+    history = fit("preferences", {"clip": clip}, loss, how, seed=seed, scratch=scratch, log=log)
+    clip.eval()
+    return history
+
+
+_LABEL_TEMPERATURE = 0.08  # oracle difference at which a preference is 73% sure
+
+
+def _flipped(text: str) -> str:
+    swap = {"left of": "right of", "right of": "left of"}
+    scene = parse_caption(text)
+    relation = None if scene.relation is None else swap.get(scene.relation, scene.relation)
+    return caption(dataclasses.replace(scene, relation=relation))

@@ -1,0 +1,183 @@
+"""The training loop of every pocket stage: seeded, resumable, with a moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ttsnap_lib.checks import integer, real
+from ttsnap_lib.errors import CheckpointError
+from ttsnap_lib.files import atomic_write, write_json
+from ttsnap_lib.pocket.training.muon import Muon
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a stage is trained.
+
+    Parameters
+    ----------
+    steps, batch : int
+        Optimizer steps, and items in each.
+    lr : float
+        Peak learning rate of AdamW; warmed up over `warmup` steps, then a cosine down to `floor` times the peak.
+    ema : float
+        Decay of the moving average of the weights (shorter at the start); 0 keeps the plain weights.
+    muon : bool
+        Muon's step for the matrices inside transformer blocks.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 100
+    floor: float = 0.02
+    ema: float = 0.999
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    muon: bool = False
+
+    def __post_init__(self) -> None:
+        integer("fit.steps", self.steps, 1)
+        integer("fit.batch", self.batch, 1)
+        real("fit.lr", self.lr, 0, open_low=True)
+        real("fit.ema", self.ema, 0, 1)
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of `step` as a fraction of the peak."""
+        rise = min(1.0, (step + 1) / max(1, min(self.warmup, self.steps // 4)))
+        return rise * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+
+
+def step_rng(seed: int, step: int) -> np.random.Generator:
+    """Return the generator of one step: what a step draws does not depend on when the run was interrupted."""
+    return np.random.default_rng(np.random.SeedSequence([seed, step]))
+
+
+def fit(
+    name: str,
+    modules: Mapping[str, nn.Module],
+    loss: Callable[[np.random.Generator, int], Mapping[str, torch.Tensor]],
+    how: Fit,
+    *,
+    seed: int,
+    scratch: Path,
+    save_every_s: float = 30.0,
+    log: Callable[[str], None] = print,
+) -> list[dict[str, float]]:
+    """Train `modules` in place; go on from the last saved state when `scratch` holds one.
+
+    Parameters
+    ----------
+    loss : callable
+        ``loss(rng, batch) -> {name: scalar}``; the entry ``"loss"`` is minimized, the others are logged.
+    scratch : Path
+        Folder of ``<name>.pt`` (state) and ``<name>.json`` (the log).
+
+    Returns
+    -------
+    list of dict
+        The log: mean losses over each interval, with ``step`` and ``elapsed_s`` (over all sittings).
+    """
+    weights = {
+        f"{key}.{n}": p for key, module in modules.items() for n, p in module.named_parameters() if p.requires_grad
+    }
+    optimizer = _optimizer(weights, how)
+    average = {key: p.detach().clone() for key, p in weights.items()}
+    state_file = scratch / f"{name}.pt"
+    first, before_s = 0, 0.0
+    history: list[dict[str, float]] = []
+    if state_file.exists():
+        first, before_s, history = _load(state_file, weights, average, optimizer)
+        log(f"{name}: going on from step {first}")
+    started, saved, count = time.monotonic(), time.monotonic(), 0
+    sums: dict[str, float] = {}
+    every = max(1, how.steps // 60)
+    for module in modules.values():
+        module.train()
+    for step in range(first, how.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = how.lr * how.rate(step)
+        parts = loss(step_rng(seed, step), how.batch)
+        optimizer.zero_grad(set_to_none=True)
+        parts["loss"].backward()
+        nn.utils.clip_grad_norm_(weights.values(), how.clip)
+        optimizer.step()
+        decay = min(how.ema, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in weights.values()], 1 - decay)
+        for key, value in parts.items():
+            sums[key] = sums.get(key, 0.0) + float(value.detach())
+        count += 1
+        elapsed = before_s + time.monotonic() - started
+        if (step + 1) % every == 0 or step + 1 == how.steps:
+            history.append(
+                {"step": step + 1, "elapsed_s": round(elapsed, 1), **{k: v / count for k, v in sums.items()}}
+            )
+            log(f"{name}: " + ", ".join(f"{key} {value:.5g}" for key, value in history[-1].items()))
+            if not math.isfinite(history[-1]["loss"]):
+                raise CheckpointError(
+                    f"training of {name} diverged: got {history[-1]['loss']!r}, expected a finite loss. Lower fit.lr."
+                )
+            sums, count = {}, 0
+        if time.monotonic() - saved > save_every_s or step + 1 == how.steps:
+            _save(state_file, weights, average, optimizer, step + 1, elapsed, history)
+            write_json(scratch / f"{name}.json", history)
+            saved = time.monotonic()
+    with torch.no_grad():
+        for key, p in weights.items():
+            p.copy_(average[key])
+    for module in modules.values():
+        module.eval()
+    return history
+
+
+def _optimizer(weights: Mapping[str, nn.Parameter], how: Fit) -> torch.optim.Optimizer:
+    if not how.muon:
+        return torch.optim.AdamW(weights.values(), how.lr, betas=(0.9, 0.99), weight_decay=how.weight_decay)
+    # Modulation, embeddings and the last layer are no inner matrices; AdamW suits them.
+    inner = {
+        key
+        for key, p in weights.items()
+        if p.ndim == 2 and ("blocks." in key or "layers." in key) and "norm" not in key
+    }
+    groups: list[dict] = [
+        {"params": [p for key, p in weights.items() if key in inner], "orthogonal": True},
+        {"params": [p for key, p in weights.items() if key not in inner]},
+    ]
+    return Muon(groups, how.lr, weight_decay=how.weight_decay)
+
+
+def _save(path: Path, weights, average, optimizer, step: int, elapsed: float, history: list) -> None:
+    state = {
+        "weights": {key: p.detach() for key, p in weights.items()},
+        "average": average,
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "elapsed_s": elapsed,
+        "history": history,
+    }
+    with atomic_write(path) as file:
+        torch.save(state, file)
+
+
+def _load(path: Path, weights, average, optimizer) -> tuple[int, float, list]:
+    state = torch.load(path, weights_only=True)
+    shapes = {key: p.shape for key, p in weights.items()}
+    if {key: p.shape for key, p in state["weights"].items()} != shapes:
+        raise CheckpointError(
+            f"training state of another architecture: got {path}, expected the same parameters as the model. Delete "
+            "that file to start the stage afresh."
+        )
+    with torch.no_grad():
+        for key, p in weights.items():
+            p.copy_(state["weights"][key])
+            average[key].copy_(state["average"][key])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["elapsed_s"], state["history"]

@@ -1,0 +1,90 @@
+"""Pictures from the pocket pipelines by the stock call, with the clean estimate of each step when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ttsnap_lib.pocket import POCKET_DEFAULTS
+from ttsnap_lib.pocket.training.models import LATENT_CHANNELS, LATENT_PIXELS
+
+
+def call_settings(pipeline: Any) -> dict[str, Any]:
+    """Return the keyword arguments of the stock call that a pocket pipeline needs."""
+    name = "pocket-flux" if hasattr(pipeline, "transformer") else "pocket-sdxl"
+    settings = dict(POCKET_DEFAULTS[name])
+    settings["num_inference_steps"] = settings.pop("n_steps")
+    settings["guidance_scale"] = settings.pop("guidance")
+    return settings
+
+
+def initial_noise(base_seed: int, prompt: int, image: int) -> torch.Tensor:
+    """Return the noise of one image, float32 (8, 8, 8), by the seed rule of the trajectory folders."""
+    seed = int(np.random.SeedSequence([base_seed, prompt, image]).generate_state(1, np.uint64)[0] & ((1 << 63) - 1))
+    shape = (LATENT_CHANNELS, LATENT_PIXELS, LATENT_PIXELS)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(pipeline: Any, prompts: Sequence[str], images: int, *, base_seed: int = 0, batch: int = 64) -> np.ndarray:
+    """Return uint8 (prompt, image, 32, 32, 3): `images` pictures of each prompt."""
+    return sample_steps(pipeline, prompts, images, base_seed=base_seed, batch=batch, every_step=False)[:, :, -1]
+
+
+@torch.no_grad()
+def sample_steps(
+    pipeline: Any,
+    prompts: Sequence[str],
+    images: int,
+    *,
+    base_seed: int = 0,
+    batch: int = 64,
+    every_step: bool = True,
+) -> np.ndarray:
+    """Return uint8 (prompt, image, step, 32, 32, 3): the decoded clean estimate of every step, the picture last.
+
+    Euler steps move a latent x from noise level s to t by ``(t - s) * d`` with clean estimate ``x - s * d``, for flow
+    matching and for SDXL's scheduler alike, so the estimates follow from the latents that the stock callback shows.
+    """
+    texts = [text for text in prompts for _ in range(images)]
+    noise = torch.stack([initial_noise(base_seed, p, k) for p in range(len(prompts)) for k in range(images)])
+    pipeline.set_progress_bar_config(disable=True)
+    settings, flux = call_settings(pipeline), hasattr(pipeline, "transformer")
+    out = []
+    for start in range(0, len(texts), batch):
+        part = noise[start : start + batch]
+        size = len(part)
+        shape = (size, LATENT_CHANNELS, LATENT_PIXELS, LATENT_PIXELS)
+        given = pipeline._pack_latents(part, *shape) if flux else part
+        seen: list[torch.Tensor] = []
+
+        def keep(pipe, step, timestep, values, seen=seen):
+            seen.append(values["latents"].clone())
+            return values
+
+        final = pipeline(
+            prompt=texts[start : start + batch],
+            latents=given.clone(),
+            output_type="latent",
+            callback_on_step_end=keep,
+            **settings,
+        ).images
+        sigmas = pipeline.scheduler.sigmas
+        before = given if flux else given * pipeline.scheduler.init_noise_sigma
+        estimates = []
+        for step, after in enumerate(seen):
+            direction = (after - before) / (sigmas[step + 1] - sigmas[step])
+            estimates.append(before - sigmas[step] * direction)
+            before = after
+        wanted = torch.stack(estimates[:-1] + [final] if every_step else [final], dim=1)
+        steps = wanted.shape[1]
+        flat = wanted.flatten(0, 1)
+        if flux:
+            flat = pipeline._unpack_latents(flat, 32, 32, pipeline.vae_scale_factor)
+        decoded = torch.cat([pipeline.vae.decode(piece).sample for piece in flat.split(256)])
+        pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        out.append(pixels.reshape(size, steps, *pixels.shape[1:]))
+    stacked = np.concatenate(out)
+    return stacked.reshape(len(prompts), images, *stacked.shape[1:])

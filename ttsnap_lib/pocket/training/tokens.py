@@ -1,0 +1,73 @@
+"""Small word tokenizers of the pocket world, as ordinary fast CLIP and T5 tokenizers."""
+
+from __future__ import annotations
+
+from transformers import CLIPTokenizerFast, T5TokenizerFast
+
+from ttsnap_lib.pocket.world import WORDS
+
+CLIP_TOKENS = 12
+"""Length of CLIP token rows: begin, at most eight words that carry meaning, end, and room for two more."""
+
+
+T5_TOKENS = 10
+"""Length of T5 token rows (``max_sequence_length`` of the FLUX pipeline)."""
+
+
+VOCABULARY = ("<pad>", "<unk>", "<s>", "</s>", *sorted(set(WORDS)))
+"""All tokens, by id: pad 0, unknown 1, begin 2, end 3, then the words in alphabetical order.
+
+Ids below begin and end are never words, so the end token's id must be named in the CLIP configuration: an
+``eos_token_id`` of 2 switches CLIP to a legacy pooling at the largest id.
+"""
+
+
+def _word_level(template: str) -> object:
+    """Return a word-level tokenizer that leaves out the grammar words, so that a caption is at most eight tokens."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    # CLIP's class asks for a BPE model; one without merges that takes whole words as they are is a word-level one.
+    vocabulary = {word: k for k, word in enumerate(VOCABULARY)}
+    model = models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True, end_of_word_suffix="</w>", ignore_merges=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex(r"\b(a|an|the|of|on|background)\b|[^a-z<>/\s]"), " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit()])  # CLIP asks for a Sequence
+    special = [(token, VOCABULARY.index(token)) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    return tokenizer
+
+
+def clip_tokenizer() -> CLIPTokenizerFast:
+    """Return the CLIP tokenizer (begin, words, end, padding)."""
+    return as_clip(_word_level("<s> $A </s>"), CLIP_TOKENS)
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """Return the T5 tokenizer (words, end, padding)."""
+    return as_t5(_word_level("$A </s>"), T5_TOKENS)
+
+
+def as_clip(tokenizer: object, length: int) -> CLIPTokenizerFast:
+    """Return a tokenizer with the special tokens of :data:`VOCABULARY` as a CLIP tokenizer of rows of `length`."""
+    return CLIPTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        model_max_length=length,
+    )
+
+
+def as_t5(tokenizer: object, length: int) -> T5TokenizerFast:
+    """Return a tokenizer with the special tokens of :data:`VOCABULARY` as a T5 tokenizer of rows of `length`."""
+    return T5TokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        extra_ids=0,
+        model_max_length=length,
+    )

@@ -1,0 +1,315 @@
+"""Pixels as each published reward model wants them, from PIL images and from tensors on any device."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from ttsnap_lib.errors import RewardError
+
+_PRECISION = 22  # bits of Pillow's fixed-point weights for 8-bit images (32 - 8 - 2)
+
+
+def _bilinear(x: float) -> float:
+    return max(0.0, 1.0 - abs(x))
+
+
+def _bicubic(x: float) -> float:
+    x, a = abs(x), -0.5
+    if x < 1:
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+    return (((x - 5) * x + 8) * x - 4) * a if x < 2 else 0.0
+
+
+_FILTERS = {2: (_bilinear, 1.0), 3: (_bicubic, 2.0)}  # PIL.Image.Resampling value -> filter, its support
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(before: int, after: int, resample: int) -> torch.Tensor:
+    """Return Pillow's integer weights (after, before), float64 on the CPU (libImaging/Resample.c)."""
+    kernel, support = _FILTERS[resample]
+    scale = before / after
+    stretch = max(scale, 1.0)  # when shrinking, the filter covers all pixels that fall into one
+    support *= stretch
+    table = torch.zeros(after, before, dtype=torch.float64)
+    for row in range(after):
+        center = (row + 0.5) * scale
+        first = max(int(center - support + 0.5), 0)
+        last = min(int(center + support + 0.5), before)
+        values = [kernel((x - center + 0.5) / stretch) for x in range(first, last)]
+        total = sum(values)
+        for x, value in zip(range(first, last), values, strict=True):
+            fixed = value / total * (1 << _PRECISION)
+            table[row, x] = math.trunc(fixed + (0.5 if value >= 0 else -0.5))
+    return table
+
+
+def resize_levels(
+    pixels: torch.Tensor, height: int, width: int, *, resample: int = 3, rounded: bool = True
+) -> torch.Tensor:
+    """Resize images with values in [0, 255] as Pillow resizes 8-bit images: rows first, then columns.
+
+    Parameters
+    ----------
+    pixels : Tensor (..., height, width)
+        Whole numbers 0 to 255 when `rounded`.
+    height, width : int
+        The new size.
+    resample : int
+        ``PIL.Image.Resampling.BILINEAR`` or ``BICUBIC``.
+    rounded : bool
+        True gives Pillow's levels to the bit: its fixed-point weights in float64, where every product and sum is
+        exact, rounded and clipped after each direction. False leaves the rounding out, for gradients.
+
+    Returns
+    -------
+    Tensor (..., height, width)
+        float32.
+
+    Raises
+    ------
+    RewardError
+        A filter that is neither bilinear nor bicubic.
+    """
+    if resample not in _FILTERS:
+        raise RewardError(
+            f"tensors cannot be resized with this resampling: got {resample!r}, expected 2 (bilinear) or 3 (bicubic). "
+            "Pass PIL images instead."
+        )
+    dtype = torch.float64 if rounded else torch.float32
+    pixels = pixels.to(dtype)
+    for axis, size in ((-1, width), (-2, height)):
+        if pixels.shape[axis] == size:
+            continue
+        table = (_weights(pixels.shape[axis], size, resample) / (1 << _PRECISION)).to(pixels.device, dtype)
+        pixels = pixels @ table.mT if axis == -1 else table @ pixels
+        if rounded:
+            pixels = (pixels + 0.5).floor()
+        pixels = pixels.clamp(0, 255)
+    return pixels.to(torch.float32)
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+
+
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+_LEVELS = 255.0
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How one family of models turns an image into its input; two equal ones give the same pixels.
+
+    Parameters
+    ----------
+    size : int
+        Side of the square input, in pixels.
+    fit : {"shortest", "longest", "stretch", "none"}
+        Resize the shortest side to `resize_to` and crop; the longest to `size` and pad with black; both sides to
+        `size`; or not at all.
+    resize_to : int, optional
+        Length of the shortest side before the crop; `size` when not given.
+    resample : int
+        A `PIL.Image.Resampling` value.
+    levels : bool
+        True resizes 8-bit images as Pillow does (rounded to 256 levels after each direction); False resizes floats,
+        which may leave [0, 1].
+    centre : {"round", "floor"}
+        Where the crop begins when an odd number of pixels is left over: torchvision rounds the half to even,
+        transformers takes the floor.
+    rgb_first : bool
+        Convert to RGB before resizing (transformers) or after (torchvision as ImageReward uses it). Only images that
+        are not RGB see a difference.
+    mean, std : tuple of float
+        Normalization of the channels.
+    """
+
+    size: int
+    fit: str = "shortest"
+    resize_to: int | None = None
+    resample: int = int(Image.Resampling.BICUBIC)
+    levels: bool = True
+    centre: str = "round"
+    rgb_first: bool = True
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    # -- public -------------------------------------------------------------------------------------------------
+
+    def image(self, image: Image.Image) -> torch.Tensor:
+        """Return one PIL image as a float32 tensor (3, size, size) on the CPU."""
+        if not self.levels:
+            return self.tensor(_to_tensor(image.convert("RGB"))[None])[0]
+        if self.rgb_first and image.mode != "RGB":
+            image = image.convert("RGB")
+        height, width = self._resized(image.height, image.width)
+        if (height, width) != (image.height, image.width):
+            image = image.resize((width, height), Image.Resampling(self.resample))
+        top, left = self._crop_origin(height, width)
+        if (height, width) != (self.size, self.size):
+            image = image.crop((left, top, left + self.size, top + self.size))
+        return self._normalize(_to_tensor(image.convert("RGB"))[None])[0]
+
+    def tensor(self, pixels: torch.Tensor, *, differentiable: bool = False) -> torch.Tensor:
+        """Return a batch of float images in [0, 1] as model input, on the device where they are.
+
+        Parameters
+        ----------
+        pixels : Tensor (n, 3, height, width)
+            Float images in [0, 1].
+        differentiable : bool
+            False rounds the images to 256 levels first, as writing a PNG does, and resizes to the same levels as
+            Pillow does, so that a tensor and the file written from it give the same pixels: equal to the bit for
+            the families that resize 8-bit images, within 2e-6 for those that resize floats (HPSv2). True leaves out
+            every rounding, so that gradients reach the images; then up to 2 of 255 levels of difference.
+
+        Returns
+        -------
+        Tensor (n, 3, size, size)
+            float32.
+        """
+        pixels = pixels.to(torch.float32)
+        if not len(pixels):
+            return pixels.new_empty(0, 3, self.size, self.size)
+        if not differentiable:
+            levels = (pixels.clamp(0, 1) * _LEVELS).round()
+            if self.levels and pixels.device.type == "cpu":  # Pillow itself is the fastest way here
+                arrays = levels.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+                return torch.stack([self.image(Image.fromarray(array)) for array in arrays])
+            pixels = levels / _LEVELS
+        height, width = self._resized(*pixels.shape[-2:])
+        if (height, width) != tuple(pixels.shape[-2:]):
+            pixels = self._resize_tensor(pixels, height, width, rounded=self.levels and not differentiable)
+        if self.fit == "longest":
+            missing_h, missing_w = self.size - height, self.size - width
+            pixels = functional.pad(
+                pixels, (missing_w // 2, missing_w - missing_w // 2, missing_h // 2, missing_h - missing_h // 2)
+            )
+        else:
+            top, left = self._crop_origin(height, width)
+            pixels = pixels[..., top : top + self.size, left : left + self.size]
+        return self._normalize(pixels)
+
+    # -- geometry -----------------------------------------------------------------------------------------------
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Return (height, width) after resizing."""
+        if self.fit == "none":
+            if min(height, width) < self.size:
+                raise RewardError(
+                    f"image is smaller than the model's input: got {width} x {height}, expected at least {self.size} x "
+                    f"{self.size}, since this model does not resize. Generate larger images, or use a processor that "
+                    "resizes."
+                )
+            return height, width
+        if self.fit == "stretch":
+            return self.size, self.size
+        if self.fit == "longest":
+            scale = self.size / float(max(height, width))
+            return round(height * scale), round(width * scale)
+        short = self.resize_to or self.size
+        if height <= width:
+            return short, int(short * width / height)
+        return int(short * height / width), short
+
+    def _crop_origin(self, height: int, width: int) -> tuple[int, int]:
+        if self.centre == "floor":
+            return (height - self.size) // 2, (width - self.size) // 2
+        return round((height - self.size) / 2.0), round((width - self.size) / 2.0)
+
+    def _resize_tensor(self, pixels: torch.Tensor, height: int, width: int, *, rounded: bool) -> torch.Tensor:
+        if self.levels:
+            levels = pixels * _LEVELS
+            if rounded:
+                levels = levels.round()  # the division above left whole numbers but for the last bit
+            return resize_levels(levels, height, width, resample=self.resample, rounded=rounded) / _LEVELS
+        mode = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}[
+            Image.Resampling(self.resample)
+        ]
+        return functional.interpolate(pixels, size=(height, width), mode=mode, antialias=True, align_corners=False)
+
+    def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        mean = torch.tensor(self.mean, dtype=torch.float32, device=pixels.device)[:, None, None]
+        std = torch.tensor(self.std, dtype=torch.float32, device=pixels.device)[:, None, None]
+        return (pixels - mean) / std
+
+
+IMAGE_REWARD_PIXELS = Preprocessing(224, rgb_first=False)
+"""``ImageReward._transform(224)``: shortest side to 224 with Pillow's bicubic, center crop, then RGB."""
+
+
+HPS_PIXELS = Preprocessing(224, fit="longest", levels=False)
+"""``hpsv2.src.open_clip.transform.image_transform(224, False, resize_longest_max=True)``: a float tensor, bicubic with
+antialiasing, to the longest side, then black padding. (With torchvision before 0.17 the package resized without
+antialiasing; this follows its code on current versions.)"""
+
+
+def from_clip_processor(processor: Any, source: str) -> Preprocessing:
+    """Read the settings of a `transformers.CLIPImageProcessor`.
+
+    Returns
+    -------
+    Preprocessing
+
+    Raises
+    ------
+    RewardError
+        When the processor does something that :class:`Preprocessing` does not know.
+    """
+
+    def refuse(what: str, value: object, bound: str) -> RewardError:
+        return RewardError(
+            f"image processor of {source}: {what}: got {value!r}, expected {bound}. Save a CLIPImageProcessor with "
+            "such settings beside the model."
+        )
+
+    if not type(processor).__name__.startswith("CLIPImageProcessor"):
+        raise refuse("class", type(processor).__name__, "CLIPImageProcessor")
+    if not processor.do_rescale or abs(processor.rescale_factor - 1 / 255) > 1e-9:
+        raise refuse("rescale_factor", processor.rescale_factor, "1/255")
+    if not processor.do_normalize:
+        raise refuse("do_normalize", False, "True")
+    size, crop = dict(processor.size or {}), dict(processor.crop_size or {})
+    if processor.do_center_crop:
+        side = {crop.get("height"), crop.get("width")}
+    elif {"height", "width"} <= set(size):
+        side = {size["height"], size["width"]}
+    else:
+        raise refuse("do_center_crop", False, "True, or a size with height and width")
+    if len(side) != 1 or None in side:
+        raise refuse("input size", crop or size, "a square")
+    edge = int(cast("int", side.pop()))
+    resize_to: int | None = None
+    if not processor.do_resize:
+        fit = "none"
+    elif "shortest_edge" in size:
+        fit, resize_to = "shortest", int(size["shortest_edge"])
+    elif size.get("height") == size.get("width") == edge:
+        fit = "stretch"
+    else:
+        raise refuse("size", size, "a shortest_edge, or height and width equal to the crop")
+    if resize_to is not None and resize_to < edge:
+        raise refuse("shortest_edge", resize_to, f"at least the crop's {edge}")
+    return Preprocessing(
+        size=edge,
+        fit=fit,
+        resize_to=None if resize_to == edge else resize_to,
+        resample=int(processor.resample),
+        centre="floor",
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+    )
+
+
+def _to_tensor(image: Image.Image) -> torch.Tensor:
+    """Return an RGB image as float32 (3, height, width) in [0, 1]."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32) / _LEVELS

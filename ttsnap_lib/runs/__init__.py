@@ -1,0 +1,1 @@
+"""Notebooks run headless: single runs, sweeps and reports."""

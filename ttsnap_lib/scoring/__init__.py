@@ -1,0 +1,1 @@
+"""Pictures x rewards -> reward tensor."""

@@ -1,0 +1,306 @@
+"""A reward tensor that is filled prompt by prompt: created, widened and written in place, resumed, shared by shards.
+
+Chunks hold one reward and `PROMPT_CHUNK` prompts. A shard owns whole chunks, so several processes write side by side.
+What is still NaN is what is left to do; nothing else has to be kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from ttsnap_lib.errors import TensorError
+from ttsnap_lib.files import others_at_work, shard_lock, tidy, typed_disk_errors
+from ttsnap_lib.tensors.tensor import (
+    COPIED,
+    DIMS,
+    FINETUNED,
+    PROMPT_CHUNK,
+    check_rewards,
+    make_rewards,
+    open_rewards,
+    write_zarr,
+)
+
+if TYPE_CHECKING:
+    import xarray as xr
+    import zarr
+
+
+PENDING, PARTIAL, SCORED = "pending", "partial", "scored"
+
+
+_ATTRIBUTE = "scores"  # reward -> {"weights": fingerprint, "noise_aware": {step: fingerprint}}
+
+
+@dataclass(frozen=True)
+class RewardPlan:
+    """One reward to be scored: its name, and digests of its weights and of its noise-aware weights per step."""
+
+    name: str
+    weights: str
+    noise_aware: Mapping[int, str] = field(default_factory=dict)
+
+
+def planned(
+    old: xr.Dataset | None,
+    path: Path,
+    rewards: Sequence[RewardPlan],
+    prompts: list[str],
+    n_images: int,
+    steps: list[int],
+    attributes: dict[str, Any],
+) -> xr.Dataset:
+    """Return the tensor as it has to stand before scoring begins."""
+    names = [plan.name for plan in rewards]
+    scores: dict[str, Any] = {}
+    if old is not None:
+        _check_same(old, path, rewards, prompts, attributes)
+        scores = {name: dict(entry) for name, entry in _scores(old, path).items()}
+        names = [str(name) for name in old["reward"].values]
+        names += [plan.name for plan in rewards if plan.name not in names]
+        texts = [str(value) for value in old["prompt_text"].values] if "prompt_text" in old.coords else []
+        prompts = max(texts, prompts, key=len)
+        n_images = max(n_images, old.sizes["image"])
+        steps = sorted({*steps, *(int(step) for step in old["step"].values)})
+    shape = (len(names), len(prompts), n_images, len(steps))
+    new = make_rewards(
+        np.full(shape, np.nan, np.float32),
+        rewards=names,
+        prompt_text=prompts,
+        steps=steps,
+        attributes=attributes if old is None else {**attributes, **old.attrs},
+    )
+    new["status"][:] = PENDING
+    source = np.full((len(names), len(steps)), COPIED, dtype=f"<U{len(COPIED)}")
+    columns = {step: k for k, step in enumerate(steps)}
+    if old is not None:
+        index = {
+            "reward": np.array([names.index(str(name)) for name in old["reward"].values]),
+            "step": np.array([columns[int(step)] for step in old["step"].values]),
+        }
+        block = np.ix_(index["reward"], old["prompt"].values, old["image"].values, index["step"])
+        for variable in ("base", "noise_aware"):
+            new[variable].values[block] = old[variable].transpose(*DIMS).values
+        source[np.ix_(index["reward"], index["step"])] = old["noise_aware_source"].transpose("reward", "step").values
+        new["status"].values[old["prompt"].values] = old["status"].values
+        if shape != tuple(old["base"].transpose(*DIMS).shape):
+            whole = new["status"].values == SCORED
+            new["status"].values[whole] = PARTIAL
+    for plan in rewards:
+        row = names.index(plan.name)
+        entry = scores.setdefault(plan.name, {"weights": plan.weights, "noise_aware": {}})
+        for step, digest in plan.noise_aware.items():
+            entry["noise_aware"] = {**entry["noise_aware"], str(step): digest}
+            if step in columns and source[row, columns[step]] != FINETUNED:
+                source[row, columns[step]] = FINETUNED
+                new["noise_aware"].values[row, :, :, columns[step]] = np.nan
+                new["status"].values[new["status"].values == SCORED] = PARTIAL
+    new["noise_aware_source"] = (("reward", "step"), source.astype(object))
+    new.attrs[_ATTRIBUTE] = scores
+    return new
+
+
+def _check_same(
+    old: xr.Dataset, path: Path, rewards: Sequence[RewardPlan], prompts: list[str], attributes: dict[str, Any]
+) -> None:
+    other = "Choose another --out, or remove the tensor."
+    for dim in ("prompt", "image"):
+        if not np.array_equal(old[dim].values, np.arange(old.sizes[dim])):
+            raise TensorError(
+                f"{path} holds a selection of a tensor: got {old[dim].values.tolist()!r}, expected {dim} 0 to "
+                f"{old.sizes[dim] - 1}. {other}"
+            )
+    texts = [str(value) for value in old["prompt_text"].values] if "prompt_text" in old.coords else None
+    if texts is None:
+        raise TensorError(
+            f"{path} does not say which prompts it holds: got {path}, expected a tensor with prompt_text. {other}"
+        )
+    for index, (there, here) in enumerate(zip(texts, prompts, strict=False)):
+        if there != here:
+            raise TensorError(f"{path}: prompt {index} is another one: got {here!r}, expected {there!r}. {other}")
+    was, now = old.attrs.get("trajectories"), attributes.get("trajectories")
+    if now is not None and was != now:
+        raise TensorError(
+            f"{path} was scored from other trajectories: got {attributes.get('model')!r}, expected those of "
+            f"{old.attrs.get('model')} ({was}). {other}"
+        )
+    scores = _scores(old, path)
+    for plan in rewards:
+        if plan.name not in [str(name) for name in old["reward"].values]:
+            continue
+        remedy = f"Choose another --out, or another name for {plan.name} (name=)."
+        entry = scores.get(plan.name)
+        if entry is None or entry.get("weights") != plan.weights:
+            raise TensorError(
+                f"{path} holds scores of {plan.name} by other weights: got {plan.weights!r}, expected "
+                f"{str(entry.get('weights')) if entry else 'scores that this program made'}. {remedy}"
+            )
+        for step, digest in plan.noise_aware.items():
+            known = entry["noise_aware"].get(str(step), digest)
+            if known != digest:
+                raise TensorError(
+                    f"{path} holds noise-aware scores of {plan.name} at step {step} by other weights: got {digest!r}, "
+                    f"expected {known}. {remedy}"
+                )
+
+
+def _scores(old: xr.Dataset, path: Path) -> dict[str, dict[str, Any]]:
+    """Return what the tensor says about the weights behind its scores."""
+    found = old.attrs.get(_ATTRIBUTE, {})
+    entries = list(found.values()) if isinstance(found, Mapping) else [None]
+    whole = all(isinstance(entry, Mapping) and isinstance(entry.get("noise_aware"), Mapping) for entry in entries)
+    if not whole or not {"noise_aware_source", "status"} <= set(old.variables):
+        raise TensorError(
+            f"{path} does not say how it was scored: got {found!r}, expected noise_aware_source, status, and the "
+            "weights of each reward, as `ttsnap score` writes them. Choose another --out, or remove the tensor."
+        )
+    return dict(found)
+
+
+def write_store(dataset: xr.Dataset, path: Path) -> None:
+    """Write the whole store beside and rename."""
+    check_rewards(dataset)
+    dataset = dataset.copy()
+    sizes = dataset.sizes
+    for name in ("reward", "status", "prompt_text", "noise_aware_source"):
+        dataset[name] = dataset[name].astype(str)
+    dataset["status"] = dataset["status"].astype(f"<U{len(PENDING)}")
+    dataset["noise_aware_source"] = dataset["noise_aware_source"].astype(f"<U{len(COPIED)}")
+    for variable in dataset.variables.values():
+        variable.encoding = {}
+    prompts = min(PROMPT_CHUNK, sizes["prompt"])
+    values = {"chunks": (1, prompts, sizes["image"], sizes["step"]), "dtype": "float32"}
+    encoding = {"base": values, "noise_aware": values, "status": {"chunks": (prompts,)}}
+    write_zarr(dataset, path, encoding)
+
+
+@contextlib.contextmanager
+def open_store(
+    path: str | Path,
+    rewards: Sequence[RewardPlan],
+    prompts: Sequence[str],
+    n_images: int,
+    steps: Sequence[int],
+    *,
+    shard: tuple[int, int] = (0, 1),
+    attributes: Mapping[str, Any] | None = None,
+) -> Iterator[RewardStore]:
+    """Create the tensor at `path`, or widen the one that is there, and hold this shard of it.
+
+    Rewards, prompts, images and steps that the tensor lacks are added; values that it has stay. Steps of a
+    noise-aware series that were copies of the base value become open again.
+
+    Yields
+    ------
+    RewardStore
+
+    Raises
+    ------
+    TensorError
+        A tensor of other prompts, other trajectories or other weights.
+    DiskError
+        Another process writes this shard.
+    """
+    path = Path(path)
+    # Locks and their like stand beside the store: it is replaced as a whole when it is widened.
+    beside = path.parent / f".{path.name}"
+    with contextlib.ExitStack() as stack:
+        with shard_lock(beside, shard) as held:
+            tidy(path.parent, glob.escape(path.name))
+            old = open_rewards(path).load() if path.exists() else None
+            new = planned(old, path, rewards, list(prompts), n_images, sorted(steps), dict(attributes or {}))
+            if old is None or not old.identical(new):
+                if shard[1] > 1 and old is not None and others_at_work(beside, shard):
+                    raise TensorError(
+                        f"{path} cannot be widened while other shards write it: got {path}, expected one process while "
+                        "rewards, prompts, images or steps are added. Wait for them to end, or start all shards with "
+                        "the same settings."
+                    )
+                write_store(new, path)
+            elif not others_at_work(beside, shard):
+                for leftover in path.rglob("*.partial"):  # a chunk that was being written when a process ended
+                    leftover.unlink()
+        stack.enter_context(held)
+        yield RewardStore(path, shard)
+
+
+class RewardStore:
+    """An open tensor; see :func:`open_store`."""
+
+    def __init__(self, path: Path, shard: tuple[int, int]) -> None:
+        import zarr
+
+        self.path = path
+        self._group = zarr.open_group(str(path), mode="r+")
+        dataset = open_rewards(path)
+        self.rewards = [str(name) for name in dataset["reward"].values]
+        self.steps = [int(step) for step in dataset["step"].values]
+        self.n_prompts, self.n_images = dataset.sizes["prompt"], dataset.sizes["image"]
+        source = dataset["noise_aware_source"].transpose("reward", "step").values == FINETUNED
+        self._finetuned = {name: source[k] for k, name in enumerate(self.rewards)}
+        chunks = range(0, self.n_prompts, PROMPT_CHUNK)
+        self.chunks = [
+            list(range(start, min(start + PROMPT_CHUNK, self.n_prompts)))
+            for k, start in enumerate(chunks)
+            if k % shard[1] == shard[0]
+        ]
+        """Prompts of this shard, chunk by chunk."""
+
+    def read(self, variable: str, reward: str, prompt: int) -> np.ndarray:
+        """Return ``base`` or ``noise_aware`` of one prompt, float32 (image, step)."""
+        return np.asarray(self._array(variable)[self.rewards.index(reward), prompt])
+
+    def todo(self, reward: str, prompt: int, steps: Sequence[int], n_images: int) -> tuple[list[int], list[int]]:
+        """Return the steps whose base, and whose finetuned values, are not whole yet."""
+        columns = [self.steps.index(step) for step in steps]
+        open_steps = []
+        for variable in ("base", "noise_aware"):
+            gaps = np.isnan(self.read(variable, reward, prompt)[:n_images][:, columns]).any(0)
+            if variable == "noise_aware":
+                gaps &= self._finetuned[reward][columns]
+            open_steps.append([step for step, gap in zip(steps, gaps, strict=True) if gap])
+        return open_steps[0], open_steps[1]
+
+    def write(self, prompt: int, values: Mapping[tuple[str, str], np.ndarray]) -> None:
+        """Write scores of one prompt.
+
+        Parameters
+        ----------
+        prompt : int
+            Its index.
+        values : mapping
+            (reward, ``"base"`` or ``"noise_aware"``) -> (image, step) over all images and steps of the tensor; NaN
+            leaves what is there. Copies of base values are kept up here.
+        """
+        for reward in dict.fromkeys(name for name, _ in values):
+            row = self.rewards.index(reward)
+            base, aware = self.read("base", reward, prompt), self.read("noise_aware", reward, prompt)
+            for variable, kept in (("base", base), ("noise_aware", aware)):
+                given = values.get((reward, variable))
+                if given is not None:
+                    np.copyto(kept, given.astype(np.float32), where=~np.isnan(given))
+            copied = ~self._finetuned[reward]
+            aware[:, copied] = base[:, copied]
+            # In this order: a process that ends in between leaves a base value open, and does the prompt again.
+            with typed_disk_errors(self.path):
+                self._array("noise_aware")[row, prompt] = aware
+                self._array("base")[row, prompt] = base
+        self.settle(prompt)
+
+    def settle(self, prompt: int) -> None:
+        """Bring ``status`` of a prompt up to date."""
+        gaps = np.isnan(np.stack([np.asarray(self._array(name)[:, prompt]) for name in ("base", "noise_aware")]))
+        status = PENDING if gaps.all() else PARTIAL if gaps.any() else SCORED
+        if self._array("status")[prompt] != status:
+            with typed_disk_errors(self.path):
+                self._array("status")[prompt] = status
+
+    def _array(self, name: str) -> zarr.Array:
+        return cast("zarr.Array", self._group[name])

@@ -1,0 +1,317 @@
+"""How well a reward at a step predicts the final one, and what a method gains: numbers with intervals.
+
+NumPy in, NumPy or small records out. Metrics are computed per prompt and averaged; intervals are percentile
+bootstraps over prompts, since prompts are what a result should carry over to.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ttsnap_lib.checks import integer, real
+from ttsnap_lib.errors import ConfigError, TensorError
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over prompts with its interval; fields are floats or equally shaped arrays.
+
+    Attributes
+    ----------
+    mean, low, high : float or ndarray
+    per_prompt : ndarray (prompt, ...)
+    """
+
+    mean: np.ndarray | Any
+    low: np.ndarray | Any
+    high: np.ndarray | Any
+    per_prompt: np.ndarray
+
+    @classmethod
+    def over_prompts(
+        cls,
+        per_prompt: np.ndarray,
+        rng: np.random.Generator | int | None = None,
+        *,
+        level: float = 0.95,
+        resamples: int = 1000,
+    ) -> Estimate:
+        """Average over the first axis, with a percentile bootstrap; prompts that are NaN throughout a cell drop out."""
+        values = np.asarray(per_prompt, dtype=np.float64)
+        valid = ~np.isnan(values)
+        # A ratio of bootstrap sums keeps the mean right where prompts drop out (a constant reward has no tau).
+        stacked = np.stack([np.where(valid, values, 0.0), valid.astype(np.float64)], axis=-1)
+        boot = bootstrap_means(stacked, rng, resamples)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            samples = boot[..., 0] / boot[..., 1]
+            mean = stacked[..., 0].sum(0) / stacked[..., 1].sum(0)
+        low, high = percentile_interval(samples, real("level", level, 0, 1, open_low=True))
+        return cls(mean, low, high, values)
+
+
+def percentile_interval(samples: np.ndarray, level: float) -> np.ndarray:
+    """Return (low, high) over the first axis. Resamples that are NaN (of dropped prompts alone) are left out."""
+    tail = (1 - level) / 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a cell without any value stays NaN
+        return np.nanquantile(samples, [tail, 1 - tail], axis=0)
+
+
+def bootstrap_means(
+    values: np.ndarray, rng: np.random.Generator | int | None = None, resamples: int = 1000
+) -> np.ndarray:
+    """Return means over resampled prompts; all cells of a resample share its prompts, so differences are paired.
+
+    Parameters
+    ----------
+    values : (prompt, ...)
+    rng : numpy.random.Generator or int, optional
+        0 by default. A Generator is advanced.
+    resamples : int
+
+    Returns
+    -------
+    float64 (resample, ...)
+        All NaN for a single prompt: how prompts differ is then unknown, not zero.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    n_prompts = values.shape[0]
+    if n_prompts < 2:
+        return np.full((integer("resamples", resamples, 1), *values.shape[1:]), np.nan)
+    rng = np.random.default_rng(0 if rng is None else rng)
+    flat = values.reshape(n_prompts, -1)
+    means = np.empty((integer("resamples", resamples, 1), flat.shape[1]))
+    block = max(1, 1_000_000 // n_prompts)  # bounds the matrix of counts
+    for start in range(0, resamples, block):
+        rows = min(block, resamples - start)
+        drawn = rng.integers(0, n_prompts, (rows, n_prompts))
+        drawn += np.arange(rows)[:, None] * n_prompts
+        counts = np.bincount(drawn.ravel(), minlength=rows * n_prompts).reshape(rows, n_prompts)
+        means[start : start + rows] = counts @ flat / n_prompts
+    return means.reshape(resamples, *values.shape[1:])
+
+
+TOP_SELECT_RATIOS = tuple(round(0.05 * k, 2) for k in range(1, 20))
+"""0.05 to 0.95, the ratios that the released evaluation averages over."""
+
+
+def relative_gain(budgets: np.ndarray, rewards: np.ndarray, baseline: np.ndarray) -> float:
+    """Return how much more area a method gains over a budget range than the baseline does, in percent.
+
+    The paper's metric: Simpson's rule over the budgets of the mean reward above the baseline's first point,
+    relative to the same area of the baseline (Best-of-N).
+
+    Parameters
+    ----------
+    budgets : (budget,)
+        Strictly increasing.
+    rewards, baseline : (..., budget)
+        Other axes (iterations, prompts) are averaged first.
+
+    Raises
+    ------
+    ConfigError
+        Shapes that do not fit, budgets that do not increase, NaN, or a baseline that gains no area.
+    """
+    rewards, baseline = np.asarray(rewards, np.float64), np.asarray(baseline, np.float64)
+    budgets = np.asarray(budgets, np.float64)
+    if budgets.ndim != 1 or len(budgets) < 2 or not (np.diff(budgets) > 0).all():
+        raise ConfigError(
+            f"budgets: got {budgets.tolist()!r}, expected two or more numbers in strictly increasing order. Sort the "
+            "budgets and name each once."
+        )
+    for name, curve in (("rewards", rewards), ("baseline", baseline)):
+        if curve.ndim == 0 or curve.shape[-1] != len(budgets) or np.isnan(curve).any():
+            raise ConfigError(
+                f"{name}: got "
+                f"{f'shape {curve.shape}' + (' with NaN' if curve.ndim and np.isnan(curve).any() else '')!r}, expected "
+                f"numbers with {len(budgets)} on the last axis, one per budget. Put the budgets on the last axis and "
+                "score what is missing."
+            )
+    return float(
+        relative_gain_of(budgets, rewards.reshape(-1, len(budgets)).mean(0), baseline.reshape(-1, len(budgets)).mean(0))
+    )
+
+
+def relative_gain_of(
+    budgets: np.ndarray, rewards: np.ndarray, baseline: np.ndarray, *, strict: bool = True
+) -> np.ndarray:
+    """Return :func:`relative_gain` of each curve of a stack, (..., budget) to (...).
+
+    With ``strict=False`` a baseline without area gives NaN instead of an error.
+
+    Parameters
+    ----------
+    budgets : (budget,)
+    rewards, baseline : (..., budget)
+    strict : bool
+
+    Raises
+    ------
+    ConfigError
+        Shapes or budgets that do not fit, or, when `strict`, a baseline without area.
+    """
+    from scipy.integrate import simpson
+
+    start = baseline[..., :1]
+    area = simpson(rewards - start, x=budgets, axis=-1)
+    base = simpson(baseline - start, x=budgets, axis=-1)
+    if strict and np.any(base <= 0):
+        raise ConfigError(
+            f"area of the baseline above its first point: got {float(np.min(base))!r}, expected more than 0. Use a "
+            "wider range of budgets: over this one the baseline does not improve."
+        )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(base > 0, 100 * (area / base - 1), np.nan)
+
+
+def kendall_tau(
+    scores: np.ndarray, final: np.ndarray, rng: np.random.Generator | int | None = None, **options
+) -> Estimate:
+    """Return Kendall's tau-b between each step's reward and the final reward, over the images of each prompt.
+
+    Parameters
+    ----------
+    scores : (prompt, image, step)
+    final : (prompt, image)
+    rng, options
+        As in :meth:`Estimate.over_prompts`.
+
+    Returns
+    -------
+    Estimate
+        Arrays (step,); ``per_prompt`` is (prompt, step), NaN where a reward is constant or missing.
+    """
+    from ttsnap_lib.simulation import kernels as _kernels
+    from ttsnap_lib.simulation.pruning import run_threads
+
+    scores, final = _scores(scores, final)
+    out = np.empty((scores.shape[0], scores.shape[2]))
+    parts = [slice(start, start + 16) for start in range(0, len(scores), 16)]
+    run_threads(
+        lambda part: _kernels.tau_b(
+            np.ascontiguousarray(scores[part], np.float64), np.ascontiguousarray(final[part], np.float64), out[part]
+        ),
+        parts,
+    )
+    return Estimate.over_prompts(out, rng, **options)
+
+
+def top_select(
+    scores: np.ndarray,
+    final: np.ndarray,
+    ratios: float | tuple[float, ...] = TOP_SELECT_RATIOS,
+    rng: np.random.Generator | int | None = None,
+    **options,
+) -> tuple[Estimate, Estimate]:
+    """Return accuracy and gap of keeping the top fraction by each step's reward.
+
+    Accuracy: how often the best final image (or one as good) is among the kept ``max(1, round(n * ratio))``.
+    Gap: by how much the best kept final reward falls short. Several ratios are averaged, as in the released
+    evaluation; ties break by the lower image index (the released one keeps all of a tie).
+
+    Parameters
+    ----------
+    scores : (prompt, image, step)
+    final : (prompt, image)
+    ratios : float or tuple of float, each in (0, 1]
+    rng, options
+        Of the intervals, see :meth:`Estimate.over_prompts`.
+
+    Returns
+    -------
+    accuracy, gap : Estimate
+        Arrays (step,).
+    """
+    from ttsnap_lib.schedule import kept
+
+    scores, final = _scores(scores, final)
+    shares = np.atleast_1d(np.asarray(ratios, object))
+    keeps = [kept(final.shape[1], real("ratio", share, 0, 1, open_low=True)) for share in shares]
+    order = np.argsort(-scores, axis=1, kind="stable")
+    running = np.maximum.accumulate(np.take_along_axis(final[:, :, None], order, axis=1), axis=1)
+    best = final.max(1)[:, None]
+    gaps = np.stack([best - running[:, keep - 1] for keep in keeps])  # (ratio, prompt, step)
+    return (
+        Estimate.over_prompts((gaps <= 0).mean(0), rng, **options),
+        Estimate.over_prompts(gaps.mean(0), rng, **options),
+    )
+
+
+def perfect_verifier(final: np.ndarray, n: int, rng: np.random.Generator | int | None = None, **options) -> Estimate:
+    """Return the ceiling of a schedule that starts with `n` candidates: no check ever drops the best one.
+
+    A perfect verifier knows the final reward at every check, so it ends with Best-of-n at the price of the schedule.
+
+    Parameters
+    ----------
+    final : (prompt, image)
+    n : int
+        Candidates at the start.
+    rng, options
+        Of the interval, see :meth:`Estimate.over_prompts`.
+    """
+    from ttsnap_lib.simulation.pruning import best_of_n
+
+    return Estimate.over_prompts(best_of_n(final, n), rng, **options)
+
+
+def compute_saved(budgets: np.ndarray, mean: np.ndarray, final: np.ndarray, candidate_cost: float) -> np.ndarray:
+    """Return the share of compute that Best-of-N would need more for the same mean reward: ``1 - budget / needed``.
+
+    Parameters
+    ----------
+    budgets, mean : (budget,)
+        What a method spent and reached.
+    final : (prompt, image)
+        Clean-image rewards; the exact Best-of-N curve over whole candidates, linear in between, is the yardstick.
+    candidate_cost : float
+        Cost of one Best-of-N candidate in the budgets' unit.
+
+    Returns
+    -------
+    float64 (budget,)
+        Negative where the method is worse; NaN where even the whole pool does not reach the reward.
+    """
+    from ttsnap_lib.simulation.pruning import best_of_n
+
+    pool = np.asarray(final).shape[1]
+    curve = np.maximum.accumulate([best_of_n(final, n).mean() for n in range(1, pool + 1)])
+    needed = np.interp(mean, curve, np.arange(1, pool + 1), left=np.nan, right=np.nan) * candidate_cost
+    return 1 - np.asarray(budgets) / needed
+
+
+def effective_pool_size(final: np.ndarray) -> np.ndarray:
+    """Return how many equally likely, distinct images the pool of each prompt is worth: ``1 / sum(share ** 2)``.
+
+    Images of one prompt with equal rewards count as repeats of one. A pool without repeats has its own size.
+
+    Parameters
+    ----------
+    final : (prompt, image), or (prompt, image, step) to compare whole trajectories
+
+    Returns
+    -------
+    float64 (prompt,)
+    """
+    values = np.asarray(final)
+    values = values[:, :, None] if values.ndim == 2 else values
+    sizes = []
+    for rows in values:
+        _, counts = np.unique(rows, axis=0, return_counts=True)
+        sizes.append(1 / ((counts / counts.sum()) ** 2).sum())
+    return np.array(sizes)
+
+
+def _scores(scores: np.ndarray, final: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    scores, final = np.asarray(scores), np.asarray(final)
+    if scores.ndim != 3 or final.shape != scores.shape[:2] or final.shape[-1] < 2:
+        raise TensorError(
+            f"scores and final rewards: got {(scores.shape, final.shape)!r}, expected shapes (prompt, image, step) and "
+            "(prompt, image) with two images or more. Select one reward and one variable of the tensor."
+        )
+    return scores, final

@@ -1,0 +1,376 @@
+"""What a reader takes from a simulation: tables of methods and schedules, and the commands that tune and run one."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ttsnap_lib.costs import CostModel
+from ttsnap_lib.errors import ConfigError
+from ttsnap_lib.schedule import Schedule
+from ttsnap_lib.simulation.simulate import Curves
+from ttsnap_lib.style import METHOD_LABELS, axes_or_new, method_style, reward_label, tidy
+from ttsnap_lib.tensors.tensor import noise_aware_steps
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ttsnap_lib.simulation.metrics import Estimate
+    from ttsnap_lib.tuning.optimize import Transfer
+
+
+def reward_against_budget(
+    frame: pd.DataFrame, reward: str | None = None, *, unit: str = "TFLOPs", ax: Axes | None = None
+) -> Axes:
+    """Draw the mean reward of each method against the budget, with its interval as a band.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+        As :func:`ttsnap_lib.sweep` returns it.
+    reward : str, optional
+        Needed when the frame holds several.
+    unit : str
+        Of the budget.
+    ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    frame, reward = _one_reward(frame, reward)
+    ax = axes_or_new(ax, (5.2, 3.6))
+    for method, rows in frame.groupby("method", sort=False):
+        rows = rows.sort_values("budget")
+        style = method_style(method)
+        ax.fill_between(rows["budget"], rows["low"], rows["high"], color=style["color"], alpha=0.18, linewidth=0)
+        ax.plot(
+            rows["budget"], rows["mean"], label=METHOD_LABELS.get(method, method), markersize=4, linewidth=1.6, **style
+        )
+    ax.set(xlabel=f"budget per prompt ({unit})", ylabel=f"mean {reward_label(reward)} of the chosen image")
+    ax.legend(frameon=False)
+    return tidy(ax)
+
+
+def reward_panels(frame: pd.DataFrame, *, unit: str = "TFLOPs", title: str | None = None) -> Figure:
+    """Draw :func:`reward_against_budget` for every reward of the frame, side by side, and return the figure.
+
+    Returns
+    -------
+    Figure
+    """
+    import matplotlib.pyplot as plt
+
+    rewards = list(dict.fromkeys(frame["reward"]))
+    figure, axes = plt.subplots(1, len(rewards), figsize=(4.8 * len(rewards), 3.6), layout="constrained", squeeze=False)
+    for reward, ax in zip(rewards, axes[0], strict=True):
+        reward_against_budget(frame, reward, unit=unit, ax=ax)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def gain_bars(gains: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw the relative gain over Best-of-N of each method and reward, with intervals.
+
+    Parameters
+    ----------
+    gains : pandas.DataFrame
+        Columns method, reward, relative_gain, low, high, as :meth:`Curves.relative_gains` returns it.
+    ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax, (4.2, 3.2))
+    methods = list(dict.fromkeys(gains["method"]))
+    rewards = list(dict.fromkeys(gains["reward"]))
+    width = 0.8 / max(len(methods), 1)
+    for m, method in enumerate(methods):
+        rows = gains[gains["method"] == method].set_index("reward").reindex(rewards)
+        place = np.arange(len(rewards)) + (m - (len(methods) - 1) / 2) * width
+        error = np.abs(rows[["low", "high"]].to_numpy().T - rows["relative_gain"].to_numpy())
+        color = method_style(method)["color"]
+        ax.bar(place, rows["relative_gain"], width * 0.92, yerr=error, capsize=3, color=color, ecolor="0.25",
+               label=METHOD_LABELS.get(method, method))  # fmt: skip
+        for x, value, low, high in zip(place, rows["relative_gain"], rows["low"], rows["high"], strict=True):
+            above = value >= 0
+            ax.annotate(f"{value:.1f}", (x, np.fmax(value, high) if above else np.fmin(value, low)), (0, 3 if above else -3), fontsize=8,
+                        textcoords="offset points", ha="center", va="bottom" if above else "top")  # fmt: skip
+    ax.axhline(0, color="0.25", linewidth=0.8)
+    ax.margins(y=0.15)
+    ax.set_xticks(range(len(rewards)), [reward_label(name) for name in rewards])
+    ax.set_ylabel("relative gain over Best-of-N (%)")
+    if methods:  # Best-of-N alone gains nothing over itself
+        ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(methods), borderaxespad=0)
+    return tidy(ax)
+
+
+def tau_per_step(
+    base: Estimate, noise_aware: Estimate | None = None, *, steps: np.ndarray | None = None, ax: Axes | None = None
+) -> Axes:
+    """Draw the mean per-prompt Kendall tau between the reward at each step and the final reward.
+
+    Parameters
+    ----------
+    base, noise_aware : Estimate
+        As :func:`ttsnap_lib.metrics.kendall_tau` returns them, arrays (step,).
+    steps : (step,), optional
+        Denoising step of each position.
+    ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax, (5.2, 3.4))
+    drawn = [(base, "base reward", "ttsp"), (noise_aware, "noise-aware reward", "ttsnap")]
+    for estimate, label, like in drawn:
+        if estimate is None:
+            continue
+        x = np.arange(len(estimate.mean)) if steps is None else np.asarray(steps)
+        style = method_style(like)
+        ax.fill_between(x, estimate.low, estimate.high, color=style["color"], alpha=0.18, linewidth=0)
+        ax.plot(x, estimate.mean, label=label, markersize=4, linewidth=1.6, **style)
+    ax.set(xlabel="denoising step", ylabel="Kendall tau with the final reward", ylim=(min(0, ax.get_ylim()[0]), 1.03))
+    ax.locator_params(axis="x", integer=True)
+    ax.legend(frameon=False, loc="lower right")
+    return tidy(ax)
+
+
+def survivor_funnel(cost: CostModel, schedule: Schedule, n: int, *, ax: Axes | None = None) -> Axes:
+    """Draw how many candidates each stage works on and what the stage costs.
+
+    Parameters
+    ----------
+    cost : CostModel
+    schedule : Schedule
+    n : int
+        Candidates at the start.
+    ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax, (5.2, 0.9 + 0.55 * (len(schedule) + 1)))
+    stages = cost.stages(n, schedule)
+    total = cost.total(n, schedule)
+    color = method_style("ttsnap")["color"]
+    for row, stage in enumerate(stages):
+        ax.barh(
+            row, stage.candidates, height=0.72, left=-stage.candidates / 2, color=color, alpha=1 - 0.18 * min(row, 4)
+        )
+        what = "choose one" if row == len(stages) - 1 else f"keep ratio (alpha) {schedule.keep_ratios[row]:g}"
+        ax.annotate(f"{stage.candidates:g}", (0, row), ha="center", va="center", fontsize=9, weight="bold",
+                    color="white" if stage.candidates > 0.12 * n else "black")  # fmt: skip
+        ax.annotate(f"{stage.total:.4g} {cost.unit} ({stage.total / total:.0%}), then {what}", (1.02, row),
+                    xycoords=("axes fraction", "data"), va="center", fontsize=8)  # fmt: skip
+    ax.set_yticks(range(len(stages)), [f"steps {stage.first_step}–{stage.last_step}" for stage in stages])
+    ax.set(xticks=[], xlim=(-n / 2 * 1.02, n / 2 * 1.02))
+    ax.set_title(f"{n} candidates, {total:.4g} {cost.unit} per prompt", fontsize=10, loc="left")
+    ax.invert_yaxis()
+    ax.spines[["top", "right", "bottom", "left"]].set_visible(False)
+    ax.tick_params(length=0)
+    return ax
+
+
+def _one_reward(frame: pd.DataFrame, reward: str | None) -> tuple[pd.DataFrame, str]:
+    rewards = list(dict.fromkeys(frame["reward"]))
+    if reward is None and len(rewards) > 1:
+        raise ConfigError(f"reward: got {reward!r}, expected one of {rewards}. Name the reward to draw.")
+    reward = rewards[0] if reward is None else reward
+    if reward not in rewards:
+        raise ConfigError(f"reward: got {reward!r}, expected one of {rewards}. Name a reward of the frame.")
+    return frame[frame["reward"] == reward], reward
+
+
+# The models of the published tensors, by the short name that those carry.
+_PUBLISHED = {"flux": "black-forest-labs/FLUX.1-dev", "sdxl": "SG161222/RealVisXL_V4.0"}
+
+
+def by_budget(curves: Curves, unit: str) -> pd.DataFrame:
+    """Return a table to read: a row per reward and budget, a group of columns per method.
+
+    Parameters
+    ----------
+    curves : Curves
+    unit : str
+        Of the budgets.
+
+    Returns
+    -------
+    DataFrame
+        Of text. ``N`` is the number of candidates; ``over Best-of-N`` the paired gain in reward with its interval;
+        ``Best-of-N needs`` the budget at which Best-of-N reaches the same mean reward, linear between its budgets and
+        empty outside them.
+    """
+    import pandas as pd
+
+    frame = curves.frame()
+    base = {reward: rows["mean"] for reward, rows in frame[frame["method"] == "best_of_n"].groupby("reward")}
+    needs = [
+        np.interp(mean, np.maximum.accumulate(base[reward]), curves.budgets, left=np.nan, right=np.nan)
+        for reward, mean in zip(frame["reward"], frame["mean"], strict=True)
+    ]
+    gains = zip(frame["gain"], frame["gain_low"], frame["gain_high"], strict=True)
+    table = pd.DataFrame({
+        "reward": frame["reward"].map(reward_label),
+        f"budget ({unit})": frame["budget"].map("{:.4g}".format),
+        "method": frame["method"].map(METHOD_LABELS),
+        "N": frame["n"],
+        "mean reward": frame["mean"].map("{:.3f}".format),
+        "over Best-of-N": [_interval(*given, "+.3f") for given in gains],
+        f"Best-of-N needs ({unit})": ["" if np.isnan(value) else f"{value:.4g}" for value in needs],
+    })  # fmt: skip
+    keys = list(table.columns[:2])
+    wide = table.pivot(index=keys, columns="method").swaplevel(axis=1)
+    order = [(METHOD_LABELS[method], column) for method in curves.methods for column in table.columns[3:]]
+    baseline = METHOD_LABELS["best_of_n"]
+    wide = wide[[at for at in order if at[0] != baseline or at[1] in ("N", "mean reward")]]
+    return wide.reindex(list(dict.fromkeys(zip(table[keys[0]], table[keys[1]], strict=True)))).rename_axis(
+        columns=[None, None]
+    )
+
+
+def flatness_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Return what :func:`~ttsnap_lib.transfer.flatness` tells as text: a row per schedule, the chosen one first."""
+    import pandas as pd
+
+    return pd.DataFrame({
+        "schedule": table["schedule"].map(str),
+        "gain over Best-of-N (%)": _with_interval(table["gain"], table["low"], table["high"]),
+        "points behind the first": _with_interval(table["behind"], table["behind_low"], table["behind_high"], ".2f"),
+        "as good": table["within"].map({True: "yes", False: ""}),
+    })  # fmt: skip
+
+
+def transfer_table(found: Transfer) -> pd.DataFrame:
+    """Return gains of schedules where they were not tuned, as text; rows: tuned on, columns: used on.
+
+    Parameters
+    ----------
+    found : Transfer
+
+    Returns
+    -------
+    DataFrame
+        ``gain`` over Best-of-N in percent, and points ``behind`` the schedule that was tuned there, both with intervals.
+    """
+    import pandas as pd
+
+    columns = {}
+    for name in found.gain.columns:
+        columns[name, "gain"] = _with_interval(found.gain[name], found.low[name], found.high[name])
+        columns[name, "behind"] = _with_interval(found.behind[name], found.behind_low[name], found.behind_high[name])
+    return pd.DataFrame(columns)
+
+
+def _with_interval(value: pd.Series, low: pd.Series, high: pd.Series, form: str = ".1f") -> pd.Series:
+    text = [_interval(*given, form) for given in zip(value, low, high, strict=True)]
+    return value.astype(object).where(value.isna(), text).where(value.notna(), "cannot run")
+
+
+def _interval(value: float, low: float, high: float, form: str) -> str:
+    known = not np.isnan(low)  # of a single prompt it is not
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]" if known else f"{value:{form}} [unknown]"
+
+
+def unbroken(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of text whose cells a notebook keeps on one line, however narrow the column."""
+    return table.map(lambda cell: cell.replace(" ", "\N{NO-BREAK SPACE}") if isinstance(cell, str) else cell)
+
+
+def pruning_method(dataset: xr.Dataset, methods: Sequence[str], report: Sequence[str] = ()) -> str:
+    """Return the one of `methods` to tune a schedule for: TTSnap, else TTSp, else Best-of-N, which has none.
+
+    On a tensor without a step at which every reward that selects is noise-aware, TTSnap is TTSp, and so is the answer.
+    Rewards of `report` do not select.
+    """
+    if "ttsnap" not in methods:
+        return "ttsp" if "ttsp" in methods else "best_of_n"
+    finetuned = [set(steps) for name, steps in noise_aware_steps(dataset).items() if name not in report]
+    shared = set.intersection(*finetuned) if finetuned else set()
+    return "ttsnap" if shared - {int(dataset["step"][-1])} else "ttsp"
+
+
+def optimize_command(
+    tensor: str,
+    cost: str,
+    multiples: Sequence[float],
+    rewards: Sequence[str] = (),
+    report: Sequence[str] = (),
+    method: str = "ttsnap",
+) -> str:
+    """Return the ``ttsnap optimize`` line for a tensor, its costs and a range of budgets.
+
+    Parameters
+    ----------
+    tensor, cost : str
+        As the notebooks take them.
+    multiples : sequence of float
+        Budgets in finished images of Best-of-N; all of them are tuned for.
+    rewards, report : sequence of str
+        Rewards that select, and rewards that are only measured; all of the tensor select when both are empty.
+    method : str
+        ``ttsp`` to tune for pruning by the base reward.
+    """
+    words = ["ttsnap", "optimize", tensor, "--cost", cost, "--budgets", ",".join(f"{m:g}" for m in multiples)]
+    for option, names in (("--reward", rewards), ("--report", report)):
+        for name in names:
+            words += [option, name]
+    words += ["--method", method] if method == "ttsp" else []
+    return shlex.join([*words, "--out", "schedule.yaml"])
+
+
+def search_command(
+    model: str,
+    rewards: Sequence[str],
+    cost: str,
+    candidates: int,
+    schedule: Schedule | None = None,
+    method: str = "ttsnap",
+    prompt: str = "your prompt",
+) -> str:
+    """Return the ``ttsnap search`` line that runs a simulated schedule for real.
+
+    Parameters
+    ----------
+    model : str
+        What made the tensor (its attribute ``model``). A pocket model gets its shipped adapters and tiny decoder, a
+        published tensor its model on the hub.
+    rewards : sequence of str
+        Rewards that select, the first one noise-aware under ``ttsnap``.
+    cost : str
+        Cost preset or file.
+    candidates : int
+        Seeds to try.
+    schedule : Schedule, optional
+        Written into the line itself; none for Best-of-N.
+    method : str
+        ``best_of_n``, ``ttsp`` or ``ttsnap``. Where TTSnap's checkpoints are not shipped, ``NOISE_AWARE`` stands for their
+        folder.
+    prompt : str
+    """
+    model = "MODEL" if model.startswith("synthetic") else model  # of no diffusion model
+    is_pocket = model.startswith("pocket-")
+    words = ["ttsnap", "search", prompt, "--model", _PUBLISHED.get(model, model), "--reward", *rewards]
+    size = re.search(r"-(512|1024)\b", cost)
+    if size and not is_pocket:
+        words += ["--size", size[1]]
+    if method != "best_of_n" and schedule is not None and schedule.steps:
+        words += ["--schedule", f"{{steps: {list(schedule.steps)}, keep_ratios: {list(schedule.keep_ratios)}}}"]
+        if method == "ttsnap":
+            words += ["--adapters", "pocket" if is_pocket else "NOISE_AWARE"]
+        if CostModel.load(cost).preview_decode is not None:
+            kind = "sdxl" if "sdxl" in cost else "f1"
+            words += ["--tiny", "pocket-tiny" if is_pocket else f"madebyollin/tae{kind}"]
+    return shlex.join([*words, "--candidates", str(candidates), "--cost", cost, "--out", "best"])

@@ -1,0 +1,404 @@
+"""Who wins on plain arrays: Best-of-N in closed form, and the pruning of given subsets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from ttsnap_lib.checks import choice, integer, real
+from ttsnap_lib.errors import BudgetError, ConfigError, ScheduleError, TensorError, TTSnapError
+from ttsnap_lib.schedule import Schedule
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+COMBINE = ("rank_sum", "z_score", "weighted_sum")
+
+
+_CHUNK = 64  # prompts ranked at a time: bounds the memory beside the tensor
+
+
+class NaNRead(TensorError):
+    """A NaN that a pruning run would have read; ``.prompt`` and ``.stage`` say where."""
+
+    def __init__(self, prompt: int, stage: int, missing: Sequence[str] = ()) -> None:
+        self.prompt, self.stage = prompt, stage
+        listed = f"; {len(missing)} scores are missing in all" if missing else ""
+        super().__init__(
+            f"reward of prompt {prompt} at stage {stage} of the schedule{listed}",
+            value=list(missing) or float("nan"),
+            bound="a number for every candidate that is scored there",
+            remedy="Score the missing images, or drop them: tensors.drop_missing(), or `-p missing drop` of simulate.ipynb.",
+        )
+
+
+@dataclass(frozen=True)
+class Level:
+    """Order of the pool at one stage: best first, ties by the lower image index, NaN last.
+
+    Attributes
+    ----------
+    rank : int32 (prompt, image)
+    order : int32 (prompt, image), the inverse of `rank`
+    valid : int32 (prompt,), how many images have a value
+    """
+
+    rank: np.ndarray
+    order: np.ndarray
+    valid: np.ndarray
+
+    def take(self, prompts: slice | np.ndarray) -> Level:
+        """Return the level of some prompts."""
+        return Level(self.rank[prompts], self.order[prompts], self.valid[prompts])
+
+
+def rank_level(column: np.ndarray) -> Level:
+    """Rank the images of each prompt by one reward; `column` is (prompt, image)."""
+    order = np.argsort(-column, axis=-1, kind="stable").astype(np.int32)
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.arange(column.shape[-1], dtype=np.int32)[None, :], axis=-1)
+    return Level(rank, order, (~np.isnan(column)).sum(-1, dtype=np.int32))
+
+
+def prune_levels(
+    levels: Sequence[Level],
+    values: np.ndarray,
+    subsets: np.ndarray,
+    counts: np.ndarray,
+    winners: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+) -> np.ndarray:
+    """Prune by one reward on ranks made before; single-threaded, releases the GIL.
+
+    Parameters
+    ----------
+    levels : sequence of Level
+        One per pruning step, then the final choice.
+    values : float64 (prompt, image, reward)
+        What is summed for the winners.
+    subsets : int64 (iteration, n)
+        Distinct image indices; budgets take prefixes of a row.
+    counts : int64 (budget, stage + 1)
+        Candidates at work in each stage, rows in ascending order of the first column.
+    winners : int32 (budget, iteration, prompt), optional
+        Filled with the winning image indices.
+    labels : int64 (prompt, image), optional
+        A permutation of the images for each prompt, applied to the subsets: with random ones every prompt has
+        subsets of its own although one table is drawn.
+
+    Returns
+    -------
+    float64 (budget, prompt, reward)
+        Sum over iterations of the winners' values.
+
+    Raises
+    ------
+    NaNRead
+        When a candidate that is scored somewhere has no value there.
+    """
+    from ttsnap_lib.simulation.kernels import single_reward
+
+    n_prompts, pool = levels[0].rank.shape
+    moves = np.empty((n_prompts, len(levels) - 1, pool), np.int32)
+    for k in range(len(levels) - 1):
+        moves[:, k] = np.take_along_axis(levels[k + 1].rank, levels[k].order, axis=1)
+    first = levels[0].rank if labels is None else np.take_along_axis(levels[0].rank, labels, axis=1)
+    valid = np.stack([level.valid for level in levels], axis=1)
+    return _run(single_reward, (first, moves, levels[-1].order, valid), values, subsets, counts, winners)
+
+
+def prune_columns(
+    columns: Sequence[np.ndarray],
+    values: np.ndarray,
+    subsets: np.ndarray,
+    counts: np.ndarray,
+    *,
+    combine: str = "rank_sum",
+    weights: np.ndarray | None = None,
+    keep_winners: bool = False,
+    labels: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Prune every prompt, chunk by chunk, in threads.
+
+    Parameters
+    ----------
+    columns : sequence of float (prompt, image, reward)
+        The rewards that select, at each pruning step and at the end.
+    values, subsets, counts, labels
+        As in :func:`prune_levels`.
+    combine : {"rank_sum", "z_score", "weighted_sum"}
+        How several rewards select jointly.
+    weights : float (reward,), optional
+        For ``"weighted_sum"``.
+
+    Returns
+    -------
+    sums : float64 (budget, prompt, reward)
+    winners : int32 (budget, iteration, prompt) or None
+    """
+    n_prompts = columns[0].shape[0]
+    sums = np.empty((len(counts), n_prompts, values.shape[2]))
+    winners = np.empty((len(counts), len(subsets), n_prompts), np.int32) if keep_winners else None
+
+    def work(part: slice) -> None:
+        chunk = [column[part] for column in columns]
+        # A chunk of its own: the kernel writes contiguous arrays.
+        part_labels = None if labels is None else labels[part]
+        won = None if winners is None else np.empty((len(counts), len(subsets), chunk[0].shape[0]), np.int32)
+        part_values = np.ascontiguousarray(values[part], dtype=np.float64)
+        try:
+            if chunk[0].shape[2] == 1 or combine == "weighted_sum":
+                if combine == "weighted_sum" and weights is not None:
+                    chunk = [(column.astype(np.float64) @ weights)[:, :, None] for column in chunk]
+                levels = [rank_level(column[:, :, 0]) for column in chunk]
+                sums[:, part] = prune_levels(levels, part_values, subsets, counts, won, part_labels)
+            else:
+                sums[:, part] = _prune_multi(chunk, part_values, subsets, counts, combine, won, part_labels)
+        except NaNRead as error:
+            raise NaNRead(error.prompt + part.start, error.stage) from None
+        if winners is not None and won is not None:
+            winners[:, :, part] = won
+
+    parts = [slice(start, min(start + _CHUNK, n_prompts)) for start in range(0, n_prompts, _CHUNK)]
+    run_threads(work, parts)
+    return sums, winners
+
+
+def run_threads(work, items: Sequence) -> list:
+    """Return ``[work(item) for item in items]``, in threads when there is more than one core."""
+    from numba import config  # honours CPU affinity and NUMBA_NUM_THREADS
+
+    threads = min(config.NUMBA_NUM_THREADS, len(items))  # type: ignore[attr-defined]  # set when numba is imported
+    if threads <= 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, items))
+
+
+def _prune_multi(columns, values, subsets, counts, combine, winners, labels) -> np.ndarray:
+    from ttsnap_lib.simulation import kernels as _kernels
+
+    scores = np.stack([np.moveaxis(column, 2, 1) for column in columns], axis=1).astype(np.float64)
+    n_prompts, n_levels, n_rewards, pool = scores.shape
+    flat = rank_level(scores.reshape(-1, pool))
+    if labels is None:
+        labels = np.broadcast_to(np.arange(pool), (n_prompts, pool))
+    mode = _kernels.RANK_SUM if combine == "rank_sum" else _kernels.Z_SCORE
+    valid = flat.valid.reshape(n_prompts, n_levels, n_rewards)
+    ranks, labels = flat.rank.reshape(scores.shape), np.ascontiguousarray(labels, np.int32)
+    return _run(_kernels.multi_reward, (mode, ranks, scores, valid, labels), values, subsets, counts, winners)
+
+
+def _run(kernel: Any, given: tuple, values, subsets, counts, winners) -> np.ndarray:
+    """Return the sums that a kernel fills in from what is `given` to it alone and what all take."""
+    sums = np.zeros((len(counts), len(values), values.shape[2]))
+    fault = np.full(2, -1, np.int64)
+    winners = np.empty((0, 0, 0), np.int32) if winners is None else winners
+    kernel(*given, subsets, counts, values, winners, sums, fault)
+    if fault[0] >= 0:
+        raise NaNRead(int(fault[0]), int(fault[1]))
+    return sums
+
+
+def best_of_n(final: np.ndarray, n: int) -> np.ndarray:
+    """Return the expected maximum over random n-subsets, exactly (no sampling).
+
+    With the rewards of a prompt sorted in ascending order, the k-th of M is the maximum with probability
+    C(k-1, n-1) / C(M, n).
+
+    Parameters
+    ----------
+    final : (prompt, image)
+        Clean-image rewards.
+    n : int
+        Candidates, 1 to the number of images.
+
+    Returns
+    -------
+    float64 (prompt,)
+
+    Raises
+    ------
+    BudgetError
+        `n` is not within the pool.
+    TensorError
+        A NaN among the rewards.
+    """
+    values = numbers_array("final rewards", final, TensorError).astype(np.float64)
+    if values.ndim != 2 or values.size == 0:
+        raise TensorError(f"final rewards: got {values.shape!r}, expected shape (prompt, image). Pass one reward.")
+    pool = values.shape[1]
+    n = integer("n", n, 1, pool, error=BudgetError)
+    if not np.isfinite(values).all():
+        prompt, image = np.argwhere(~np.isfinite(values))[0]
+        raise TensorError(
+            f"final reward of prompt {prompt}, image {image}: got {float(values[prompt, image])!r}, expected a finite "
+            "number. Score the image, or drop it with tensors.drop_missing()."
+        )
+    return np.sort(values, axis=1) @ best_of_n_weights(pool, n)
+
+
+def best_of_n_weights(pool: int, n: int) -> np.ndarray:
+    """Return the chance of each sorted position (worst first) of a pool to be the best of a random n-subset."""
+    k = np.arange(n, pool)  # weights[k] / weights[k + 1] for sorted positions counted from 1
+    weights = np.zeros(pool)
+    weights[n - 1 :] = np.append(np.cumprod(((k + 1 - n) / k)[::-1])[::-1], 1.0) * (n / pool)
+    return weights
+
+
+def prune(
+    rewards: np.ndarray | xr.DataArray,
+    subsets: np.ndarray,
+    schedule: Schedule,
+    final: np.ndarray | xr.DataArray | None = None,
+    combine: str = "rank_sum",
+    weights: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Prune given subsets and return the winners.
+
+    Parameters
+    ----------
+    rewards : (prompt, image, step) or (prompt, image, step, reward), or a DataArray with those dims in any order
+        Rewards at the checks. With a ``step`` coordinate the schedule's steps are looked up in it.
+    subsets : int64 (iteration, n)
+        Candidates of each iteration: distinct image indices, in any order.
+    schedule : Schedule
+        Empty for Best-of-N.
+    final : (prompt, image[, reward]), optional
+        Rewards of the clean images; the last step of `rewards` by default.
+    combine : {"rank_sum", "z_score", "weighted_sum"}
+        How several rewards select jointly: the sum of ranks within the set (as released), the mean of z-scores
+        within the set, or a weighted sum.
+    weights : (reward,), optional
+        For ``"weighted_sum"``.
+
+    Returns
+    -------
+    int64 (iteration, prompt)
+        Image indices into the pool. Of equal candidates the lower index wins, at every stage.
+
+    Raises
+    ------
+    ScheduleError, BudgetError, TensorError, ConfigError
+        A step that the rewards do not hold, subsets that are not distinct indices of the pool, wrong shapes, NaN
+        where it would be read.
+    """
+    array, steps = checks_array(rewards)
+    columns = [array[:, :, k] for k in step_positions(schedule, steps)]
+    last = array[:, :, -1] if final is None else final_array(final, array.shape)
+    shares = check_combine(combine, weights, array.shape[3])
+    subsets = check_subsets(subsets, array.shape[1])
+    counts = np.array([schedule.survivors(subsets.shape[1])], np.int64)
+
+    no_values = np.empty((array.shape[0], array.shape[1], 0))
+    _, winners = prune_columns(
+        [*columns, last], no_values, subsets, counts, combine=combine, weights=shares, keep_winners=True
+    )
+    return cast("np.ndarray", winners)[0].astype(np.int64)
+
+
+def check_combine(combine: str, weights: Sequence[float] | None, n_rewards: int) -> np.ndarray | None:
+    choice("combine", combine, COMBINE)
+    if (weights is not None) != (combine == "weighted_sum"):
+        raise ConfigError(
+            f"weights with combine={combine!r}: got {weights!r}, expected weights for weighted_sum, none otherwise. "
+            "Set combine='weighted_sum' and give one weight per selecting reward."
+        )
+    if weights is None:
+        return None
+    checked = np.array([real("weights", weight) for weight in weights])
+    if len(checked) != n_rewards:
+        raise ConfigError(
+            f"weights: got {list(weights)!r}, expected {n_rewards} numbers. Give one weight per selecting reward."
+        )
+    return checked
+
+
+def numbers_array(name: str, value: Any, error: type[TTSnapError]) -> np.ndarray:
+    """Return `value` as an array of real numbers."""
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError) as failure:  # rows of different lengths
+        raise error(f"{name}: got {value!r}, expected numbers in rows of equal length. Fill the rows up.") from failure
+    if array.dtype.kind not in "fiu":
+        raise error(
+            f"{name}: got shape {array.shape} of {array.dtype}, expected numbers, integers where indices are meant. "
+            "Convert it with .astype(float) or .astype(int) where that is meant."
+        )
+    return array
+
+
+def step_positions(schedule: Schedule, steps: np.ndarray) -> list[int]:
+    """Return where the schedule's steps stand on the step axis."""
+    schedule.check(int(steps[-1]) + 1)
+    where = {int(step): position for position, step in enumerate(steps)}
+    for step in schedule.steps:
+        if step not in where:
+            raise ScheduleError(
+                f"schedule.steps: got {step!r}, expected one of the scored steps {sorted(where)}. Score that step, or "
+                "prune at another."
+            )
+    return [where[step] for step in schedule.steps]
+
+
+def checks_array(rewards: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return rewards as (prompt, image, step, reward), and the step coordinate."""
+    steps = None
+    if hasattr(rewards, "dims"):
+        known = ("prompt", "image", "step", "reward")
+        missing = [dim for dim in known[:3] if dim not in rewards.dims]
+        if missing or set(rewards.dims) - set(known):
+            raise TensorError(
+                f"dims of rewards: got {rewards.dims!r}, expected prompt, image, step and perhaps reward. Select one "
+                "variable of the tensor, e.g. dataset['noise_aware']."
+            )
+        if "step" in rewards.coords:
+            steps = rewards["step"].values
+        rewards = rewards.transpose(*(dim for dim in known if dim in rewards.dims)).values
+    array = numbers_array("rewards", rewards, TensorError)
+    if array.ndim == 3:
+        array = array[:, :, :, None]
+    if array.ndim != 4 or 0 in array.shape or array.dtype.kind not in "fiu":
+        raise TensorError(
+            f"rewards: got shape {array.shape} of {array.dtype}, expected numbers of shape (prompt, image, step) or "
+            "(prompt, image, step, reward). Order the axes so, or pass a DataArray with named dims."
+        )
+    return array, np.arange(array.shape[2]) if steps is None else steps
+
+
+def final_array(final: Any, shape: tuple[int, ...]) -> np.ndarray:
+    if hasattr(final, "dims"):
+        final = final.transpose(*(dim for dim in ("prompt", "image", "reward") if dim in final.dims)).values
+    final = numbers_array("final", final, TensorError)
+    if final.ndim == 2:
+        final = final[:, :, None]
+    if final.shape != (shape[0], shape[1], shape[3]):
+        raise TensorError(
+            f"final: got {final.shape!r}, expected shape {(shape[0], shape[1])} or {(shape[0], shape[1], shape[3])}. "
+            "Pass the clean-image rewards of the same prompts, images and rewards."
+        )
+    return final
+
+
+def check_subsets(subsets: Any, pool: int) -> np.ndarray:
+    array = numbers_array("subsets", subsets, BudgetError)
+    bound = f"integers of shape (iteration, n), distinct within a row, in [0, {pool - 1}]"
+    remedy = "Draw them with rng.permuted(np.tile(np.arange(pool), (iterations, 1)), axis=1)[:, :n]."
+    if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "iu":
+        raise BudgetError(f"subsets: got shape {array.shape} of {array.dtype}, expected {bound}. {remedy}")
+    if array.min() < 0 or array.max() >= pool:
+        raise BudgetError(
+            f"subsets: got {int(array.min() if array.min() < 0 else array.max())!r}, expected {bound}. {remedy}"
+        )
+    ordered = np.sort(array, axis=1)
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        row = int(np.argmax((ordered[:, 1:] == ordered[:, :-1]).any(1)))
+        raise BudgetError(
+            f"subsets, row {row}: repeated image: got {array[row].tolist()!r}, expected {bound}. {remedy}"
+        )
+    return np.ascontiguousarray(array, np.int64)

@@ -1,0 +1,94 @@
+"""A progress bar as a callback: in a notebook a widget, in a terminal a line, headless plain text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+METHOD_LABELS = {"best_of_n": "Best-of-N", "ttsp": "TTSp", "ttsnap": "TTSnap"}
+
+
+_STYLES = {"best_of_n": (7, "s", "--"), "ttsp": (1, "^", "-."), "ttsnap": (0, "o", "-")}
+
+
+_REWARD_LABELS = {
+    "image_reward": "ImageReward",
+    "pickscore": "PickScore",
+    "hpsv2": "HPSv2",
+    "clipscore": "CLIPScore",
+    "pocket-clip": "pocket CLIP",
+    "oracle_score": "oracle",
+}
+
+
+def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """Return `ax`, or the axes of a new figure of `size` in inches."""
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=size, layout="constrained")[1]
+
+
+def tidy(ax: Axes) -> Axes:
+    """Return `ax` with a light grid and without a frame above and on the right."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="0.9", linewidth=0.8)
+    ax.set_axisbelow(True)
+    return ax
+
+
+_open: list[Any] = []
+
+
+def progress_bar(what: str = "images", *, quiet: bool = False) -> Callable[[int, int], None] | None:
+    """Return a callback ``(done, total)`` that shows a tqdm bar with the rate and the time left.
+
+    What was done before the first call does not count for the rate. None when `quiet`.
+    """
+    if quiet:
+        return None
+    # A widget that nobody watches would leave an empty box in the executed notebook.
+    if os.environ.get("TTSNAP_RUN_FOLDER"):
+        from tqdm import tqdm
+    else:
+        from tqdm.auto import tqdm
+
+    bar: tqdm | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, initial=done, unit=what.rstrip("s"), desc=what, mininterval=0.5)
+            _open.append(bar)
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+            _open.remove(bar)
+            bar = None
+
+    return show
+
+
+def close_bars() -> None:
+    """End the lines of bars that an error or an interruption has left open."""
+    while _open:
+        _open.pop().close()
+
+
+def reward_label(name: str) -> str:
+    """Return how a reward is written in a figure."""
+    return _REWARD_LABELS.get(name, name)
+
+
+def method_style(method: str) -> dict:
+    """Return colour, marker and line style of a method, for ``Axes.plot``."""
+    import seaborn as sns
+
+    index, marker, line = _STYLES.get(method, (4, "D", ":"))
+    return {"color": sns.color_palette("colorblind")[index], "marker": marker, "linestyle": line}

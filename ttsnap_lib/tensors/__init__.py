@@ -1,0 +1,1 @@
+"""The reward tensor: made, opened, saved and checked; the authors' published values."""

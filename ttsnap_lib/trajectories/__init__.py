@@ -1,0 +1,1 @@
+"""Images with every estimate, on disk: made, written, read and verified."""

@@ -1,0 +1,371 @@
+"""How different the images of a prompt are from each other."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ttsnap_lib.checks import choice, integer
+from ttsnap_lib.errors import TrajectoryError
+from ttsnap_lib.trajectories.layout import (
+    MANIFEST,
+    Manifest,
+    PromptState,
+    checksum,
+    file_name,
+    image_name,
+    prompt_name,
+    read_image,
+    read_journals,
+    scan_prompt,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong in a trajectory folder."""
+
+    kind: str
+    """``"missing"``, ``"damaged"``, ``"changed"``, ``"foreign"`` or ``"leftover"``."""
+    path: str
+    detail: str = ""
+    prompt: int | None = None
+    image: int | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What :func:`verify` found."""
+
+    folder: Path
+    findings: tuple[Finding, ...]
+    checked: int
+    """Files that were read."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.findings
+
+    def repairs(self) -> dict[tuple[int, int], list[int]]:
+        """Return the steps to make again for each (prompt, image)."""
+        wanted: dict[tuple[int, int], list[int]] = {}
+        for finding in self.findings:
+            if finding.prompt is not None and finding.image is not None and finding.step is not None:
+                wanted.setdefault((finding.prompt, finding.image), []).append(finding.step)
+        return wanted
+
+    def count(self, kind: str) -> int:
+        """Return the number of findings of a kind."""
+        return sum(finding.kind == kind for finding in self.findings)
+
+    def __str__(self) -> str:
+        kinds = ("missing", "damaged", "changed", "foreign", "leftover")
+        counts = ", ".join(f"{self.count(kind)} {kind}" for kind in kinds if self.count(kind))
+        return f"{self.folder}: {self.checked} files read, {counts or 'all whole'}"
+
+
+def verify(folder: str | Path, *, workers: int = 4, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+    """Check every file of a trajectory folder against the manifest and the recorded checksums.
+
+    Finds images and steps that are missing, files that are truncated, no image or of another size
+    (``"damaged"``), files whose content is not what was written (``"changed"``), names that do not belong
+    (``"foreign"``) and parts of images left by a process that was killed (``"leftover"``). Nothing is changed.
+
+    Parameters
+    ----------
+    folder : str or Path
+    progress : callable, optional
+        Called with the number of prompts checked and their total.
+    workers : int
+        Reading threads.
+
+    Returns
+    -------
+    VerifyReport
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    findings: list[Finding] = []
+    n_prompts = len(manifest.prompts)
+    names = {prompt_name(prompt) for prompt in range(n_prompts)}
+    for path in sorted(folder.iterdir()):
+        if path.name not in names and path.name != MANIFEST and not path.name.startswith("."):
+            findings.append(Finding("foreign", path.name, "not part of the layout"))
+    checksums, checked = read_journals(folder), 0
+
+    def check(item: tuple[int, int, int]) -> Finding | None:
+        name = file_name(*item, manifest.image_format)
+        path = folder / name
+        try:
+            content = path.read_bytes()
+            if checksum(content) in checksums.get(item, ()):  # what was written: no need to decode it
+                return None
+            read_image(path, manifest.size, content)
+        except (TrajectoryError, OSError) as error:
+            return Finding("damaged", name, str(error), *item)
+        if item in checksums:
+            return Finding("changed", name, "not the file that was written", *item)
+        return None
+
+    with ThreadPoolExecutor(integer("workers", workers, 1), thread_name_prefix="ttsnap-verify") as pool:
+        for prompt in range(n_prompts):
+            state = scan_prompt(folder / prompt_name(prompt), manifest.n_steps, manifest.image_format)
+            items = []
+            for image in range(manifest.images_per_prompt):
+                gone = [] if image in state.whole else state.incomplete.get(image, list(range(manifest.n_steps)))
+                for step in gone:
+                    name = file_name(prompt, image, step, manifest.image_format)
+                    findings.append(Finding("missing", name, "", prompt, image, step))
+                items += [(prompt, image, step) for step in range(manifest.n_steps) if step not in gone]
+            extra = [image for image in {*state.whole, *state.incomplete} if image >= manifest.images_per_prompt]
+            foreign = [*state.foreign, *(folder / prompt_name(prompt) / image_name(image) for image in sorted(extra))]
+            for kind, paths in (("foreign", foreign), ("leftover", state.parts)):
+                findings += [Finding(kind, str(path.relative_to(folder))) for path in paths]
+            findings += [finding for finding in pool.map(check, items) if finding is not None]
+            checked += len(items)
+            if progress is not None:
+                progress(prompt + 1, n_prompts)
+    return VerifyReport(folder, tuple(findings), checked)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one prompt, ready to be scored."""
+
+    prompt: int
+    text: str
+    image: np.ndarray
+    """Image indices, int64 (n,)."""
+    step: np.ndarray
+    """Steps, int64 (n,)."""
+    pixels: np.ndarray
+    """uint8 (n, height, width, 3)."""
+
+    def pil(self) -> list[Any]:
+        """Return the pictures as PIL images."""
+        from PIL import Image
+
+        return [Image.fromarray(pixels) for pixels in self.pixels]
+
+
+class Trajectories:
+    """A trajectory folder opened for reading.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Holds ``manifest.json`` and ``p0000/id000/s00.png`` and so on.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = Manifest.read(self.folder)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts; the position is the index."""
+        return list(self.manifest.prompts)
+
+    @property
+    def n_steps(self) -> int:
+        """Number of steps per image."""
+        return self.manifest.n_steps
+
+    @property
+    def images_per_prompt(self) -> int:
+        """Number of images per prompt, when the folder is whole."""
+        return self.manifest.images_per_prompt
+
+    def path(self, prompt: int, image: int, step: int) -> Path:
+        """Return the file of one step of one image."""
+        return self.folder / file_name(prompt, image, step, self.manifest.image_format)
+
+    def state(self, prompt: int) -> PromptState:
+        """Return which images of a prompt are whole, by file names alone."""
+        return scan_prompt(self.folder / prompt_name(prompt), self.n_steps, self.manifest.image_format)
+
+    def read(self, prompt: int, image: int, step: int) -> np.ndarray:
+        """Return one picture as uint8 (height, width, 3); negative steps count from the end."""
+        path = self.path(prompt, image, range(self.n_steps)[step])
+        for folder in (path.parent, path.parent.parent):
+            if folder.is_symlink():  # `generate` makes none: who made it could show any file as a picture of this set
+                raise TrajectoryError(
+                    f"{folder} is a symbolic link: got {path}, expected a folder of pictures. Put the folder itself "
+                    "there; the whole trajectory folder may be behind a link."
+                )
+        return read_image(path, self.manifest.size)
+
+    def batches(
+        self,
+        steps: Iterable[int] | None = None,
+        batch_size: int = 32,
+        *,
+        prompts: Iterable[int] | None = None,
+        images: Iterable[int] | None = None,
+        on_missing: str = "raise",
+        workers: int = 4,
+        prefetch: int = 4,
+    ) -> Iterator[Batch]:
+        """Read the pictures in batches, ahead of use.
+
+        A batch never mixes prompts; within a prompt the order is image by image, step by step, so that the
+        composition of the batches is the same in every run.
+
+        Parameters
+        ----------
+        steps, prompts, images : iterable of int, optional
+            Which ones, in this order; all of them when not given. Negative steps count from the end.
+        batch_size : int
+            Pictures per batch; the last of a prompt may be smaller.
+        on_missing : {"raise", "skip"}
+            What to do about an image that is not there.
+        workers, prefetch : int
+            Reading threads, and batches read ahead.
+
+        Raises
+        ------
+        TrajectoryError
+            When an image is missing, or a file is truncated, damaged or of another size; the file is named.
+        """
+        batch_size = integer("batch_size", batch_size, 1)
+        workers, prefetch = integer("workers", workers, 1), integer("prefetch", prefetch, 1)
+        choice("on_missing", on_missing, ("raise", "skip"))
+        chosen_steps, chosen_prompts, chosen_images = (
+            _indices(name, given, n)
+            for name, given, n in (
+                ("steps", steps, self.n_steps),
+                ("prompts", prompts, len(self.manifest.prompts)),
+                ("images", images, self.images_per_prompt),
+            )
+        )
+        return self._batches(chosen_steps, chosen_prompts, chosen_images, batch_size, on_missing, workers, prefetch)
+
+    def _batches(self, steps, prompts, images, batch_size, on_missing, workers, prefetch) -> Iterator[Batch]:
+        def jobs() -> Iterator[tuple[int, list[tuple[int, int]]]]:
+            for prompt in prompts:
+                whole = self.state(prompt).whole
+                missing = [image for image in images if image not in whole]
+                if missing and on_missing == "raise":
+                    raise TrajectoryError(
+                        f"{self.folder / prompt_name(prompt) / image_name(missing[0])} is missing or incomplete: got "
+                        f"{len(missing)} of {len(images)} images of prompt {prompt}, expected every image that is "
+                        "asked for, with all its steps in files and folders of its own. Run the same `ttsnap generate` "
+                        "again: it goes on where it stopped."
+                    )
+                wanted = [(image, step) for image in images if image in whole for step in steps]
+                for start in range(0, len(wanted), batch_size):
+                    yield prompt, wanted[start : start + batch_size]
+
+        with ThreadPoolExecutor(workers, thread_name_prefix="ttsnap-read") as pool:
+            ahead: deque = deque()
+            todo = jobs()
+            try:
+                while True:
+                    for prompt, wanted in itertools.islice(todo, prefetch + 1 - len(ahead)):
+                        ahead.append((prompt, wanted, [pool.submit(self.read, prompt, *item) for item in wanted]))
+                    if not ahead:
+                        return
+                    prompt, wanted, reads = ahead.popleft()
+                    pixels = np.stack([read.result() for read in reads])
+                    image, step = np.array(wanted, dtype=np.int64).T
+                    yield Batch(prompt, self.manifest.prompts[prompt], image, step, pixels)
+            finally:  # a consumer that stops early, or an error, must not wait for what was read ahead
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _indices(name: str, given: Iterable[int] | None, n: int) -> list[int]:
+    if given is None:
+        return list(range(n))
+    found = [integer(name, value, -n if name == "steps" else 0, n - 1) for value in given]
+    return [value % n for value in found]
+
+
+def read_batches(
+    folder: str | Path, steps: Iterable[int] | None = None, batch_size: int = 32, **options: Any
+) -> Iterator[Batch]:
+    """Return the batches of `folder`; see :meth:`Trajectories.batches`."""
+    return Trajectories(folder).batches(steps, batch_size, **options)
+
+
+def pairwise_distances(images: np.ndarray, embed: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
+    """Return the distance of every pair of images.
+
+    Parameters
+    ----------
+    images : numpy.ndarray
+        uint8 (n, height, width, 3).
+    embed : callable, optional
+        Turns the images into features (n, d), such as a CLIP image tower does. The distance is then one minus the
+        cosine similarity; without it, the root mean square difference of the pixels, of which 0 is black and 1 white.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 (n * (n - 1) / 2,), in the order of :func:`numpy.triu_indices`.
+    """
+    one, other = np.triu_indices(len(images), k=1)
+    if embed is None:
+        flat = images.reshape(len(images), -1).astype(np.float64) / 255
+        return np.array([np.sqrt(np.mean((flat[i] - flat[j]) ** 2)) for i, j in zip(one, other, strict=True)])
+    features = np.asarray(embed(images), dtype=np.float64)
+    features = features / np.linalg.norm(features, axis=1, keepdims=True)
+    return 1 - (features @ features.T)[one, other]
+
+
+def folder_diversity(
+    folders: dict[str, str | Path],
+    *,
+    step: int = -1,
+    prompts: Iterable[int] | None = None,
+    embed: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> pd.DataFrame:
+    """Return the mean pairwise distance within each prompt, for each of several trajectory folders.
+
+    Parameters
+    ----------
+    folders : dict
+        Name of a setting to its folder.
+    step : int
+        Which step's pictures; the final images by default.
+    prompts : iterable of int, optional
+        Which prompts; all of them when not given.
+    embed : callable, optional
+        As in :func:`pairwise_distances`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns ``setting``, ``prompt``, ``images``, ``distance``.
+
+    Raises
+    ------
+    TrajectoryError
+        When an image is missing, or a folder has fewer than two images per prompt.
+    """
+    import pandas as pd
+
+    chosen = None if prompts is None else list(prompts)
+    rows = []
+    for setting, folder in folders.items():
+        found = Trajectories(folder)
+        n = found.images_per_prompt
+        if n < 2:
+            raise TrajectoryError(
+                f"diversity of {folder}: got {n} image per prompt, expected two or more. Generate more."
+            )
+        for batch in found.batches([step], n, prompts=chosen):
+            distances = pairwise_distances(batch.pixels, embed)
+            rows.append({"setting": setting, "prompt": batch.prompt, "images": n, "distance": distances.mean()})
+    return pd.DataFrame(rows)

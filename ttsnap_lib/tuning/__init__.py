@@ -1,0 +1,1 @@
+"""The best pruning schedule for a budget."""
