@@ -30,10 +30,9 @@ class NaNRead(TensorError):
         self.prompt, self.stage = prompt, stage
         listed = f"; {len(missing)} scores are missing in all" if missing else ""
         super().__init__(
-            f"reward of prompt {prompt} at stage {stage} of the schedule{listed}",
-            value=list(missing) or float("nan"),
-            bound="a number for every candidate that is scored there",
-            remedy="Score the missing images, or drop them: tensors.drop_missing(), or `-p missing drop` of simulate.ipynb.",
+            f"reward of prompt {prompt} at stage {stage} of the schedule: got {list(missing[:8]) or 'NaN'}{listed}, expected a "
+            "number for every candidate that is scored there. Score the missing images, or drop them: "
+            "tensors.drop_missing(), or `-p missing drop` of simulate.ipynb."
         )
 
 
