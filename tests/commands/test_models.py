@@ -8,7 +8,7 @@ import pytest
 
 from tests import tiny
 from ttsnap_lib.__main__ import main
-from ttsnap_lib.commands.models import _size
+from ttsnap_lib.commands.options import picture_size
 from ttsnap_lib.trajectories.layout import Manifest
 from ttsnap_lib.trajectories.read import verify
 
@@ -85,8 +85,8 @@ def test_bad_input_is_one_line(call, capsys, more, says):
 
 
 def test_sizes():
-    assert _size("512") == (512, 512)
-    assert _size("512x768") == (512, 768)
+    assert picture_size("512") == (512, 512)
+    assert picture_size("512x768") == (512, 768)
 
 
 def test_verify_names_a_folder_that_is_none(tmp_path, capsys):

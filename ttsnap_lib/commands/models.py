@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
-from ttsnap_lib.commands.options import Defaults
+from ttsnap_lib.commands.options import (
+    Defaults,
+    add_model_arguments,
+    add_negtome_argument,
+    add_reward_arguments,
+    add_settings_arguments,
+    given_rewards,
+    loading,
+    negtome,
+    reward_device,
+    settings,
+)
 
 
 def add_score(commands: Any) -> None:
@@ -50,51 +60,6 @@ def add_score(commands: Any) -> None:
     export.add_argument("--model", help="first part of the published folder names, such as flux")
     export.add_argument("--reward", action="append", metavar="NAME", help="rewards to export (default: all)")
     export.set_defaults(func=_export)
-
-
-def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that :func:`given_rewards` reads; `ttsnap generate --score` takes the same."""
-    parser.add_argument(
-        "--reward", action="append", default=[], metavar="[NAME=]SOURCE",
-        help="image_reward, pickscore, hpsv2, hpsv2.1, clipscore, pocket-clip, a folder, a hub id, or module:function; "
-        "several are scored in one pass (default: pocket-clip)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--reward-option", action="append", default=[], metavar="[NAME.]KEY=VALUE",
-        help="an option of a reward, such as hpsv2.weights=HPS_v2_compressed.pt",
-    )  # fmt: skip
-    parser.add_argument(
-        "--noise-aware", action="append", default=[], metavar="[NAME=]FOLDER",
-        help="run folder of `ttsnap finetune`: fills noise_aware at its steps",
-    )  # fmt: skip
-
-
-def given_rewards(arguments: argparse.Namespace, **loading: Any) -> list[Any]:
-    """Return the rewards that the command line asks for, loaded with `loading`, with their noise-aware series."""
-    from ttsnap_lib.errors import ConfigError
-    from ttsnap_lib.rewards.loading import load_reward
-    from ttsnap_lib.scoring.score import load_rewards
-
-    sources: dict[str, str] = {}
-    for entry in arguments.reward or ["pocket-clip"]:
-        name, source = _split(entry)
-        name = name or (source.rpartition(":")[2] if ":" in source else Path(source).name)
-        if name in sources:
-            raise ConfigError(
-                f"--reward: got {name!r}, expected each name once. Write another name: --reward other={source}."
-            )
-        sources[name] = source
-    options: dict[str, dict[str, Any]] = {name: {} for name in sources}
-    for entry in arguments.reward_option:
-        key, value = _pair("--reward-option", entry)
-        name, dot, option = key.rpartition(".")
-        options[_of(name if dot else "", sources, "--reward-option")][option] = _value(value)
-    models = {name: load_reward(source, name=name, **loading, **options[name]) for name, source in sources.items()}
-    series = {}
-    for entry in arguments.noise_aware:
-        name, folder = _split(entry)
-        series[_of(name or "", sources, "--noise-aware")] = folder
-    return load_rewards(list(models.values()), series or None)
 
 
 def _score(arguments: argparse.Namespace) -> int:
@@ -149,41 +114,6 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _split(entry: str) -> tuple[str | None, str]:
-    name, equals, value = entry.partition("=")
-    return (name, value) if equals else (None, entry)
-
-
-def _pair(what: str, entry: str) -> tuple[str, str]:
-    from ttsnap_lib.errors import ConfigError
-
-    key, equals, value = entry.partition("=")
-    if not equals:
-        raise ConfigError(f"{what}: got {entry!r}, expected KEY=VALUE. Write for example scale=2.5.")
-    return key, value
-
-
-def _of(name: str, sources: dict[str, str], what: str) -> str:
-    from ttsnap_lib.checks import choice
-    from ttsnap_lib.errors import ConfigError
-
-    if name:
-        return choice(what, name, sources)
-    if len(sources) > 1:
-        raise ConfigError(f"{what}: got 'no name', expected one of {list(sources)}. Say for which reward it is.")
-    return next(iter(sources))
-
-
-def _value(text: str) -> Any:
-    """Return true and false and numbers as such, everything else as text."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 _SHOWN = 20
 
 
@@ -208,17 +138,10 @@ def add_generate(commands: Any) -> None:
     )  # fmt: skip
     add_reward_arguments(generate)
     generate.add_argument("--images", type=int, default=8, metavar="N", help="images per prompt")
-    generate.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps")
-    generate.add_argument(
-        "--size", type=_size, metavar="PIXELS", help="512 or height x width, 512x768 (default: the model's)"
-    )
-    generate.add_argument("--guidance", type=float, help="guidance strength (default: the model's)")
+    add_settings_arguments(generate)
     generate.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
     generate.add_argument("--max-sequence-length", type=int, metavar="N", help="text tokens of the T5 encoder")
-    generate.add_argument(
-        "--negtome", type=int, nargs="?", const=0, metavar="GROUP",
-        help="Negative Token Merging, for variety, in groups of GROUP images (alone: of 4)",
-    )  # fmt: skip
+    add_negtome_argument(generate)
     generate.add_argument("--seed", type=int, default=0, help="base seed")
     generate.add_argument(
         "--batch-size", type=int, metavar="N", help="images per batch (default: the folder's, else 8)"
@@ -241,20 +164,6 @@ def add_generate(commands: Any) -> None:
     verify.set_defaults(func=_verify)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, model: str | None, *, threads: str) -> None:
-    """Add the arguments that say which pipeline is loaded and how; `ttsnap search` and `cost` take the same."""
-    shown = "" if model else ", for --repair (default: the folder's)"
-    parser.add_argument("--model", default=model, help=f"pocket-flux, pocket-sdxl, a folder or a hub id{shown}")
-    parser.add_argument("--revision", help="commit, branch or tag of a hub id")
-    parser.add_argument("--variant", help="file variant of a hub id, such as fp16")
-    parser.add_argument("--scheduler", help="flow-euler, euler, ddim, dpm++ or unipc (default: the model's)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps")
-    parser.add_argument("--dtype", default="auto", help="fp32, bf16 or fp16 (auto: fp32 on the CPU, else bf16)")
-    parser.add_argument("--offload", default="none", help="model or sequential: weights rest in main memory")
-    parser.add_argument("--fp8", action="store_true", help="keep the denoising model's weights in 8 bits")
-    parser.add_argument("--threads", type=int, metavar="N", help=threads)
-
-
 def _run_arguments(parser: argparse.ArgumentParser, model: str | None) -> None:
     add_model_arguments(
         parser, model, threads="CPU threads of the model (default: the folder's, else all cores, 1 for small models)"
@@ -263,13 +172,6 @@ def _run_arguments(parser: argparse.ArgumentParser, model: str | None) -> None:
         "--workers", type=int, default=4, metavar="N", help="threads that read, encode and write pictures"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
-
-
-def _size(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) not in (1, 2) or not all(part.isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 512 or 512x768 (height x width)")
-    return int(parts[0]), int(parts[-1])
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -292,37 +194,23 @@ def _generate(arguments: argparse.Namespace) -> int:
             "alone. Add --score TENSOR.zarr, or run `ttsnap score` on the folder afterwards."
         )
 
-    from ttsnap_lib.diffusion.denoise import Settings
-    from ttsnap_lib.diffusion.negtome import NegToMe
     from ttsnap_lib.diffusion.pipelines import load_pipeline
     from ttsnap_lib.style import progress_bar
     from ttsnap_lib.trajectories.generate import generate
 
-    height, width = arguments.size or (None, None)
-    settings = Settings(
-        n_steps=arguments.steps,
-        guidance=arguments.guidance,
-        height=height,
-        width=width,
-        max_sequence_length=arguments.max_sequence_length,
-        negative_prompt=arguments.negative_prompt,
+    run = settings(
+        arguments, max_sequence_length=arguments.max_sequence_length, negative_prompt=arguments.negative_prompt
     )
-    negtome = None
-    if arguments.negtome is not None:
-        negtome = NegToMe(arguments.negtome) if arguments.negtome else NegToMe()
-    loading = _loading(arguments)
-    pipeline = load_pipeline(arguments.model, **loading)
-    rewards = []
-    if arguments.score:
-        device = None if loading["device"] == "auto" else loading["device"]
-        rewards = given_rewards(arguments, device=device)
+    merging = negtome(arguments)
+    pipeline = load_pipeline(arguments.model, **loading(arguments))
+    rewards = given_rewards(arguments, device=reward_device(arguments)) if arguments.score else []
     common = {
         "images_per_prompt": arguments.images,
-        "settings": settings,
+        "settings": run,
         "seed": arguments.seed,
         "batch_size": arguments.batch_size,
         "shard": arguments.shard,
-        "negtome": negtome,
+        "negtome": merging,
         "cpu_threads": arguments.threads,
         "workers": arguments.workers,
         "source": arguments.prompts,
@@ -342,20 +230,6 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _loading(arguments: argparse.Namespace, **changes: Any) -> dict[str, Any]:
-    """Return the options of load_pipeline; under ``accelerate launch`` each process takes a device of its own."""
-    device, rank = arguments.device, os.environ.get("LOCAL_RANK", "")
-    if device == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-        device = "cpu"
-    elif device == "auto" and rank.isdigit():
-        import torch
-
-        if torch.cuda.is_available():
-            device = f"cuda:{int(rank) % torch.cuda.device_count()}"
-    names = ("revision", "variant", "scheduler", "dtype", "offload", "fp8")
-    return {**{name: getattr(arguments, name) for name in names}, "device": device, **changes}
-
-
 def _verify(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.style import progress_bar
     from ttsnap_lib.trajectories.read import verify
@@ -368,7 +242,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     from ttsnap_lib.trajectories.generate import pipeline_of, repair
 
-    pipeline = pipeline_of(arguments.folder, arguments.model, **_loading(arguments))
+    pipeline = pipeline_of(arguments.folder, arguments.model, **loading(arguments))
     after = repair(
         pipeline,
         arguments.folder,

@@ -1,8 +1,11 @@
-"""How help texts look."""
+"""What commands share: how help texts look, and the options of pipelines, settings and rewards."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
+from typing import Any
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -17,3 +20,159 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
         ):
             return action.help
         return super()._get_help_string(action)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, model: str | None, *, threads: str) -> None:
+    """Add the arguments that say which pipeline is loaded and how; `ttsnap search` and `cost` take the same."""
+    shown = "" if model else ", for --repair (default: the folder's)"
+    parser.add_argument("--model", default=model, help=f"pocket-flux, pocket-sdxl, a folder or a hub id{shown}")
+    parser.add_argument("--revision", help="commit, branch or tag of a hub id")
+    parser.add_argument("--variant", help="file variant of a hub id, such as fp16")
+    parser.add_argument("--scheduler", help="flow-euler, euler, ddim, dpm++ or unipc (default: the model's)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps")
+    parser.add_argument("--dtype", default="auto", help="fp32, bf16 or fp16 (auto: fp32 on the CPU, else bf16)")
+    parser.add_argument("--offload", default="none", help="model or sequential: weights rest in main memory")
+    parser.add_argument("--fp8", action="store_true", help="keep the denoising model's weights in 8 bits")
+    parser.add_argument("--threads", type=int, metavar="N", help=threads)
+
+
+def loading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of load_pipeline; under ``accelerate launch`` each process takes a device of its own."""
+    device, rank = arguments.device, os.environ.get("LOCAL_RANK", "")
+    if device == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        device = "cpu"
+    elif device == "auto" and rank.isdigit():
+        import torch
+
+        if torch.cuda.is_available():
+            device = f"cuda:{int(rank) % torch.cuda.device_count()}"
+    names = ("revision", "variant", "scheduler", "dtype", "offload", "fp8")
+    return {**{name: getattr(arguments, name) for name in names}, "device": device}
+
+
+def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that :func:`settings` reads."""
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps")
+    parser.add_argument(
+        "--size", type=picture_size, metavar="PIXELS", help="512, or height x width: 512x768 (default: the model's)"
+    )
+    parser.add_argument("--guidance", type=float, help="guidance strength (default: the model's)")
+
+
+def settings(arguments: argparse.Namespace, **more: Any) -> Any:
+    """Return the settings of the denoising run that the command line asks for."""
+    from ttsnap_lib.diffusion.denoise import Settings
+
+    height, width = arguments.size or (None, None)
+    return Settings(n_steps=arguments.steps, guidance=arguments.guidance, height=height, width=width, **more)
+
+
+def add_negtome_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that :func:`negtome` reads."""
+    parser.add_argument(
+        "--negtome", type=int, nargs="?", const=0, metavar="GROUP",
+        help="Negative Token Merging, for variety, in groups of GROUP images, which share a batch (alone: of 4)",
+    )  # fmt: skip
+
+
+def negtome(arguments: argparse.Namespace) -> Any:
+    """Return the Negative Token Merging that the command line asks for, or None."""
+    from ttsnap_lib.diffusion.negtome import NegToMe
+
+    if arguments.negtome is None:
+        return None
+    return NegToMe(arguments.negtome) if arguments.negtome else NegToMe()
+
+
+def reward_device(arguments: argparse.Namespace) -> str | None:
+    """Return where the rewards beside a pipeline run: on its device."""
+    device = loading(arguments)["device"]
+    return None if device == "auto" else device
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    """Read ``512`` or ``512x768`` (height x width)."""
+    parts = text.lower().split("x")
+    if len(parts) not in (1, 2) or not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 512 or 512x768 (height x width)")
+    return int(parts[0]), int(parts[-1])
+
+
+def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that :func:`given_rewards` reads; `ttsnap generate --score` takes the same."""
+    parser.add_argument(
+        "--reward", action="append", default=[], metavar="[NAME=]SOURCE",
+        help="image_reward, pickscore, hpsv2, hpsv2.1, clipscore, pocket-clip, a folder, a hub id, or module:function; "
+        "several are scored in one pass (default: pocket-clip)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reward-option", action="append", default=[], metavar="[NAME.]KEY=VALUE",
+        help="an option of a reward, such as hpsv2.weights=HPS_v2_compressed.pt",
+    )  # fmt: skip
+    parser.add_argument(
+        "--noise-aware", action="append", default=[], metavar="[NAME=]FOLDER",
+        help="run folder of `ttsnap finetune`: fills noise_aware at its steps",
+    )  # fmt: skip
+
+
+def given_rewards(arguments: argparse.Namespace, **common: Any) -> list[Any]:
+    """Return the rewards that the command line asks for, loaded with `common`, with their noise-aware series."""
+    from ttsnap_lib.errors import ConfigError
+    from ttsnap_lib.rewards.loading import load_reward
+    from ttsnap_lib.scoring.score import load_rewards
+
+    sources: dict[str, str] = {}
+    for entry in arguments.reward or ["pocket-clip"]:
+        name, source = _split(entry)
+        name = name or (source.rpartition(":")[2] if ":" in source else Path(source).name)
+        if name in sources:
+            raise ConfigError(
+                f"--reward: got {name!r}, expected each name once. Write another name: --reward other={source}."
+            )
+        sources[name] = source
+    options: dict[str, dict[str, Any]] = {name: {} for name in sources}
+    for entry in arguments.reward_option:
+        key, value = _pair("--reward-option", entry)
+        name, dot, option = key.rpartition(".")
+        options[_of(name if dot else "", sources, "--reward-option")][option] = _value(value)
+    models = {name: load_reward(source, name=name, **common, **options[name]) for name, source in sources.items()}
+    series = {}
+    for entry in arguments.noise_aware:
+        name, folder = _split(entry)
+        series[_of(name or "", sources, "--noise-aware")] = folder
+    return load_rewards(list(models.values()), series or None)
+
+
+def _split(entry: str) -> tuple[str | None, str]:
+    name, equals, value = entry.partition("=")
+    return (name, value) if equals else (None, entry)
+
+
+def _pair(what: str, entry: str) -> tuple[str, str]:
+    from ttsnap_lib.errors import ConfigError
+
+    key, equals, value = entry.partition("=")
+    if not equals:
+        raise ConfigError(f"{what}: got {entry!r}, expected KEY=VALUE. Write for example scale=2.5.")
+    return key, value
+
+
+def _of(name: str, sources: dict[str, str], what: str) -> str:
+    from ttsnap_lib.checks import choice
+    from ttsnap_lib.errors import ConfigError
+
+    if name:
+        return choice(what, name, sources)
+    if len(sources) > 1:
+        raise ConfigError(f"{what}: got 'no name', expected one of {list(sources)}. Say for which reward it is.")
+    return next(iter(sources))
+
+
+def _value(text: str) -> Any:
+    """Return true and false and numbers as such, everything else as text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -6,8 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ttsnap_lib.commands.models import _loading, _size, add_model_arguments
-from ttsnap_lib.commands.options import Defaults
+from ttsnap_lib.commands.options import (
+    Defaults,
+    add_model_arguments,
+    add_negtome_argument,
+    add_settings_arguments,
+    loading,
+    negtome,
+    reward_device,
+    settings,
+)
 
 
 def add(commands: Any) -> None:
@@ -44,16 +52,13 @@ def add(commands: Any) -> None:
         "--combine", default="rank_sum", choices=("rank_sum", "z_score", "weighted_sum"), help="of several rewards"
     )
     search.add_argument("--weights", type=float, nargs="+", help="one per --reward, for --combine weighted_sum")
-    search.add_argument(
-        "--negtome", type=int, nargs="?", const=0, metavar="GROUP",
-        help="Negative Token Merging, for variety, in groups of GROUP candidates (alone: of 4); couples a batch",
-    )  # fmt: skip
+    add_negtome_argument(search)
     search.add_argument("--tiny", metavar="MODEL", help="AutoencoderTiny that decodes at the checks (or pocket-tiny)")
     search.add_argument("--seed", type=int, default=0, help="base seed")
     search.add_argument("--batch-size", type=int, metavar="N", help="candidates at once (default: what fits)")
     search.add_argument("--shard", metavar="I/N", help="every N-th prompt of the file, from the I-th: 0/4, 1/4, ...")
     search.add_argument("-o", "--out", metavar="FOLDER", required=True, help="gets the image and the record")
-    _settings_arguments(search)
+    _run_arguments(search)
     search.set_defaults(func=_search)
 
     cost = commands.add_parser(
@@ -69,23 +74,14 @@ def add(commands: Any) -> None:
     cost.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="the largest gives the seconds")
     cost.add_argument("--repeats", type=int, default=3, help="runs per number; medians are taken")
     cost.add_argument("-o", "--out", metavar="FILE", required=True, help="JSON file to write")
-    _settings_arguments(cost)
+    _run_arguments(cost)
     cost.set_defaults(func=_cost)
 
 
-def _settings_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps")
-    parser.add_argument("--size", type=_size, metavar="PIXELS", help="512 or 512x768 (default: the model's)")
-    parser.add_argument("--guidance", type=float, help="guidance strength (default: the model's)")
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings_arguments(parser)
     add_model_arguments(parser, "pocket-flux", threads="CPU threads (default: all)")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
-
-
-def _settings(arguments: argparse.Namespace) -> Any:
-    from ttsnap_lib.diffusion.denoise import Settings
-
-    height, width = arguments.size or (None, None)
-    return Settings(n_steps=arguments.steps, guidance=arguments.guidance, height=height, width=width)
 
 
 def _schedule(source: str | None) -> Any:
@@ -104,17 +100,11 @@ def _pipeline(arguments: argparse.Namespace) -> Any:
         import torch
 
         torch.set_num_threads(integer("--threads", arguments.threads, 1))
-    return load_pipeline(arguments.model, **_loading(arguments))
-
-
-def _reward_device(arguments: argparse.Namespace) -> str | None:
-    device = _loading(arguments)["device"]
-    return None if device == "auto" else device
+    return load_pipeline(arguments.model, **loading(arguments))
 
 
 def _search(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.costs import CostModel
-    from ttsnap_lib.diffusion.negtome import NegToMe
     from ttsnap_lib.diffusion.pipelines import load_decoder
     from ttsnap_lib.files import shard_lock
     from ttsnap_lib.live.many import check_one_source, search_many
@@ -127,19 +117,17 @@ def _search(arguments: argparse.Namespace) -> int:
     prompts = read_prompts(arguments.prompts, limit=arguments.limit) if arguments.prompts else [arguments.prompt]
     schedule = _schedule(arguments.schedule)
     cost = CostModel.load(arguments.cost) if arguments.cost else None
-    settings = _settings(arguments)
-    negtome = None
-    if arguments.negtome is not None:
-        negtome = NegToMe(arguments.negtome) if arguments.negtome else NegToMe()
-    pruning = check_schedule(None if arguments.method == "best_of_n" else schedule, settings.n_steps)
-    group = 1 if negtome is None else negtome.group_size
-    candidates_for(arguments.budget, arguments.candidates, cost, pruning, settings.n_steps, group)
+    run = settings(arguments)
+    merging = negtome(arguments)
+    pruning = check_schedule(None if arguments.method == "best_of_n" else schedule, run.n_steps)
+    group = 1 if merging is None else merging.group_size
+    candidates_for(arguments.budget, arguments.candidates, cost, pruning, run.n_steps, group)
 
     from ttsnap_lib.live.run import search
     from ttsnap_lib.rewards.loading import load_reward
     from ttsnap_lib.style import progress_bar
 
-    device = _reward_device(arguments)
+    device = reward_device(arguments)
     names = arguments.reward or ["pocket-clip"]
     adapters = find_adapters(arguments.adapters, arguments.model)
     rewards = [
@@ -148,10 +136,10 @@ def _search(arguments: argparse.Namespace) -> int:
     ]
     options = {
         "schedule": schedule, "budget": arguments.budget, "candidates": arguments.candidates, "cost": cost,
-        "seed": arguments.seed, "method": arguments.method, "settings": settings, "combine": arguments.combine,
+        "seed": arguments.seed, "method": arguments.method, "settings": run, "combine": arguments.combine,
         "weights": arguments.weights, "report": [one.name for one in rewards[len(names) :]],
         "batch_size": arguments.batch_size, "deadline_s": arguments.deadline,
-        "negtome": negtome,
+        "negtome": merging,
     }  # fmt: skip
     pipeline = _pipeline(arguments)
     options["decoder"] = load_decoder(arguments.tiny, pipeline)
@@ -198,9 +186,9 @@ def _cost(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.live.measure import measure_costs
     from ttsnap_lib.rewards.loading import load_reward
 
-    rewards = [load_reward(name, device=_reward_device(arguments)) for name in arguments.reward or ["pocket-clip"]]
+    rewards = [load_reward(name, device=reward_device(arguments)) for name in arguments.reward or ["pocket-clip"]]
     measured = measure_costs(
-        _pipeline(arguments), rewards, _settings(arguments), decoder=arguments.tiny,
+        _pipeline(arguments), rewards, settings(arguments), decoder=arguments.tiny,
         batch_sizes=arguments.batch_sizes, repeats=arguments.repeats,
     )  # fmt: skip
     measured.save(arguments.out, arguments.unit)
