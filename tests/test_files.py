@@ -6,13 +6,31 @@ import errno
 import os
 import resource
 import signal
+import subprocess
+import sys
 
 import pytest
 
-from ttsnap_lib import files as _writing
+from ttsnap_lib import files
 from ttsnap_lib.__main__ import main
-from ttsnap_lib.errors import DiskError, TensorError
-from ttsnap_lib.files import atomic_folder, atomic_write, disk_error, tidy, typed_disk_errors
+from ttsnap_lib.errors import ConfigError, DiskError, TensorError
+from ttsnap_lib.files import (
+    InUseError,
+    atomic_folder,
+    atomic_write,
+    disk_error,
+    lock,
+    others_at_work,
+    parse_shard,
+    parse_yaml,
+    prefetch,
+    read_json,
+    read_yaml,
+    refuse_other,
+    shard_lock,
+    tidy,
+    typed_disk_errors,
+)  # fmt: skip
 
 
 class Killed(BaseException):
@@ -28,10 +46,7 @@ def _write(folder, text):
         (part / "file").write_text(text)
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, exchange):
-    if not exchange:
-        monkeypatch.setattr(_writing, "_exchange", lambda one, other: False)
+def test_a_folder_is_replaced_whole(tmp_path):
     for text in ("old", "new"):
         _write(tmp_path / "set", text)
     assert (tmp_path / "set" / "file").read_text() == "new"
@@ -41,20 +56,9 @@ def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, exchange):
     assert (tmp_path / "set" / "file").read_text() == "new" and _names(tmp_path) == ["set"]
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux swaps two folders in one step")
-def test_no_reader_finds_the_place_empty(tmp_path, monkeypatch):
-    _write(tmp_path / "set", "old")
-    monkeypatch.setattr(os, "replace", None)  # nothing but the swap is used
-    _write(tmp_path / "set", "new")
-    assert (tmp_path / "set" / "file").read_text() == "new"
-
-
 def test_a_folder_that_was_being_replaced_comes_back(tmp_path, monkeypatch):
     _write(tmp_path / "set", "old")
-    monkeypatch.setattr(_writing, "_exchange", lambda one, other: False)
-    monkeypatch.setattr(
-        _writing.shutil, "rmtree", lambda *given, **options: None
-    )  # the process is gone: nothing tidies
+    monkeypatch.setattr(files.shutil, "rmtree", lambda *given, **options: None)  # the process is gone: nothing tidies
     real, count = os.replace, iter(range(9))
 
     def ends(one, other):
@@ -74,12 +78,9 @@ def test_a_folder_that_was_being_replaced_comes_back(tmp_path, monkeypatch):
     assert _names(tmp_path) == [".other.x.part", ".set.csv", "set"]
 
 
-def test_a_half_written_file_is_gone_after_the_next_write(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "unlink", lambda *given: None)
-    with pytest.raises(Killed), atomic_write(tmp_path / "file") as file:
-        file.write(b"half")
-        raise Killed
-    monkeypatch.undo()
+def test_what_a_killed_writer_left_is_gone_after_the_next_write(tmp_path):
+    code = f"import os\nfrom ttsnap_lib.files import atomic_write\nwith atomic_write({str(tmp_path / 'file')!r}) as file:\n    os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code], check=False)
     (left,) = _names(tmp_path)
     with atomic_write(tmp_path / "file") as file:  # the writer of the leftover is gone, this one is at work
         file.write(b"whole")
@@ -88,6 +89,89 @@ def test_a_half_written_file_is_gone_after_the_next_write(tmp_path, monkeypatch)
         with atomic_write(tmp_path / "file", "w") as other:
             other.write("another writer at the same time")
     assert (tmp_path / "file").read_text() == "whole" and _names(tmp_path) == ["file"]
+
+
+def test_a_lock_has_one_holder_and_ends_with_it(tmp_path):
+    with (
+        lock(tmp_path / "a.lock"),
+        pytest.raises(InUseError, match="in use by another process"),
+        lock(tmp_path / "a.lock"),
+    ):
+        pass
+    with lock(tmp_path / "a.lock", wait=True):
+        pass
+
+
+def test_shards_of_one_count_share_a_folder(tmp_path):
+    with shard_lock(tmp_path, (0, 2)) as first:
+        pass
+    assert others_at_work(tmp_path, (1, 2)) and not others_at_work(tmp_path, (0, 2))
+    for taken in ((0, 2), (0, 3)):
+        with pytest.raises(InUseError, match=f"asked for shard {taken[0]}/{taken[1]}"), shard_lock(tmp_path, taken):
+            pass
+    with shard_lock(tmp_path, (1, 2)) as second:
+        second.close()
+    first.close()
+    with shard_lock(tmp_path, (0, 3)) as held:
+        held.close()
+
+
+@pytest.mark.parametrize("shard", ["1/1", "x", (1, 2, 3), "-1/2", (0, 0)])
+def test_a_shard_that_cannot_be_is_refused(shard):
+    with pytest.raises(ConfigError, match="shard"):
+        parse_shard(shard)
+
+
+def test_a_launcher_tells_the_shard(monkeypatch):
+    assert parse_shard(None) == (0, 1) and parse_shard("1/3") == parse_shard((1, 3)) == (1, 3)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert parse_shard(None) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.json", '{"a": 1, "a": 2}', "'a' stands twice"),
+        ("a.json", '{"a": ', "not whole JSON"),
+        ("a.json", "[1]", "mapping at the top"),
+        ("a.yaml", "a: 1\na: 2", "'a' stands twice"),
+        ("a.yaml", "a: !!python/object:os.system {}", "cannot be read as YAML"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_reason(tmp_path, name, content, says):
+    path = tmp_path / name
+    path.write_text(content)
+    read = read_json if name.endswith("json") else read_yaml
+    with pytest.raises(ConfigError, match=says) as caught:
+        read(path, "settings", remedy="Write it again.")
+    assert str(path) in str(caught.value) and "Write it again." in str(caught.value)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read(tmp_path / "absent", "settings", remedy="")
+    with pytest.raises(ConfigError, match="not a file"):
+        read(tmp_path, "settings", remedy="")
+
+
+def test_numbers_in_yaml_are_numbers():
+    assert parse_yaml("{rate: 1e-3, base: &b {a: 1}, more: {<<: *b, c: 2}}", "text", remedy="") == {
+        "rate": 0.001, "base": {"a": 1}, "more": {"a": 1, "c": 2},
+    }  # fmt: skip
+
+
+def test_other_settings_are_refused_with_each_difference():
+    old = {"seed": 0, "scheduler": {"class": "Euler", "shift": 3.0}, "steps": [1, 2]}
+    refuse_other("folder", old, {**old, "steps": (1, 2)}, ConfigError, "")
+    with pytest.raises(ConfigError, match="scheduler.shift: 3.0 there, 1.0 now; seed: 0 there, 1 now") as caught:
+        refuse_other(
+            "folder", old, {**old, "seed": 1, "scheduler": {"class": "Euler", "shift": 1.0}}, ConfigError, "Go."
+        )
+    assert str(caught.value).endswith("Go.")
+
+
+def test_reading_ahead_keeps_the_order_and_passes_errors_on():
+    assert list(prefetch(lambda k: k * k, range(20), workers=3, ahead=5)) == [k * k for k in range(20)]
+    with pytest.raises(ZeroDivisionError):
+        list(prefetch(lambda k: 1 / k, [2, 1, 0, 1]))
 
 
 def _limited(write):
@@ -129,7 +213,7 @@ def test_libraries_that_hide_the_reason_are_understood(tmp_path):
 
     for write in (tensors, state, picture, table):
         error = _limited(write)
-        assert str(tmp_path) in str(error) and "room for what is written" in str(error)
+        assert str(tmp_path) in str(error) and "disk full" in str(error)
     signal.signal(signal.SIGXFSZ, old)
     assert _names(tmp_path) == []
 
@@ -150,7 +234,7 @@ def test_which_errors_are_of_the_disk():
     bug.__context__ = PermissionError(errno.EACCES, "Permission denied")
     assert disk_error(bug, "x") is None
     with pytest.raises(TensorError), typed_disk_errors("x"):
-        raise TensorError("ours stay as they are", remedy="none") from full
+        raise TensorError("ours stay as they are") from full
 
 
 @pytest.mark.parametrize(("number", "says"), [(errno.ENOSPC, "disk full"), (errno.EROFS, "cannot open or write")])

@@ -413,7 +413,7 @@ def parse_yaml(
     try:
         return yaml.load(text.decode("utf-8-sig") if isinstance(text, bytes) else text, Loader=_loader(fast))
     except Exception as failure:  # besides YAMLError, its constructors raise IndexError, KeyError, AttributeError
-        raise error(f"{what} is not YAML of plain values, each key once ({reason(failure)}). {remedy}") from failure
+        raise error(f"{what} cannot be read as YAML of plain values, each key once ({reason(failure)}). {remedy}") from failure
 
 
 @functools.cache

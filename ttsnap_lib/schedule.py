@@ -1,9 +1,8 @@
-"""Choosing among candidates by one or several rewards: the rule of :func:`ttsnap_lib.prune` for one set."""
+"""The pruning schedule, the names of the methods, and how one set of candidates is pruned."""
 
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from ttsnap_lib.checks import known_keys, real, text
+from ttsnap_lib.checks import integer, known_keys, real, text
 from ttsnap_lib.errors import ScheduleError
 from ttsnap_lib.files import parse_yaml, read_yaml
 
 METHODS = ("best_of_n", "ttsp", "ttsnap")
+# Compiled into simulation/kernels.py, whose cache looks at that file alone: whoever changes this number has to touch it.
+Z_GRID = 2.0**24
+"""Sums of z-scores are compared in whole multiples of 1 / Z_GRID, the resolution of float32: candidates that are equal
+on paper (two of them, two rewards that disagree) differ by 1e-15 in their sums, and rounding would choose for us."""
 
 
 def kept(n: int, keep_ratio: float) -> int:
@@ -57,26 +60,14 @@ class Schedule:
     def __post_init__(self) -> None:
         steps = _sequence("schedule.steps", self.steps)
         ratios = _sequence("schedule.keep_ratios", self.keep_ratios)
-        for step in steps:
-            try:
-                wrong = isinstance(step, bool) or operator.index(step) < 0
-            except TypeError:
-                wrong = True
-            if wrong:
-                raise ScheduleError(
-                    f"schedule.steps: got {step!r}, expected integers of at least 0. Count steps from 0: the first "
-                    "pruning can come after the first forward."
-                )
-        steps = tuple(operator.index(step) for step in steps)
+        steps = tuple(integer("schedule.steps", step, 0, error=ScheduleError) for step in steps)
         if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
             raise ScheduleError(
-                f"schedule.steps: got {steps!r}, expected strictly increasing integers. Sort the steps and name each "
-                "once (keep_ratios go along with them)."
+                f"schedule.steps: got {steps!r}, expected strictly increasing integers. Sort them and name each once."
             )
         if len(steps) != len(ratios):
             raise ScheduleError(
-                f"schedule.keep_ratios: got {ratios!r}, expected one ratio per step, {len(steps)} in all. Give as many "
-                f"keep ratios as steps {steps}."
+                f"schedule.keep_ratios: got {ratios!r}, expected {len(steps)} of them. Give one keep ratio per step."
             )
         for ratio in ratios:
             real("schedule.keep_ratios", ratio, 0, 1, open_low=True, error=ScheduleError)
@@ -90,8 +81,8 @@ class Schedule:
         """Refuse a pruning step at or past the last step of a loop of `n_steps`."""
         if self.steps and self.steps[-1] >= n_steps - 1:
             raise ScheduleError(
-                f"schedule.steps: got {self.steps[-1]!r}, expected at most {n_steps - 2} for {n_steps} denoising "
-                "steps. Prune before the last step: there the clean image itself is scored."
+                f"schedule.steps: got {self.steps[-1]}, expected at most {n_steps - 2} of {n_steps} denoising steps. "
+                "Prune before the last step: there the clean image itself is scored."
             )
 
     def survivors(self, n: int) -> tuple[int, ...]:
@@ -149,12 +140,6 @@ def _sequence(name: str, value: Any) -> tuple:
 
 PUBLISHED_SCHEDULE = Schedule(steps=(2, 6, 11), keep_ratios=(0.4, 0.4, 0.5))
 """The schedule of the paper's main results (arXiv 2511.22242)."""
-
-
-# Compiled into _kernels.py, whose cache looks at that file alone: whoever changes this number has to touch it.
-Z_GRID = 2.0**24
-"""Sums of z-scores are compared in whole multiples of 1 / Z_GRID, the resolution of float32: candidates that are equal
-on paper (two of them, two rewards that disagree) differ by 1e-15 in their sums, and rounding would choose for us."""
 
 
 def choose(scores: np.ndarray, keep: int, combine: str = "rank_sum", weights: np.ndarray | None = None) -> np.ndarray:

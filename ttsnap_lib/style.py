@@ -1,4 +1,4 @@
-"""A progress bar as a callback: in a notebook a widget, in a terminal a line, headless plain text."""
+"""How things look: labels and colours of methods and rewards, axes, progress bars."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
 METHOD_LABELS = {"best_of_n": "Best-of-N", "ttsp": "TTSp", "ttsnap": "TTSnap"}
-
-
+# Colour of seaborn's colour-blind palette, marker, line: a method looks the same in every figure, also without colour.
 _STYLES = {"best_of_n": (7, "s", "--"), "ttsp": (1, "^", "-."), "ttsnap": (0, "o", "-")}
-
-
 _REWARD_LABELS = {
     "image_reward": "ImageReward",
     "pickscore": "PickScore",
@@ -24,6 +20,20 @@ _REWARD_LABELS = {
     "pocket-clip": "pocket CLIP",
     "oracle_score": "oracle",
 }
+_open_bars: list[Any] = []
+
+
+def reward_label(name: str) -> str:
+    """Return how a reward is written in a figure."""
+    return _REWARD_LABELS.get(name, name)
+
+
+def method_style(method: str) -> dict:
+    """Return colour, marker and line style of a method, for ``Axes.plot``."""
+    import seaborn as sns
+
+    index, marker, line = _STYLES.get(method, (4, "D", ":"))
+    return {"color": sns.color_palette("colorblind")[index], "marker": marker, "linestyle": line}
 
 
 def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
@@ -41,9 +51,6 @@ def tidy(ax: Axes) -> Axes:
     ax.grid(axis="y", color="0.9", linewidth=0.8)
     ax.set_axisbelow(True)
     return ax
-
-
-_open: list[Any] = []
 
 
 def progress_bar(what: str = "images", *, quiet: bool = False) -> Callable[[int, int], None] | None:
@@ -65,11 +72,11 @@ def progress_bar(what: str = "images", *, quiet: bool = False) -> Callable[[int,
         nonlocal bar
         if bar is None:
             bar = tqdm(total=total, initial=done, unit=what.rstrip("s"), desc=what, mininterval=0.5)
-            _open.append(bar)
+            _open_bars.append(bar)
         bar.update(done - bar.n)
         if done >= total:
             bar.close()
-            _open.remove(bar)
+            _open_bars.remove(bar)
             bar = None
 
     return show
@@ -77,18 +84,5 @@ def progress_bar(what: str = "images", *, quiet: bool = False) -> Callable[[int,
 
 def close_bars() -> None:
     """End the lines of bars that an error or an interruption has left open."""
-    while _open:
-        _open.pop().close()
-
-
-def reward_label(name: str) -> str:
-    """Return how a reward is written in a figure."""
-    return _REWARD_LABELS.get(name, name)
-
-
-def method_style(method: str) -> dict:
-    """Return colour, marker and line style of a method, for ``Axes.plot``."""
-    import seaborn as sns
-
-    index, marker, line = _STYLES.get(method, (4, "D", ":"))
-    return {"color": sns.color_palette("colorblind")[index], "marker": marker, "linestyle": line}
+    while _open_bars:
+        _open_bars.pop().close()
