@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -46,3 +47,84 @@ def pools(reference):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the SDXL pool repeats itself
         return {model: import_published(reference / "values", model) for model in ("flux", "sdxl")}
+
+
+@pytest.fixture
+def images():
+    """Seven images of 40 x 30 pixels."""
+    from tests.worlds import make_images
+
+    return make_images(7)
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory) -> Path:
+    """Folder of a tiny CLIPModel with its processor."""
+    from tests.worlds import save_clip
+
+    return save_clip(tmp_path_factory.mktemp("clip") / "tiny-clip")
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory) -> Path:
+    """Folder of a small BERT tokenizer named as the image-reward package looks for it."""
+    from transformers import BertTokenizer
+
+    from tests.worlds import WORDS
+
+    folder = tmp_path_factory.mktemp("bert") / "bert-base-uncased"
+    folder.mkdir()
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def med_config(tmp_path_factory) -> Path:
+    """Small text configuration of ImageReward; its head wants a width of 768."""
+    path = tmp_path_factory.mktemp("med") / "med_config.json"
+    config = {
+        "architectures": ["BertModel"],
+        "attention_probs_dropout_prob": 0.1,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "hidden_size": 768,
+        "initializer_range": 0.02,
+        "intermediate_size": 128,
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": 64,
+        "model_type": "bert",
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "pad_token_id": 0,
+        "type_vocab_size": 2,
+        "vocab_size": 24,
+        "encoder_width": 768,
+        "add_cross_attention": True,
+    }
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def image_reward_module(bert_folder, med_config):
+    """Return the package's class with its own vision transformer at a small width and depth."""
+    pytest.importorskip("ImageReward.ImageReward")
+    import torch
+    from ImageReward.models.BLIP import blip_pretrain
+    from ImageReward.models.BLIP.vit import VisionTransformer
+
+    from tests.worlds import randomize_image_reward
+    from ttsnap_lib.rewards.image_reward import build_module
+
+    def create_vit(vit, image_size, *others):
+        width = 48
+        return VisionTransformer(img_size=image_size, patch_size=56, embed_dim=width, depth=2, num_heads=4), width
+
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        torch.manual_seed(0)
+        patch.setattr(blip_pretrain, "create_vit", create_vit)  # the package knows "base" and "large" only
+        module = build_module(med_config, bert_folder)
+    randomize_image_reward(module)
+    return module

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from tests.bad_input.cases_pictures import png, trajectories
 from tests.bad_input.drill import Cases
-from tests.rewards.conftest import save_clip
+from tests.worlds import save_clip
 from ttsnap_lib.rewards.checkpoints import read_state
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.scoring.score import score

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests import tiny
+from tests import worlds
 from ttsnap_lib.__main__ import main
 from ttsnap_lib.commands.options import picture_size
 from ttsnap_lib.trajectories.layout import Manifest
@@ -15,7 +15,7 @@ from ttsnap_lib.trajectories.read import verify
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return str(tiny.save("flux", tmp_path_factory.mktemp("model") / "tiny"))
+    return str(worlds.save("flux", tmp_path_factory.mktemp("model") / "tiny"))
 
 
 @pytest.fixture

@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests import tiny
-from tests.rewards.conftest import save_clip
-from tests.rewards.test_steps import write_adapters
-from tests.score_world import fill
+from tests import worlds
+from tests.worlds import fill, save_clip, write_adapters
 from ttsnap_lib import open_rewards
 from ttsnap_lib.__main__ import main
 
@@ -30,7 +28,7 @@ def test_score(folder, clip, tmp_path, capsys):
     out = tmp_path / "r.zarr"
     command = [
         "score", str(folder), "--out", str(out), "--reward", f"mine={clip}", "--reward-option", "mine.scale=1.0",
-        "--reward", "tests.score_world:brightness", "--noise-aware", f"mine={series}", "--device", "cpu", "-q",
+        "--reward", "tests.worlds:brightness", "--noise-aware", f"mine={series}", "--device", "cpu", "-q",
     ]  # fmt: skip
     assert main(command) == 0
     tensor = open_rewards(out)
@@ -44,7 +42,7 @@ def test_score(folder, clip, tmp_path, capsys):
 def test_skipped_pictures_are_listed(tmp_path, capsys):
     broken = fill(tmp_path / "set")
     (broken / "p0001" / "id001" / "s02.png").write_bytes(b"x")
-    command = ["score", str(broken), "--reward", "tests.score_world:brightness", "-q"]
+    command = ["score", str(broken), "--reward", "tests.worlds:brightness", "-q"]
     assert main(command) == 1
     assert "p0001/id001/s02.png" in capsys.readouterr().err
     assert main([*command, "--on-error", "skip"]) == 0
@@ -67,11 +65,11 @@ def test_bad_options(folder, tmp_path, capsys, options, says):
 
 
 def test_generate_and_score(tmp_path, capsys):
-    model = tiny.save("sdxl", tmp_path / "model")
+    model = worlds.save("sdxl", tmp_path / "model")
     (tmp_path / "prompts.json").write_text('["a red circle", "the cat"]')
     common = [
         "generate", "--model", str(model), "--prompts", str(tmp_path / "prompts.json"), "--images", "2", "--steps", "3",
-        "--size", "32", "--threads", "1", "--device", "cpu", "-q", "--reward", "tests.score_world:brightness",
+        "--size", "32", "--threads", "1", "--device", "cpu", "-q", "--reward", "tests.worlds:brightness",
     ]  # fmt: skip
     assert main([*common, "--score", str(tmp_path / "inline.zarr")]) == 0
     assert not list(tmp_path.rglob("s00.png"))

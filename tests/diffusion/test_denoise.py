@@ -10,13 +10,13 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
 )
 
-from tests import tiny
-from tests.denoise_world import PROMPTS, RELATIVE, STEPS, generators, in_parts, same_to, settings, stock
+from tests import worlds
+from tests.worlds import CAPTIONS, RELATIVE, STEPS, generators, in_parts, same_to, settings, stock
 from ttsnap_lib.diffusion.denoise import Candidates, Conditioning, Denoiser, Settings, image_generator, image_seed
 from ttsnap_lib.errors import ConfigError, DeviceError, PipelineError
 
 CUTS = [(5,), (0, 5), (2, 5), (4, 5), (0, 1, 2, 3, 4, 5)]
-NAMES = list(tiny.PIPELINES)
+NAMES = list(worlds.PIPELINES)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def pipelines() -> dict[str, DiffusionPipeline]:
-    return {name: tiny.build(name) for name in NAMES}
+    return {name: worlds.build(name) for name in NAMES}
 
 
 # -- equality with the stock call -----------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def test_the_survivors_do_not_notice_the_dropped(pipelines, name, keep):
     pipeline = pipelines[name]
     latents = stock(pipeline)
     denoiser = Denoiser(pipeline, settings())
-    conditioning = denoiser.encode(PROMPTS)
+    conditioning = denoiser.encode(CAPTIONS)
     half = denoiser.run(denoiser.noise(generators()), conditioning, 2)
     rest = denoiser.run(half.take(keep), conditioning.take(keep), STEPS - 1)
     assert len(rest) == len(keep)
@@ -70,7 +70,7 @@ def test_the_survivors_do_not_notice_the_dropped(pipelines, name, keep):
 def test_candidates_of_several_batches_go_on_together(pipelines):
     pipeline = pipelines["sdxl"]
     denoiser = Denoiser(pipeline, settings())
-    conditioning = denoiser.encode(PROMPTS)
+    conditioning = denoiser.encode(CAPTIONS)
     noise = denoiser.noise(generators())
     parts = [denoiser.run(noise.take(rows), conditioning.take(rows), 1) for rows in ([0, 1], [2])]
     joined = denoiser.run(
@@ -86,9 +86,9 @@ def test_flow_matching_estimate_is_sample_minus_sigma_times_velocity(pipelines, 
     denoiser = Denoiser(pipeline, settings(guidance=1.0))
     seen = []
     hook = pipeline.transformer.register_forward_hook(lambda module, args, output: seen.append(output[0]))
-    before = denoiser.run(denoiser.noise(generators()), denoiser.encode(PROMPTS), 2)
+    before = denoiser.run(denoiser.noise(generators()), denoiser.encode(CAPTIONS), 2)
     estimates = {}
-    denoiser.run(before, denoiser.encode(PROMPTS), 3, [3], estimates.__setitem__)
+    denoiser.run(before, denoiser.encode(CAPTIONS), 3, [3], estimates.__setitem__)
     hook.remove()
     assert torch.equal(estimates[3], before.latents - denoiser.sigmas[3] * seen[3])
 
@@ -99,8 +99,8 @@ def test_unguided_sdxl_estimate_follows_the_textbook(pipelines):
     denoiser = Denoiser(pipeline, settings(guidance=1.0))
     seen, estimates = [], {}
     hook = pipeline.unet.register_forward_hook(lambda module, args, output: seen.append(output[0]))
-    before = denoiser.run(denoiser.noise(generators()), denoiser.encode(PROMPTS), 0)
-    denoiser.run(before, denoiser.encode(PROMPTS), 1, [1], estimates.__setitem__)
+    before = denoiser.run(denoiser.noise(generators()), denoiser.encode(CAPTIONS), 0)
+    denoiser.run(before, denoiser.encode(CAPTIONS), 1, [1], estimates.__setitem__)
     hook.remove()
     assert torch.equal(estimates[1], before.latents - torch.tensor(denoiser.sigmas[1]) * seen[1])
 
@@ -119,7 +119,7 @@ def test_classifier_free_guidance(pipelines, name, guidance, negative):
         return
     denoiser = Denoiser(pipeline, settings(guidance=guidance, negative_prompt=negative))
     expected = stock(
-        pipeline, guidance_scale=guidance, negative_prompt=None if negative is None else [negative] * len(PROMPTS)
+        pipeline, guidance_scale=guidance, negative_prompt=None if negative is None else [negative] * len(CAPTIONS)
     )
     assert torch.equal(in_parts(denoiser, (1, 5))[0].latents, expected)
     plain = in_parts(Denoiser(pipeline, settings()), (5,))[0].latents
@@ -127,7 +127,7 @@ def test_classifier_free_guidance(pipelines, name, guidance, negative):
 
 
 def test_flux_guidance_embedded_and_classifier_free(pipelines):
-    distilled, plain = pipelines["flux"], tiny.flux(guidance_embeds=False)
+    distilled, plain = pipelines["flux"], worlds.flux(guidance_embeds=False)
     assert Denoiser(distilled, settings()).settings.guidance == 3.5
     assert Denoiser(plain, settings()).settings.guidance == 1.0
     cases = [
@@ -153,25 +153,25 @@ def test_text_is_encoded_once_and_repeated(pipelines):
     hook = pipeline.text_encoder_2.register_forward_hook(lambda *_: calls.append(1))
     denoiser = Denoiser(pipeline, settings())
     assert not calls  # the dry run touches no model
-    conditioning = denoiser.encode(PROMPTS[:1]).repeat(3)
+    conditioning = denoiser.encode(CAPTIONS[:1]).repeat(3)
     candidates, _ = in_parts(denoiser, (0, 3, 5), conditioning)
     hook.remove()
     assert len(calls) == 1 and len(conditioning) == 3
     expected = pipeline(
-        PROMPTS[0],
+        CAPTIONS[0],
         num_images_per_prompt=3,
         generator=generators(),
-        height=tiny.SIZE,
-        width=tiny.SIZE,
+        height=worlds.SIZE,
+        width=worlds.SIZE,
         num_inference_steps=STEPS,
-        max_sequence_length=tiny.TOKENS,
+        max_sequence_length=worlds.TOKENS,
         output_type="latent",
     ).images
     assert torch.equal(candidates.latents, expected)
 
 
 def test_repeat_keeps_the_candidates_of_a_prompt_together(pipelines):
-    conditioning = Denoiser(pipelines["sd"], settings()).encode(PROMPTS)
+    conditioning = Denoiser(pipelines["sd"], settings()).encode(CAPTIONS)
     repeated = conditioning.repeat(2)
     for name, rows in conditioning.embeds.items():
         assert torch.equal(repeated.embeds[name], rows[[0, 0, 1, 1, 2, 2]])
@@ -180,20 +180,20 @@ def test_repeat_keeps_the_candidates_of_a_prompt_together(pipelines):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision(name, dtype):
-    pipeline = tiny.build(name).to(dtype)
+    pipeline = worlds.build(name).to(dtype)
     denoiser = Denoiser(pipeline, settings())
     candidates, estimates = in_parts(denoiser, (2, 5))
     assert candidates.latents.dtype == estimates[5].dtype == dtype
     noise = denoiser.noise(generators())
-    assert torch.equal(noise.latents, Denoiser(tiny.build(name), settings()).noise(generators()).latents.to(dtype))
-    stock_noise = denoiser._adapter.unpack(pipeline, noise.latents, tiny.SIZE, tiny.SIZE)
+    assert torch.equal(noise.latents, Denoiser(worlds.build(name), settings()).noise(generators()).latents.to(dtype))
+    stock_noise = denoiser._adapter.unpack(pipeline, noise.latents, worlds.SIZE, worlds.SIZE)
     packed = denoiser._adapter.pack(pipeline, stock_noise)
-    options = {"max_sequence_length": tiny.TOKENS} if hasattr(pipeline, "transformer") else {}
+    options = {"max_sequence_length": worlds.TOKENS} if hasattr(pipeline, "transformer") else {}
     expected = pipeline(
-        PROMPTS,
+        CAPTIONS,
         latents=packed,
-        height=tiny.SIZE,
-        width=tiny.SIZE,
+        height=worlds.SIZE,
+        width=worlds.SIZE,
         num_inference_steps=STEPS,
         output_type="latent",
         **options,
@@ -205,7 +205,7 @@ def test_half_precision(name, dtype):
 
 
 def test_a_vae_that_overflows_in_fp16_is_decoded_in_fp32():
-    pipeline = tiny.sdxl()
+    pipeline = worlds.sdxl()
     latents = Denoiser(pipeline, settings()).noise(generators()).latents
     expected = Denoiser(pipeline, settings()).decode(latents.half().float())
     pipeline.vae.register_to_config(force_upcast=True)
@@ -222,14 +222,14 @@ def test_decode_with_a_tiny_decoder_and_with_latent_statistics(pipelines):
     pipeline = pipelines["flux"]
     denoiser = Denoiser(pipeline, settings())
     candidates, _ = in_parts(denoiser, (5,))
-    quick = denoiser.decode(candidates.latents, tiny.tiny_decoder())
+    quick = denoiser.decode(candidates.latents, worlds.tiny_decoder())
     full = denoiser.decode(candidates.latents)
     for images in (quick, full):
-        assert images.shape == (3, 3, tiny.SIZE, tiny.SIZE) and images.dtype == torch.float32
+        assert images.shape == (3, 3, worlds.SIZE, worlds.SIZE) and images.dtype == torch.float32
         assert images.min() >= 0 and images.max() <= 1
     assert not torch.equal(quick, full)
 
-    other = tiny.sdxl()
+    other = worlds.sdxl()
     other.vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 0.5, 1.5])
     denoiser = Denoiser(other, settings())
     candidates, _ = in_parts(denoiser, (5,))
@@ -241,7 +241,7 @@ def test_final_images_pass_the_safety_checker_and_the_watermark():
         def apply_watermark(self, images):
             return images * 0.5
 
-    pipeline = tiny.sdxl()
+    pipeline = worlds.sdxl()
     pipeline.watermark = Marker()
     denoiser = Denoiser(pipeline, settings())
     assert torch.equal(denoiser.final(in_parts(denoiser, (5,))[0]), stock(pipeline, "pt").float())
@@ -264,7 +264,7 @@ def test_nothing_stays_changed_even_after_an_error(pipelines, name):
     pipeline = pipelines[name]
     own, config = dict(vars(pipeline)), dict(pipeline.config)
     denoiser = Denoiser(pipeline, settings())
-    conditioning, noise = denoiser.encode(PROMPTS), denoiser.noise(generators())
+    conditioning, noise = denoiser.encode(CAPTIONS), denoiser.noise(generators())
 
     class Stop(Exception):
         pass
@@ -284,10 +284,10 @@ def test_a_run_inside_a_run(pipelines):
     inside = []
 
     def again(step, x0):
-        conditioning = inner.encode(PROMPTS)
+        conditioning = inner.encode(CAPTIONS)
         inside.append(inner.run(inner.noise(generators()), conditioning, 3).latents)
 
-    candidates = outer.run(outer.noise(generators()), outer.encode(PROMPTS), 5, [1, 3], again)
+    candidates = outer.run(outer.noise(generators()), outer.encode(CAPTIONS), 5, [1, 3], again)
     assert torch.equal(candidates.latents, stock(pipeline))
     assert torch.equal(inside[0], stock(pipeline, guidance_scale=1.0, num_inference_steps=4))
     assert torch.equal(inside[0], inside[1])
@@ -367,17 +367,17 @@ def test_settings_that_this_pipeline_cannot_take(pipelines, name, changes, match
 
 
 def test_pipelines_that_are_not_supported():
-    base = tiny.sd()
+    base = worlds.sd()
     other = StableDiffusionImg2ImgPipeline(**base.components, requires_safety_checker=False)
     with pytest.raises(PipelineError, match="StableDiffusionImg2ImgPipeline.*missing.*ADAPTERS"):
         Denoiser(other)
     with pytest.raises(PipelineError, match="no encode_prompt, scheduler, vae"):
         Denoiser(object())
-    inpainting = tiny.sdxl()
+    inpainting = worlds.sdxl()
     inpainting.vae.register_to_config(latent_channels=8)
     with pytest.raises(PipelineError, match="4 latent channels"):
         Denoiser(inpainting)
-    headless = tiny.flux()
+    headless = worlds.flux()
     headless.transformer = None
     with pytest.raises(PipelineError, match="has no transformer"):
         Denoiser(headless)
@@ -385,7 +385,7 @@ def test_pipelines_that_are_not_supported():
 
 def test_bad_calls(pipelines):
     denoiser = Denoiser(pipelines["sd"], settings())
-    conditioning, noise = denoiser.encode(PROMPTS), denoiser.noise(generators())
+    conditioning, noise = denoiser.encode(CAPTIONS), denoiser.noise(generators())
     half = denoiser.run(noise, conditioning, 2)
     for bad in ([], "a prompt", [3], [None]):
         with pytest.raises(ConfigError, match="prompts"):
@@ -418,7 +418,7 @@ def test_out_of_memory_is_told_with_a_remedy(pipelines):
 
     hook = pipeline.unet.register_forward_hook(full)
     with pytest.raises(DeviceError, match="3 images at once.*smaller batch"):
-        denoiser.run(denoiser.noise(generators()), denoiser.encode(PROMPTS), 2)
+        denoiser.run(denoiser.noise(generators()), denoiser.encode(CAPTIONS), 2)
     hook.remove()
 
 
@@ -431,14 +431,14 @@ def test_on_an_accelerator(name):
     place = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
     if place is None:
         pytest.skip("no accelerator")
-    expected, _ = in_parts(Denoiser(tiny.build(name), settings()), (5,))
-    pipeline = tiny.build(name).to(place)
+    expected, _ = in_parts(Denoiser(worlds.build(name), settings()), (5,))
+    pipeline = worlds.build(name).to(place)
     candidates, _ = in_parts(Denoiser(pipeline, settings()), (2, 5))
     assert torch.equal(candidates.latents, stock(pipeline))
     same_to(candidates.latents.cpu(), expected.latents, 1e-3)
     if place == "cuda":
         for offload in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
-            pipeline = tiny.build(name)
+            pipeline = worlds.build(name)
             getattr(pipeline, offload)()
             offloaded, _ = in_parts(Denoiser(pipeline, settings()), (2, 5))
             same_to(offloaded.latents.cpu(), expected.latents, 1e-3)

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from tests import tiny
+from tests import worlds
 from ttsnap_lib.diffusion.denoise import Denoiser, Settings, image_generator
 from ttsnap_lib.diffusion.negtome import NegToMe, merge
 from ttsnap_lib.errors import ConfigError, PipelineError
@@ -39,7 +39,7 @@ def plain_loop(tokens, group_size, alpha, threshold, matching):
 
 
 def denoised(pipeline, negtome=None, n=4, cuts=(STEPS - 1,), **changes):
-    options = {"n_steps": STEPS, "height": tiny.SIZE, "width": tiny.SIZE} | changes
+    options = {"n_steps": STEPS, "height": worlds.SIZE, "width": worlds.SIZE} | changes
     denoiser = Denoiser(pipeline, Settings(**options))
     text = denoiser.encode(["a red ring"]).repeat(n)
     candidates = denoiser.noise([image_generator(0, 0, image) for image in range(n)])
@@ -100,7 +100,7 @@ def test_groups_do_not_know_of_each_other():
 
 @pytest.mark.parametrize("name", ["flux", "sdxl"])
 def test_off_is_the_stock_pipeline(name):
-    pipeline = tiny.build(name)
+    pipeline = worlds.build(name)
     before, _ = denoised(pipeline)
     changed, handle = denoised(pipeline, NegToMe(min_features=1, threshold=-1, **ALWAYS))
     assert handle.merges > 0 and not torch.equal(changed, before)
@@ -117,7 +117,7 @@ def test_off_is_the_stock_pipeline(name):
 
 @pytest.mark.parametrize("name", ["flux", "sdxl"])
 def test_an_image_does_not_depend_on_the_other_groups(name):
-    pipeline = tiny.build(name)
+    pipeline = worlds.build(name)
     negtome = NegToMe(group_size=2, min_features=1, threshold=-1, **ALWAYS)
     small, _ = denoised(pipeline, negtome, n=2)
     large, _ = denoised(pipeline, negtome, n=6)
@@ -128,7 +128,7 @@ def test_an_image_does_not_depend_on_the_other_groups(name):
 
 @pytest.mark.parametrize("name", ["flux", "sdxl"])
 def test_parts_with_negtome_are_one_run_with_it(name):
-    pipeline = tiny.build(name)
+    pipeline = worlds.build(name)
     negtome = NegToMe(min_features=1, threshold=0.0)
     whole, _ = denoised(pipeline, negtome)
     parts, _ = denoised(pipeline, negtome, cuts=(0, 2, 5))
@@ -137,7 +137,7 @@ def test_parts_with_negtome_are_one_run_with_it(name):
 
 
 def test_flux_hooks_stand_between_attention_and_projection():
-    pipeline = tiny.flux()
+    pipeline = worlds.flux()
     dual, single = (
         pipeline.transformer.transformer_blocks[0].attn,
         pipeline.transformer.single_transformer_blocks[0].attn,
@@ -156,11 +156,11 @@ def test_flux_hooks_stand_between_attention_and_projection():
     negtome.remove()
     for hook in hooks:
         hook.remove()
-    image_tokens = (tiny.SIZE // 8) ** 2
-    assert raw["dual"].shape[1] == image_tokens and raw["single"].shape[1] == image_tokens + tiny.TOKENS
+    image_tokens = (worlds.SIZE // 8) ** 2
+    assert raw["dual"].shape[1] == image_tokens and raw["single"].shape[1] == image_tokens + worlds.TOKENS
     expected = plain_loop(raw["dual"], 2, 1.2, -1.0, "paper")
     assert torch.allclose(merged["dual"], expected, rtol=1e-5, atol=1e-6)
-    text = tiny.TOKENS
+    text = worlds.TOKENS
     assert torch.equal(merged["single"][:, :text], raw["single"][:, :text])
     expected = plain_loop(raw["single"][:, text:], 2, 1.2, -1.0, "paper")
     assert torch.allclose(merged["single"][:, text:], expected, rtol=1e-5, atol=1e-6)
@@ -168,7 +168,7 @@ def test_flux_hooks_stand_between_attention_and_projection():
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_sdxl_merges_after_projection_each_guidance_half_by_itself(guidance):
-    pipeline = tiny.sdxl()
+    pipeline = worlds.sdxl()
     block = pipeline.unet.up_blocks[0].attentions[0].transformer_blocks[0]
     raw, merged = {}, {}
     hooks = [
@@ -194,7 +194,7 @@ def test_sdxl_merges_after_projection_each_guidance_half_by_itself(guidance):
 
 
 def test_published_windows():
-    flux, sdxl = tiny.flux(), tiny.sdxl()
+    flux, sdxl = worlds.flux(), worlds.sdxl()
     settings = NegToMe().resolved(flux)
     assert (settings.alpha, settings.threshold, settings.start, settings.end) == (1.2, 0.65, 1000, 900)
     settings = NegToMe(alpha=1.0).resolved(sdxl)
@@ -212,9 +212,9 @@ def test_published_windows():
 def test_the_window_is_read_from_the_timestep(name):
     """Every step of the window merges as often, in bf16 too, where the model is told a rounded timestep."""
     for dtype in (torch.float32, torch.bfloat16):
-        pipeline = tiny.build(name).to(dtype)
+        pipeline = worlds.build(name).to(dtype)
         negtome = NegToMe(min_features=1, start=990 if name == "flux" else 800, end=640)
-        denoiser = Denoiser(pipeline, Settings(n_steps=20, height=tiny.SIZE, width=tiny.SIZE))
+        denoiser = Denoiser(pipeline, Settings(n_steps=20, height=worlds.SIZE, width=worlds.SIZE))
         active = negtome.active_steps(pipeline, denoiser.timesteps)
         assert 0 < len(active) < 20 and 0 not in active
         text = denoiser.encode(["x"]).repeat(4)
@@ -230,7 +230,7 @@ def test_the_window_is_read_from_the_timestep(name):
 
 
 def test_features_that_are_too_small_are_left_alone_and_told():
-    pipeline = tiny.sdxl()
+    pipeline = worlds.sdxl()
     plain, _ = denoised(pipeline)
     with pytest.warns(UserWarning, match="min_features=32"):
         got, handle = denoised(pipeline, NegToMe(**ALWAYS))
@@ -272,7 +272,7 @@ def test_to_and_from_a_dictionary():
 
 
 def test_a_batch_of_broken_groups_is_refused_in_the_window_only():
-    pipeline = tiny.flux()
+    pipeline = worlds.flux()
     with pytest.raises(PipelineError, match="batch of 3.*group_size=4"):
         denoised(pipeline, NegToMe(), n=3)
     denoised(pipeline, NegToMe(start=0, end=0), n=3)
@@ -280,9 +280,9 @@ def test_a_batch_of_broken_groups_is_refused_in_the_window_only():
 
 
 def test_once_at_a_time_and_for_two_families():
-    pipeline = tiny.flux()
+    pipeline = worlds.flux()
     with NegToMe().install(pipeline), pytest.raises(PipelineError, match="already"):
         NegToMe().install(pipeline)
     NegToMe().install(pipeline).remove()
     with pytest.raises(PipelineError, match="StableDiffusion3Pipeline"):
-        NegToMe().install(tiny.sd3())
+        NegToMe().install(worlds.sd3())

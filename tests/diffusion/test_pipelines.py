@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, EulerAncestralDiscreteSc
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import OfflineModeIsEnabled
 
-from tests import tiny
+from tests import worlds
 from ttsnap_lib.diffusion.denoise import Denoiser, Settings, image_generator
 from ttsnap_lib.diffusion.pipelines import POCKET_MODELS, SCHEDULERS, load_pipeline, pipeline_source
 from ttsnap_lib.errors import ConfigError, DeviceError, PipelineError
@@ -22,19 +22,19 @@ CPU = {"device": "cpu"}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict:
     root = tmp_path_factory.mktemp("pipelines")
-    return {name: tiny.save(name, root / name) for name in tiny.PIPELINES}
+    return {name: worlds.save(name, root / name) for name in worlds.PIPELINES}
 
 
 def images(pipeline, **changes) -> torch.Tensor:
-    denoiser = Denoiser(pipeline, Settings(**{"n_steps": 3, "height": tiny.SIZE, "width": tiny.SIZE} | changes))
+    denoiser = Denoiser(pipeline, Settings(**{"n_steps": 3, "height": worlds.SIZE, "width": worlds.SIZE} | changes))
     candidates = denoiser.noise([image_generator(0, 0, 0)])
     return denoiser.final(denoiser.run(candidates, denoiser.encode(["a red ring"]), 2))
 
 
-@pytest.mark.parametrize("name", list(tiny.PIPELINES))
+@pytest.mark.parametrize("name", list(worlds.PIPELINES))
 def test_a_saved_pipeline_is_the_same_pipeline(folders, name):
     loaded = load_pipeline(folders[name], **CPU)
-    built = tiny.build(name)
+    built = worlds.build(name)
     assert type(loaded) is type(built)
     for part, module in built.components.items():
         if isinstance(module, torch.nn.Module):
@@ -56,7 +56,7 @@ def test_weights_kept_in_eight_bits(folders):
     pipeline = load_pipeline(folders["flux"], dtype="bf16", fp8=True, **CPU)
     kept = {parameter.dtype for parameter in pipeline.transformer.transformer_blocks.parameters()}
     assert torch.float8_e4m3fn in kept
-    got, exact = images(pipeline), images(tiny.flux())
+    got, exact = images(pipeline), images(worlds.flux())
     assert torch.isfinite(got).all() and not torch.equal(got, exact)
     # e4m3 keeps 4 significant bits; the pictures of a random model still agree to a few grey levels on average
     assert (got - exact).abs().mean() < 0.03
@@ -142,7 +142,7 @@ def test_broken_folders(folders, tmp_path):
 
 
 def test_not_a_text_to_image_pipeline(tmp_path):
-    other = StableDiffusionImg2ImgPipeline(**tiny.sd().components, requires_safety_checker=False)
+    other = StableDiffusionImg2ImgPipeline(**worlds.sd().components, requires_safety_checker=False)
     other.save_pretrained(tmp_path)
     shutil.rmtree(tmp_path / "unet")  # told from the index, before any weights are read
     with pytest.raises(PipelineError, match="is a StableDiffusionImg2ImgPipeline, which is not supported"):
@@ -243,7 +243,7 @@ def test_bad_options_are_refused_before_anything_is_read(options, error, match):
 @pytest.mark.parametrize("offload", ["none", "model", "sequential"])
 def test_offload(folders, offload):
     pipeline = load_pipeline(folders["flux"], device="cuda", dtype="fp32", offload=offload)
-    assert (images(pipeline).cpu() - images(tiny.flux())).abs().max() < 1e-2
+    assert (images(pipeline).cpu() - images(worlds.flux())).abs().max() < 1e-2
 
 
 # -- the shipped models ---------------------------------------------------------------------------------------------

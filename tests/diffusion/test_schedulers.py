@@ -18,8 +18,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from tests import tiny
-from tests.denoise_world import PROMPTS, RELATIVE, STEPS, generators, in_parts, same_to, settings, stock
+from tests import worlds
+from tests.worlds import CAPTIONS, RELATIVE, STEPS, generators, in_parts, same_to, settings, stock
 from ttsnap_lib.diffusion.denoise import Denoiser
 from ttsnap_lib.diffusion.schedulers import make_segment, prepare
 from ttsnap_lib.errors import PipelineError
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def with_scheduler(name: str, make) -> DiffusionPipeline:
     """Return a tiny pipeline whose scheduler is ``make(its own configuration)``."""
-    pipeline = tiny.build(name)
+    pipeline = worlds.build(name)
     pipeline.scheduler = make(pipeline.scheduler.config)
     return pipeline
 
@@ -70,7 +70,7 @@ def test_every_scheduler_in_parts(name, kind):
         candidates, estimates = in_parts(denoiser, cuts)
         assert torch.equal(candidates.latents, latents), cuts
         assert len(estimates) == STEPS
-    conditioning = denoiser.encode(PROMPTS)
+    conditioning = denoiser.encode(CAPTIONS)
     half = denoiser.run(denoiser.noise(generators()), conditioning, 2)
     rest = denoiser.run(half.take([2, 0]), conditioning.take([2, 0]), STEPS - 1)
     same_to(rest.latents, latents[[2, 0]], RELATIVE)
@@ -102,14 +102,14 @@ def test_noise_levels_are_those_of_the_scheduler(kind):
     ids=str,
 )
 def test_flow_matching_options(options):
-    pipeline = tiny.flux(**options)
+    pipeline = worlds.flux(**options)
     latents = stock(pipeline)
     candidates, _ = in_parts(Denoiser(pipeline, settings()), (1, 5))
     assert torch.equal(candidates.latents, latents)
 
 
 def test_a_shift_set_at_run_time_counts():
-    pipeline = tiny.sd3()
+    pipeline = worlds.sd3()
     plain = Denoiser(pipeline, settings()).sigmas
     pipeline.scheduler.set_shift(7.0)
     denoiser = Denoiser(pipeline, settings())
@@ -119,7 +119,7 @@ def test_a_shift_set_at_run_time_counts():
 
 @pytest.mark.parametrize("solver", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
 def test_multistep_solvers_on_flow_matching(solver):
-    pipeline = tiny.sd3()
+    pipeline = worlds.sd3()
     pipeline.scheduler = solver.from_config(
         pipeline.scheduler.config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
@@ -150,7 +150,7 @@ def test_many_steps_do_not_change_what_a_multistep_solver_thinks_is_left():
     ],
 )
 def test_unsupported_schedulers_say_what_is_missing(scheduler, missing):
-    pipeline = tiny.sd()
+    pipeline = worlds.sd()
     pipeline.scheduler = scheduler()
     with pytest.raises(PipelineError, match=missing):
         Denoiser(pipeline, settings())

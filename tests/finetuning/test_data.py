@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests import tiny
-from tests.curriculum_world import make_bank, make_clip
+from tests import worlds
+from tests.worlds import make_bank, save_clip
 from ttsnap_lib.diffusion.denoise import Settings
 from ttsnap_lib.errors import CheckpointError, CurriculumError, TrajectoryError
 from ttsnap_lib.finetuning.data import (
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    return make_clip(tmp_path_factory.mktemp("curriculum"))
+    return save_clip(tmp_path_factory.mktemp("curriculum") / "tiny-clip")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def bank():
 
 
 def test_a_generated_bank_is_the_folder_and_comes_back(tmp_path):
-    pipeline, prompts = tiny.flux(), ["a cat", "a dog"]
+    pipeline, prompts = worlds.flux(), ["a cat", "a dog"]
     settings = Settings(n_steps=3, height=32, width=32, max_sequence_length=8)
     options = {"images_per_prompt": 2, "settings": settings, "seed": 3, "batch_size": 4, "cpu_threads": 1}
     generate(pipeline, prompts, tmp_path / "folder", **options)
@@ -74,7 +74,7 @@ def test_a_pocket_bank_of_more_steps_is_not_made_again(tmp_path, monkeypatch):
 
 
 def test_reading_a_folder_gives_one_digest(tmp_path):
-    pipeline = tiny.flux()
+    pipeline = worlds.flux()
     settings = Settings(n_steps=2, height=32, width=32, max_sequence_length=8)
     generate(pipeline, ["a cat"], tmp_path / "folder", images_per_prompt=2, settings=settings, cpu_threads=1)
     read = open_images(tmp_path / "folder")
@@ -92,7 +92,7 @@ def test_bad_pictures(tmp_path, bank):
     (tmp_path / "bank" / "bank.json").write_text("{}")
     with pytest.raises(TrajectoryError, match="cannot be read"):
         open_images(tmp_path / "bank")
-    pipeline = tiny.flux()
+    pipeline = worlds.flux()
     settings = Settings(n_steps=2, height=32, width=32, max_sequence_length=8)
     generate(pipeline, ["a cat"], tmp_path / "folder", images_per_prompt=2, settings=settings, cpu_threads=1)
     (tmp_path / "folder" / "p0000" / "id001" / "s01.png").unlink()
@@ -167,13 +167,13 @@ def test_ground_truth_files(reward, bank, tmp_path):
 
 
 def test_check_targets_is_a_setting(clip, bank, reward, tmp_path):
-    from tests.curriculum_world import small
+    from tests.worlds import small_config
     from ttsnap_lib.finetuning.train import finetune
 
     path = write_truth(tmp_path / "other.yaml", own_targets(reward, bank)[::-1])
     with pytest.raises(CurriculumError, match="correlation"):
-        finetune(bank, tmp_path / "run", small(clip), targets=path, device="cpu")
-    config = small(clip, check_targets=False, max_updates_per_step=1)
+        finetune(bank, tmp_path / "run", small_config(clip), targets=path, device="cpu")
+    config = small_config(clip, check_targets=False, max_updates_per_step=1)
     finetune(bank, tmp_path / "run", config, targets=path, device="cpu")
     with pytest.raises(CurriculumError, match="one per image"):
         finetune(bank, tmp_path / "next", config, targets=np.zeros((2, 2)), device="cpu")

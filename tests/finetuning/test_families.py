@@ -7,9 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.curriculum_world import make_bank, make_clip
-from tests.rewards.conftest import WORDS, bert_folder, med_config  # noqa: F401 (fixtures)
-from tests.rewards.test_image_reward import small as image_reward_module  # noqa: F401 (fixture)
+from tests.worlds import WORDS, make_bank, randomize_image_reward, save_clip
 from ttsnap_lib.finetuning.config import CurriculumConfig
 from ttsnap_lib.finetuning.data import score_step
 from ttsnap_lib.finetuning.train import finetune
@@ -54,7 +52,7 @@ def check_one_update(make, folder, **changes):
     np.testing.assert_allclose(score_step(fresh.use_step(None), bank, 1, batch_size=2), before, rtol=1e-4, atol=1e-5)
 
 
-def test_image_reward(image_reward_module, tmp_path):  # noqa: F811
+def test_image_reward(image_reward_module, tmp_path):
     import copy
 
     check_one_update(
@@ -117,7 +115,7 @@ def test_adapted_attention_is_base_plus_adapter_and_leaves_the_base_alone(dtype)
 
 
 def test_recomputed_blocks_give_the_same_gradients_and_keep_less(tmp_path):
-    clip = make_clip(tmp_path)
+    clip = save_clip(tmp_path / "tiny-clip")
     pictures = [Image.fromarray(p) for p in make_bank(1, 4).pixels[0, :, -1]]
     gradients, kept = [], []
     for recompute in (False, True):
@@ -145,7 +143,7 @@ def test_clip_h(tmp_path):
     """The model class and size of PickScore."""
     from transformers import CLIPConfig, CLIPModel
 
-    folder = make_clip(tmp_path)
+    folder = save_clip(tmp_path / "tiny-clip")
     tokenizer = load_reward(folder, device="cpu").tokenizer
     vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
               "patch_size": 14, "image_size": 224, "projection_dim": 1024}  # fmt: skip
@@ -178,15 +176,14 @@ def test_open_clip_h(tmp_path):
 
 
 @pytest.mark.slow
-def test_image_reward_at_real_size(bert_folder, med_config, tmp_path):  # noqa: F811
-    from tests.rewards.test_image_reward import _randomize
+def test_image_reward_at_real_size(bert_folder, med_config, tmp_path):
     from ttsnap_lib.rewards.image_reward import build_module
 
     def make():
         with torch.random.fork_rng():
             torch.manual_seed(0)
             module = build_module(med_config, bert_folder)
-        _randomize(module)
+        randomize_image_reward(module)
         return ImageRewardModel("image_reward", module, device="cpu")
 
     check_one_update(make, tmp_path / "run")

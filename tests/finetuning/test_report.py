@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from tests.curriculum_world import SMALL, make_bank, make_clip
 from tests.test_curriculum_data import write_checkpoints
+from tests.worlds import SMALL_CURRICULUM, make_bank, save_clip
 from ttsnap_lib.__main__ import main
 from ttsnap_lib.errors import CheckpointError, CurriculumError
 from ttsnap_lib.finetuning.config import load_config
@@ -31,14 +31,14 @@ pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    return make_clip(tmp_path_factory.mktemp("report"))
+    return save_clip(tmp_path_factory.mktemp("report") / "tiny-clip")
 
 
 @pytest.fixture(scope="module")
 def run(clip, tmp_path_factory):
     """Folder of a run that the command made; its configuration and pictures stand beside it."""
     place = tmp_path_factory.mktemp("command")
-    settings = {**SMALL, "steps": list(SMALL["steps"]), "reward": str(clip), "epochs_per_step": 4}
+    settings = {**SMALL_CURRICULUM, "steps": list(SMALL_CURRICULUM["steps"]), "reward": str(clip), "epochs_per_step": 4}
     (place / "small.yaml").write_text(yaml.safe_dump(settings))
     make_bank().save(place / "train")
     make_bank(seed=1).save(place / "held")

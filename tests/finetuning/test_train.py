@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.curriculum_world import make_bank, make_clip, small
 from tests.launch import environment, launcher
+from tests.worlds import make_bank, save_clip, small_config
 from ttsnap_lib.errors import CurriculumError
 from ttsnap_lib.finetuning import train as loop_module
 from ttsnap_lib.finetuning.batches import batch_loss
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    return make_clip(tmp_path_factory.mktemp("curriculum"))
+    return save_clip(tmp_path_factory.mktemp("curriculum") / "tiny-clip")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def same(a: Path, b: Path) -> bool:
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_run_learns_and_its_checkpoints_are_read(clip, bank, tmp_path, method):
-    config = small(
+    config = small_config(
         clip, method=method, epochs_per_step=8, keep="last", learning_rate=3e-3 if method == "lora" else 1e-3
     )
     events = []
@@ -93,17 +93,17 @@ def test_a_run_learns_and_its_checkpoints_are_read(clip, bank, tmp_path, method)
 
 
 def test_each_step_starts_from_the_one_before(clip, bank, tmp_path):
-    finetune(bank, tmp_path / "two", small(clip), device="cpu")
-    finetune(bank, tmp_path / "one", small(clip, steps=(2,)), device="cpu")
+    finetune(bank, tmp_path / "two", small_config(clip), device="cpu")
+    finetune(bank, tmp_path / "one", small_config(clip, steps=(2,)), device="cpu")
     two, one = weights_of(tmp_path / "two"), weights_of(tmp_path / "one")
     assert all(torch.equal(two["step_02"][key], one["step_02"][key]) for key in one["step_02"])
-    finetune(bank, tmp_path / "alone", small(clip, steps=(0,)), device="cpu")
+    finetune(bank, tmp_path / "alone", small_config(clip, steps=(0,)), device="cpu")
     alone = weights_of(tmp_path / "alone")
     assert any(not torch.equal(two["step_00"][key], alone["step_00"][key]) for key in alone["step_00"])
 
 
 def test_the_best_weights_are_kept_and_a_step_can_stop_early(clip, bank, held, tmp_path):
-    config = small(
+    config = small_config(
         clip, steps=(0,), learning_rate=1.0, epochs_per_step=10, validate_every=1, patience=3, max_grad_norm=0
     )
     result = finetune(bank, tmp_path / "run", config, validation=held, device="cpu")
@@ -173,37 +173,37 @@ def outcome(bank, folder, config):
 
 @pytest.fixture(scope="module")
 def plain(clip, bank, tmp_path_factory):
-    return outcome(bank, tmp_path_factory.mktemp("plain") / "run", small(clip))
+    return outcome(bank, tmp_path_factory.mktemp("plain") / "run", small_config(clip))
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_field_changes_the_run(clip, bank, plain, tmp_path, name):
-    assert getattr(small(clip), name) != CHANGES[name]
-    assert outcome(bank, tmp_path / "run", small(clip, **{name: CHANGES[name]})) != plain
+    assert getattr(small_config(clip), name) != CHANGES[name]
+    assert outcome(bank, tmp_path / "run", small_config(clip, **{name: CHANGES[name]})) != plain
 
 
 @pytest.mark.parametrize("name", PAIRED)
 def test_every_dependent_field_changes_the_run(clip, bank, tmp_path, name):
     beside, change = PAIRED[name]
-    first = outcome(bank, tmp_path / "first", small(clip, **beside))
-    assert outcome(bank, tmp_path / "second", small(clip, **beside, **{name: change})) != first
+    first = outcome(bank, tmp_path / "first", small_config(clip, **beside))
+    assert outcome(bank, tmp_path / "second", small_config(clip, **beside, **{name: change})) != first
 
 
 def test_the_same_settings_give_the_same_run(clip, bank, plain, tmp_path):
-    assert outcome(bank, tmp_path / "run", small(clip)) == plain
+    assert outcome(bank, tmp_path / "run", small_config(clip)) == plain
 
 
 def test_accumulation_and_checkpointing_change_the_work_but_not_the_result(clip, bank, tmp_path, monkeypatch):
-    finetune(bank, tmp_path / "plain", small(clip), device="cpu")
+    finetune(bank, tmp_path / "plain", small_config(clip), device="cpu")
     calls, real = [], batch_loss
     monkeypatch.setattr(loop_module, "batch_loss", lambda part, *a: calls.append(len(part.scores)) or real(part, *a))
-    finetune(bank, tmp_path / "parts", small(clip, accumulation=2), device="cpu")
+    finetune(bank, tmp_path / "parts", small_config(clip, accumulation=2), device="cpu")
     assert calls == [4] * 12  # 6 updates of 8 pictures, in halves
     recomputed, checkpoint = [], torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(
         "ttsnap_lib.finetuning.weights.checkpoint", lambda f, *a, **k: recomputed.append(f) or checkpoint(f, *a, **k)
     )
-    finetune(bank, tmp_path / "again", small(clip, gradient_checkpointing=True), device="cpu")
+    finetune(bank, tmp_path / "again", small_config(clip, gradient_checkpointing=True), device="cpu")
     assert len(recomputed) >= 12  # two vision layers in six updates
     expected = weights_of(tmp_path / "plain")
     for other in ("parts", "again"):
@@ -215,12 +215,12 @@ def test_accumulation_and_checkpointing_change_the_work_but_not_the_result(clip,
 def test_validation_comes_from_the_configuration(clip, bank, held, tmp_path):
     bank.save(tmp_path / "bank")
     held.save(tmp_path / "held")
-    config = small(clip, trajectories=str(tmp_path / "bank"), validation=str(tmp_path / "held"))
+    config = small_config(clip, trajectories=str(tmp_path / "bank"), validation=str(tmp_path / "held"))
     table = finetune(None, tmp_path / "run", config, device="cpu").table
-    given = finetune(bank, tmp_path / "given", small(clip), validation=held, device="cpu").table
+    given = finetune(bank, tmp_path / "given", small_config(clip), validation=held, device="cpu").table
     assert table["after_tau"].tolist() == given["after_tau"].tolist()
     with pytest.raises(CurriculumError, match="Say what to train on"):
-        finetune(None, tmp_path / "none", small(clip), device="cpu")
+        finetune(None, tmp_path / "none", small_config(clip), device="cpu")
 
 
 # -- killed and resumed -------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def run_until(bank, folder, config, stop, **options):
 @pytest.mark.parametrize("changes", [{}, {"method": "full", "learning_rate": 1e-3}, {"lora_dropout": 0.2},
                                      {"restart": False}, {"curriculum": False}])  # fmt: skip
 def test_a_killed_run_ends_with_the_same_weights(clip, bank, held, tmp_path, changes):
-    config = small(clip, epochs_per_step=2, save_every=2, validate_every=2, **changes)
+    config = small_config(clip, epochs_per_step=2, save_every=2, validate_every=2, **changes)
     whole = finetune(bank, tmp_path / "whole", config, validation=held, device="cpu")
     for stop in (1, 3, 4):  # before the first saved state, between two, at one; then again later
         run_until(bank, tmp_path / "cut", config, stop, validation=held)
@@ -261,7 +261,7 @@ def test_a_killed_run_ends_with_the_same_weights(clip, bank, held, tmp_path, cha
 
 
 def test_a_state_that_was_being_written_does_not_harm_the_one_before(clip, bank, tmp_path, monkeypatch):
-    config = small(clip, save_every=1)
+    config = small_config(clip, save_every=1)
     finetune(bank, tmp_path / "whole", config, device="cpu")
     real, count = torch.save, 0
 
@@ -286,11 +286,11 @@ SCRIPT = """
 import sys
 import torch
 torch.set_num_threads(1)
-from tests.curriculum_world import make_bank, small
+from tests.worlds import make_bank, small_config
 from ttsnap_lib.finetuning import finetune
 from pathlib import Path
 clip, folder = Path(sys.argv[1]), sys.argv[2]
-finetune(make_bank(), folder, small(clip, accumulation=1, validation_prompts=1), device="cpu")
+finetune(make_bank(), folder, small_config(clip, accumulation=1, validation_prompts=1), device="cpu")
 """
 
 
@@ -300,7 +300,7 @@ def test_two_processes_train_as_one(clip, bank, tmp_path):
     command = [*launcher(2), str(script), str(clip), str(tmp_path / "two")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    finetune(bank, tmp_path / "one", small(clip, validation_prompts=1), device="cpu")
+    finetune(bank, tmp_path / "one", small_config(clip, validation_prompts=1), device="cpu")
     losses = [pd.read_csv(tmp_path / name / "losses.csv")["loss"].to_numpy() for name in ("one", "two")]
     assert len(losses[0]) == 6  # 5 groups: the last batch has one group, so one process stands by
     np.testing.assert_allclose(*losses, rtol=1e-4)
@@ -314,39 +314,39 @@ def test_two_processes_train_as_one(clip, bank, tmp_path):
 
 
 def test_a_folder_of_another_run_is_refused(clip, bank, tmp_path):
-    finetune(bank, tmp_path / "run", small(clip), device="cpu")
+    finetune(bank, tmp_path / "run", small_config(clip), device="cpu")
     before = (tmp_path / "run" / "step_02" / "adapter_model.safetensors").read_bytes()
     with pytest.raises(CurriculumError, match="learning_rate: 0.003 there, 0.001 now"):
-        finetune(bank, tmp_path / "run", small(clip, learning_rate=1e-3), device="cpu")
+        finetune(bank, tmp_path / "run", small_config(clip, learning_rate=1e-3), device="cpu")
     with pytest.raises(CurriculumError, match="pictures"):
-        finetune(make_bank(seed=5), tmp_path / "run", small(clip), device="cpu")
+        finetune(make_bank(seed=5), tmp_path / "run", small_config(clip), device="cpu")
     assert (tmp_path / "run" / "step_02" / "adapter_model.safetensors").read_bytes() == before
-    finetune(bank, tmp_path / "run", small(clip, learning_rate=1e-3), device="cpu", overwrite=True)
+    finetune(bank, tmp_path / "run", small_config(clip, learning_rate=1e-3), device="cpu", overwrite=True)
     (tmp_path / "other" / "step_03").mkdir(parents=True)
     with pytest.raises(CurriculumError, match="without curriculum.json"):
-        finetune(bank, tmp_path / "other", small(clip), device="cpu")
+        finetune(bank, tmp_path / "other", small_config(clip), device="cpu")
 
 
 def test_steps_without_images(clip, bank, tmp_path):
     with pytest.raises(CurriculumError, match="step 7 has no images"):
-        finetune(bank, tmp_path / "run", small(clip, steps=(7, 2)), device="cpu")
+        finetune(bank, tmp_path / "run", small_config(clip, steps=(7, 2)), device="cpu")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("changes", [{"lora_targets": "no_such_layer"}, {"method": "full", "trainable": "nothing"}])
 def test_targets_that_match_nothing(clip, bank, tmp_path, changes):
     with pytest.raises(CurriculumError, match="match.* no .*vision_model|match.* no .*called for example"):
-        finetune(bank, tmp_path / "run", small(clip, **changes), device="cpu")
+        finetune(bank, tmp_path / "run", small_config(clip, **changes), device="cpu")
     assert not list((tmp_path / "run").glob("step_*"))
 
 
 def test_lora_targets_that_cannot_be_adapted(clip, bank, tmp_path):
     with pytest.raises(CurriculumError, match="LoRA cannot be put"):
-        finetune(bank, tmp_path / "run", small(clip, lora_targets=".*layer_norm1"), device="cpu")
+        finetune(bank, tmp_path / "run", small_config(clip, lora_targets=".*layer_norm1"), device="cpu")
 
 
 def test_a_loss_that_is_not_finite_names_step_and_batch(clip, bank, tmp_path, monkeypatch):
-    config = small(clip, save_every=1)
+    config = small_config(clip, save_every=1)
     real, count = batch_loss, 0
 
     def sometimes(*arguments):
@@ -369,17 +369,19 @@ def test_a_loss_that_is_not_finite_names_step_and_batch(clip, bank, tmp_path, mo
 
 def test_rewards_that_cannot_be_trained(clip, bank, tmp_path):
     with pytest.raises(CurriculumError, match="no weights to train"):
-        finetune(bank, tmp_path / "run", small(clip), reward=load_reward(lambda prompts, images: [0.0] * len(prompts)))
-    finetune(bank, tmp_path / "run", small(clip), device="cpu")
+        finetune(
+            bank, tmp_path / "run", small_config(clip), reward=load_reward(lambda prompts, images: [0.0] * len(prompts))
+        )
+    finetune(bank, tmp_path / "run", small_config(clip), device="cpu")
     adapted = load_reward(clip, device="cpu", adapters=tmp_path / "run")
     with pytest.raises(CurriculumError, match="noise-aware weights already"):
-        finetune(bank, tmp_path / "again", small(clip), reward=adapted)
+        finetune(bank, tmp_path / "again", small_config(clip), reward=adapted)
 
 
 @pytest.mark.parametrize("changes", [{}, {"method": "full", "learning_rate": 1e-3, "trainable": ".*vision.*"},
                                      {"gradient_checkpointing": True}])  # fmt: skip
 def test_a_reward_handed_in_comes_back_as_it_was(clip, bank, tmp_path, changes):
-    config, reward = small(clip, **changes), load_reward(clip, device="cpu")
+    config, reward = small_config(clip, **changes), load_reward(clip, device="cpu")
     before, about = score_step(reward, bank, 1), reward.fingerprint()
     required = {name: p.requires_grad for name, p in reward.module.named_parameters()}
 
@@ -405,12 +407,12 @@ def test_a_reward_with_adapters_of_someone_else_is_refused(clip, bank, tmp_path)
     reward = load_reward(clip, device="cpu")
     get_peft_model(reward.module, LoraConfig(target_modules=reward.default_lora_targets))
     with pytest.raises(CurriculumError, match="adapters in its module already"):
-        finetune(bank, tmp_path / "run", small(clip), reward=reward)
+        finetune(bank, tmp_path / "run", small_config(clip), reward=reward)
 
 
 def test_what_is_not_finite_after_a_finite_loss_leaves_no_checkpoint(clip, bank, held, tmp_path, monkeypatch):
     # The loss of the only update is finite; what it does to the weights is not.
-    config = small(clip, steps=(0,), max_updates_per_step=1, keep="last", learning_rate=1e30, max_grad_norm=0)
+    config = small_config(clip, steps=(0,), max_updates_per_step=1, keep="last", learning_rate=1e30, max_grad_norm=0)
     with pytest.raises(CurriculumError, match="validation at step 0 is not finite at step 0, update 1"):
         finetune(bank, tmp_path / "run", config, validation=held, device="cpu")
     assert not list((tmp_path / "run").glob("step_*"))
@@ -432,7 +434,7 @@ def test_fp16_on_a_cpu_is_refused(clip, bank, tmp_path):
     from ttsnap_lib.errors import ConfigError
 
     with pytest.raises(ConfigError, match="no or bf16 on a CPU"):
-        finetune(bank, tmp_path / "run", small(clip, mixed_precision="fp16"), device="cpu")
+        finetune(bank, tmp_path / "run", small_config(clip, mixed_precision="fp16"), device="cpu")
 
 
 ONE = {"group_size": 1, "centered_mse": 0.0}
@@ -456,22 +458,22 @@ def test_pictures_and_targets_that_cannot_be(clip, tmp_path, shape, changes, opt
     if "validation" in options:
         options = options | {"validation": make_bank(*options["validation"], seed=2)}
     with pytest.raises(CurriculumError, match=words):
-        finetune(pictures, tmp_path / "run", small(clip, **changes), device="cpu", **options)
+        finetune(pictures, tmp_path / "run", small_config(clip, **changes), device="cpu", **options)
     assert not (tmp_path / "run").exists()
 
 
 def test_prompts_on_both_sides_are_told(clip, bank, tmp_path):
     with pytest.warns(UserWarning, match="6 validation prompts are trained on too"):
-        finetune(bank, tmp_path / "run", small(clip, max_updates_per_step=1), validation=bank, device="cpu")
+        finetune(bank, tmp_path / "run", small_config(clip, max_updates_per_step=1), validation=bank, device="cpu")
     mirrored = make_bank()
     mirrored.mirrored = True
     with pytest.raises(CurriculumError, match="mirror images of pictures trained on"):
-        finetune(mirrored, tmp_path / "other", small(clip, validation_prompts=2), device="cpu")
+        finetune(mirrored, tmp_path / "other", small_config(clip, validation_prompts=2), device="cpu")
 
 
 def test_a_tau_that_is_undefined_is_missing_in_the_table(clip, bank, held, tmp_path, monkeypatch):
     monkeypatch.setattr(loop_module, "score_step", lambda reward, images, *a, **k: np.ones((5, 4), np.float32))
-    table = finetune(bank, tmp_path / "run", small(clip), validation=held, device="cpu").table
+    table = finetune(bank, tmp_path / "run", small_config(clip), validation=held, device="cpu").table
     assert table["after_tau"].isna().all() and table["base_tau"].notna().all()
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "run" / "metrics.parquet"), table)
 
@@ -479,7 +481,7 @@ def test_a_tau_that_is_undefined_is_missing_in_the_table(clip, bank, held, tmp_p
 def test_parts_of_a_batch_drop_different_features(clip, bank, tmp_path, monkeypatch):
     seeds, real = [], own_randomness
     monkeypatch.setattr(loop_module, "own_randomness", lambda seed, device: seeds.append(seed) or real(seed, device))
-    config = small(clip, steps=(0,), lora_dropout=0.2, batch_size=24, accumulation=3)
+    config = small_config(clip, steps=(0,), lora_dropout=0.2, batch_size=24, accumulation=3)
     finetune(bank, tmp_path / "run", config, device="cpu")
     assert len(seeds) == 3 == len(set(seeds))
 
@@ -487,10 +489,10 @@ def test_parts_of_a_batch_drop_different_features(clip, bank, tmp_path, monkeypa
 def test_a_damaged_state_is_named(clip, bank, tmp_path):
     from ttsnap_lib.errors import CheckpointError
 
-    finetune(bank, tmp_path / "run", small(clip), device="cpu")
+    finetune(bank, tmp_path / "run", small_config(clip), device="cpu")
     (tmp_path / "run" / "state.pt").write_bytes(b"PK\x03\x04 not a state")
     with pytest.raises(CheckpointError, match="state.pt"):
-        finetune(bank, tmp_path / "run", small(clip), device="cpu")
+        finetune(bank, tmp_path / "run", small_config(clip), device="cpu")
 
 
 def test_trackers(clip, bank, tmp_path):
@@ -498,7 +500,7 @@ def test_trackers(clip, bank, tmp_path):
 
     from ttsnap_lib.errors import ConfigError
 
-    config = small(clip, tracker="tensorboard")
+    config = small_config(clip, tracker="tensorboard")
     if not is_tensorboard_available():
         with pytest.raises(ConfigError, match="pip install tensorboard"):
             finetune(bank, tmp_path / "run", config, device="cpu")

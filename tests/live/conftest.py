@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests import tiny
-from tests.live.world import COST, SCHEDULE, make_clip, run
-from tests.rewards.conftest import save_clip
-from tests.rewards.test_steps import write_adapters
+from tests import worlds
+from tests.worlds import COST, SCHEDULE, load_clip, save_clip, tiny_search, write_adapters
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +22,12 @@ def adapters(folders, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clip(folders):
-    return make_clip(folders[0])
+    return load_clip(folders[0])
 
 
 @pytest.fixture(scope="module")
 def pipelines():
-    return {name: tiny.build(name) for name in ("flux", "sdxl")}
+    return {name: worlds.build(name) for name in ("flux", "sdxl")}
 
 
 @pytest.fixture
@@ -40,4 +38,4 @@ def flux(pipelines):
 @pytest.fixture(scope="module")
 def whole(pipelines, clip):
     """Search undisturbed, to hold disturbed runs to."""
-    return run(pipelines["flux"], clip, schedule=SCHEDULE, cost=COST)
+    return tiny_search(pipelines["flux"], clip, schedule=SCHEDULE, cost=COST)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.live.world import COST, SCHEDULE, run
+from tests.worlds import COST, SCHEDULE, tiny_search
 from ttsnap_lib.errors import BudgetError, DeviceError, SearchError
 from ttsnap_lib.live import run as _search_run
 from ttsnap_lib.live import run as search_module
@@ -35,10 +35,10 @@ def _fails_on(picture: np.ndarray, how: str):
 @pytest.mark.parametrize("how", ["raises", "nan"])
 @pytest.mark.parametrize("check", [0, 2])
 def test_a_candidate_whose_scoring_fails_drops_out(flux, how, check):
-    sound = run(flux, _fails_on(np.zeros(0), how), schedule=SCHEDULE)
+    sound = tiny_search(flux, _fails_on(np.zeros(0), how), schedule=SCHEDULE)
     step, best = sound.record.checks[check], sound.winner
     with pytest.warns(UserWarning, match=rf"candidates \[{best}\], which drop out"):
-        result = run(flux, _fails_on(sound.record.previews[best, step], how), schedule=SCHEDULE)
+        result = tiny_search(flux, _fails_on(sound.record.previews[best, step], how), schedule=SCHEDULE)
     record = result.record
     assert result.complete and result.winner != best and record.pruned_at[best] == -2
     assert np.isnan(record.scores[best, check]).all()
@@ -51,7 +51,7 @@ def test_a_reward_that_fails_for_all_says_why(flux):
         raise RuntimeError("no such layer")
 
     with pytest.warns(UserWarning, match="no such layer"), pytest.raises(SearchError, match="step 1"):
-        run(flux, broken, schedule=SCHEDULE)
+        tiny_search(flux, broken, schedule=SCHEDULE)
 
 
 class Hook:
@@ -83,7 +83,7 @@ def _memory_for(limit: int):
 
 def test_out_of_memory_while_denoising_halves_the_batch(flux, clip, whole):
     with Hook(flux.transformer, _memory_for(2)) as hook, pytest.warns(UserWarning, match="going on with"):
-        result = run(flux, clip, schedule=SCHEDULE, batch_size=8, cost=COST)
+        result = tiny_search(flux, clip, schedule=SCHEDULE, batch_size=8, cost=COST)
     assert result.winner == whole.winner and result.complete
     assert hook.sizes[:2] == [8, 4] and set(hook.sizes[2:]) == {2}  # tried twice, and never again
     np.testing.assert_allclose(result.record.scores, whole.record.scores, atol=2e-3)
@@ -96,7 +96,7 @@ def test_memory_that_runs_out_later_costs_no_finished_work(flux, clip, whole):
             raise torch.OutOfMemoryError("injected")
 
     with Hook(flux.transformer, act) as hook, pytest.warns(UserWarning, match="denoising 3 candidates"):
-        result = run(flux, clip, schedule=SCHEDULE)
+        result = tiny_search(flux, clip, schedule=SCHEDULE)
     assert result.winner == whole.winner
     assert hook.sizes[:5] == [3, 3, 3, 3, 1]  # the first batch is not run again
 
@@ -104,7 +104,7 @@ def test_memory_that_runs_out_later_costs_no_finished_work(flux, clip, whole):
 def test_out_of_memory_while_decoding_keeps_what_is_denoised(flux, clip, whole):
     told = pytest.warns(UserWarning, match="decoding and scoring 8 candidates")
     with told, Hook(flux.transformer, lambda sizes: None) as steps, Hook(flux.vae.decoder, _memory_for(2)):
-        result = run(flux, clip, schedule=SCHEDULE, batch_size=8)
+        result = tiny_search(flux, clip, schedule=SCHEDULE, batch_size=8)
     assert steps.sizes == [8, 8, 4, 4, 2] and result.winner == whole.winner
 
 
@@ -112,15 +112,15 @@ def test_out_of_memory_with_one_candidate_is_told(flux, clip):
     with Hook(flux.transformer, _memory_for(0)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(DeviceError, match="out of memory with 1 images"):
-            run(flux, clip, schedule=SCHEDULE)
-    assert run(flux, clip, candidates=1).complete  # the pipeline is usable
+            tiny_search(flux, clip, schedule=SCHEDULE)
+    assert tiny_search(flux, clip, candidates=1).complete  # the pipeline is usable
 
 
 @pytest.mark.parametrize("where", ["transformer", "vae", "reward"])
 def test_control_c_at_any_moment_gives_the_best_so_far(flux, clip, whole, where, tmp_path):
     module = {"transformer": flux.transformer, "vae": flux.vae.decoder, "reward": clip.module.vision_model}[where]
     with Hook(module, lambda sizes: None) as counted:
-        run(flux, clip, schedule=SCHEDULE)
+        tiny_search(flux, clip, schedule=SCHEDULE)
     for moment in range(1, len(counted.sizes) + 1):
 
         def act(sizes, moment=moment):
@@ -131,9 +131,9 @@ def test_control_c_at_any_moment_gives_the_best_so_far(flux, clip, whole, where,
             warnings.simplefilter("ignore")
             if where == "transformer" and moment == 1:  # nothing to show yet
                 with pytest.raises(KeyboardInterrupt):
-                    run(flux, clip, schedule=SCHEDULE)
+                    tiny_search(flux, clip, schedule=SCHEDULE)
                 continue
-            result = run(flux, clip, schedule=SCHEDULE, cost=COST)
+            result = tiny_search(flux, clip, schedule=SCHEDULE, cost=COST)
         record = result.record
         assert not result.complete and record.stopped == "interrupt"
         done = ~np.isnan(record.scores[:, :, 0])
@@ -146,14 +146,14 @@ def test_control_c_at_any_moment_gives_the_best_so_far(flux, clip, whole, where,
         assert 0 < result.cost < whole.cost
     loaded = SearchRecord.load(result.save(tmp_path))
     assert loaded.stopped == "interrupt" and (tmp_path / "image.png").is_file()
-    assert run(flux, clip, schedule=SCHEDULE).winner == whole.winner  # pipeline and reward are as before
+    assert tiny_search(flux, clip, schedule=SCHEDULE).winner == whole.winner  # pipeline and reward are as before
 
 
 def test_control_c_in_the_display_counts_too(flux, clip):
     def press(record):
         raise KeyboardInterrupt
 
-    result = run(flux, clip, schedule=SCHEDULE, on_check=press)
+    result = tiny_search(flux, clip, schedule=SCHEDULE, on_check=press)
     assert result.winner == np.nanargmax(result.record.scores[:, 0, 0]) and not result.complete
 
 
@@ -170,7 +170,7 @@ def test_a_deadline_is_passed_by_one_step_at_most(flux, clip, whole, allowed, mo
 
     with Hook(flux.transformer, tick) as hook, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = run(flux, clip, schedule=SCHEDULE, deadline_s=allowed - 0.5, cost=COST)
+        result = tiny_search(flux, clip, schedule=SCHEDULE, deadline_s=allowed - 0.5, cost=COST)
     if allowed == 12:
         assert result.complete and result.winner == whole.winner and len(hook.sizes) == 11
         return
@@ -185,4 +185,4 @@ def test_a_deadline_is_passed_by_one_step_at_most(flux, clip, whole, allowed, mo
 
 def test_a_deadline_before_the_first_step_is_told(flux, clip):
     with pytest.raises(BudgetError, match="deadline_s"):
-        run(flux, clip, schedule=SCHEDULE, deadline_s=1e-9)
+        tiny_search(flux, clip, schedule=SCHEDULE, deadline_s=1e-9)

@@ -10,9 +10,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests import tiny
-from tests.live.world import SCHEDULE, make_clip, settings
-from tests.rewards.conftest import save_clip
+from tests import worlds
+from tests.worlds import N_STEPS, SCHEDULE, load_clip, save_clip, settings
 from ttsnap_lib import CostModel, Schedule
 from ttsnap_lib.__main__ import main
 from ttsnap_lib.errors import CheckpointError, ConfigError, DiskError, SearchError
@@ -29,18 +28,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def flux():
-    return tiny.flux()
+    return worlds.flux()
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    return make_clip(save_clip(tmp_path_factory.mktemp("clip") / "one"))
+    return load_clip(save_clip(tmp_path_factory.mktemp("clip") / "one"))
 
 
 @pytest.fixture(scope="module")
 def search_all(flux, clip):
     def call(folder, prompts=PROMPTS, reward=clip, **options):
-        given = {"candidates": 3, "settings": settings(), "schedule": SCHEDULE} | options
+        given = {"candidates": 3, "settings": settings(n_steps=N_STEPS), "schedule": SCHEDULE} | options
         return search_many(flux, prompts, reward, folder, **given)
 
     return call

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import tiny
-from tests.live.world import N_STEPS, make_clip, settings
-from tests.rewards.conftest import save_clip
+from tests import worlds
+from tests.worlds import N_STEPS, load_clip, save_clip, settings
 from ttsnap_lib import CostModel
 from ttsnap_lib.diffusion.denoise import Denoiser, image_generator
 from ttsnap_lib.errors import ConfigError, RewardError
@@ -18,13 +17,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    return make_clip(save_clip(tmp_path_factory.mktemp("clip") / "one"))
+    return load_clip(save_clip(tmp_path_factory.mktemp("clip") / "one"))
 
 
 @pytest.fixture(scope="module")
 def measured(clip):
-    decoder = tiny.tiny_decoder()
-    return measure_costs(tiny.flux(), clip, settings(), decoder=decoder, batch_sizes=(4, 1), repeats=2)
+    decoder = worlds.tiny_decoder()
+    return measure_costs(worlds.flux(), clip, settings(n_steps=N_STEPS), decoder=decoder, batch_sizes=(4, 1), repeats=2)
 
 
 def test_counting():
@@ -36,8 +35,8 @@ def test_counting():
 
 
 def test_parts_are_those_of_the_models(measured):
-    pipeline = tiny.flux()
-    denoiser = Denoiser(pipeline, settings())
+    pipeline = worlds.flux()
+    denoiser = Denoiser(pipeline, settings(n_steps=N_STEPS))
     text, start = denoiser.encode(["a cat"]), denoiser.noise([image_generator(0, 0, 0)])
     costs = measured.tflops
     whole = count_tflops(lambda: denoiser.run(start, text, N_STEPS - 1))
@@ -50,16 +49,18 @@ def test_parts_are_those_of_the_models(measured):
 def test_guidance_doubles_a_step(clip):
     from dataclasses import replace
 
-    pipeline = tiny.sdxl()
-    free = measure_costs(pipeline, clip, replace(settings("sdxl"), guidance=1.0), batch_sizes=(1,), repeats=1)
-    guided = measure_costs(pipeline, clip, replace(settings("sdxl"), guidance=5.0), batch_sizes=(1,), repeats=1)
+    pipeline = worlds.sdxl()
+    free = measure_costs(pipeline, clip, replace(settings(n_steps=N_STEPS), guidance=1.0), batch_sizes=(1,), repeats=1)
+    guided = measure_costs(
+        pipeline, clip, replace(settings(n_steps=N_STEPS), guidance=5.0), batch_sizes=(1,), repeats=1
+    )
     assert guided.tflops.step == pytest.approx(2 * free.tflops.step, rel=1e-6)
     assert guided.tflops.decode == free.tflops.decode
 
 
 def test_several_rewards_add_up(measured, clip):
     two = [clip, lambda prompts, images: [0.0] * len(images)]
-    both = measure_costs(tiny.flux(), two, settings(), batch_sizes=(1,), repeats=1)
+    both = measure_costs(worlds.flux(), two, settings(n_steps=N_STEPS), batch_sizes=(1,), repeats=1)
     assert both.tflops.verify == pytest.approx(measured.tflops.verify)  # a plain function has no products
     assert both.facts["rewards"] == ["clip", "<lambda>"] and both.tflops.preview_decode is None
 

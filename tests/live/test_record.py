@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.live.world import N_STEPS, PROMPT, SCHEDULE, run, settings
+from tests.worlds import N_STEPS, PROMPT, SCHEDULE, settings, tiny_search
 from ttsnap_lib import search
 from ttsnap_lib.errors import SearchError
 from ttsnap_lib.live.plots import LiveGallery, gallery, winners
@@ -87,7 +87,7 @@ def test_the_display_and_the_progress_follow_the_run(flux, clip, capsys):
         checked.append((len(record.stages), record.winner))
         live(record)
 
-    result = run(flux, clip, schedule=SCHEDULE, on_check=on_check, progress=lambda *state: seen.append(state))
+    result = tiny_search(flux, clip, schedule=SCHEDULE, on_check=on_check, progress=lambda *state: seen.append(state))
     assert [stages for stages, _ in checked] == [1, 2, 3] and checked[-1][1] == result.winner
     assert "winner" in live.figure.get_suptitle()
     total = 8 * 2 + 4 * 2 + 2
@@ -96,4 +96,4 @@ def test_the_display_and_the_progress_follow_the_run(flux, clip, capsys):
 
 
 def test_the_module_is_the_function(flux, clip):
-    assert search(flux, PROMPT, clip, candidates=1, settings=settings()).complete
+    assert search(flux, PROMPT, clip, candidates=1, settings=settings(n_steps=N_STEPS)).complete

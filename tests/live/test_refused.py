@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.live.world import COST, N_STEPS, SCHEDULE, run
+from tests.worlds import COST, N_STEPS, SCHEDULE, tiny_search
 from ttsnap_lib import CostModel, Schedule
 from ttsnap_lib.errors import BudgetError, ConfigError, CostError, PipelineError, RewardError, ScheduleError
 
@@ -44,20 +44,20 @@ def test_bad_input_is_told_before_a_model_is_touched(clip, options, error, says)
     options = dict(options)
     reward = options.pop("reward", clip)
     with pytest.raises(error, match=says):
-        run(object(), reward, **options)  # object(): whoever touched the pipeline would raise a PipelineError
+        tiny_search(object(), reward, **options)  # object(): whoever touched the pipeline would raise a PipelineError
 
 
 def test_two_rewards_of_one_name_and_a_foreign_decoder(flux, clip):
     with pytest.raises(ConfigError, match="distinct names"):
-        run(flux, [clip, clip])
+        tiny_search(flux, [clip, clip])
     with pytest.raises(PipelineError, match="cannot be loaded"):
-        run(flux, clip, decoder="/no/such/folder")
+        tiny_search(flux, clip, decoder="/no/such/folder")
     with pytest.raises(PipelineError, match="latent channels"):
-        run(flux, clip, decoder="pocket-tiny")
+        tiny_search(flux, clip, decoder="pocket-tiny")
 
 
 def test_an_unreadable_cost_file(clip, tmp_path):
     path = tmp_path / "cost.json"
     path.write_text('{"cost": {"step": 1.0}}')
     with pytest.raises(CostError, match="without verify"):
-        run(object(), clip, cost=str(path))
+        tiny_search(object(), clip, cost=str(path))

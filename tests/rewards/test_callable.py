@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.rewards.conftest import PROMPTS, as_tensor
+from tests.worlds import PROMPTS, as_tensor
 from ttsnap_lib.errors import ConfigError, RewardError
 from ttsnap_lib.rewards.base import CallableReward, score_many
 from ttsnap_lib.rewards.loading import load_reward

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from tests.rewards.conftest import PROMPTS, as_tensor, make_images, save_clip
+from tests.worlds import PROMPTS, as_tensor, make_images, save_clip
 from ttsnap_lib.errors import RewardError
 from ttsnap_lib.rewards.base import TextBatch
 from ttsnap_lib.rewards.loading import load_reward

@@ -6,40 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.rewards.conftest import PROMPTS, as_tensor
+from tests.worlds import PROMPTS, as_tensor, randomize_image_reward
 from ttsnap_lib.errors import RewardError
 from ttsnap_lib.rewards.image_reward import ImageRewardModel, build_module
 from ttsnap_lib.rewards.loading import load_reward
-
-
-def _randomize(module: torch.nn.Module) -> None:
-    """Make the head react: the package starts it so small that all scores are nearly equal."""
-    generator = torch.Generator().manual_seed(3)
-    for layer in module.mlp.layers:
-        if isinstance(layer, torch.nn.Linear):
-            layer.weight.data = torch.randn(layer.weight.shape, generator=generator) / layer.in_features**0.5
-    for parameter in module.blip.text_encoder.parameters():
-        if parameter.ndim > 1:
-            parameter.data = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
-
-
-@pytest.fixture(scope="module")
-def small(bert_folder, med_config):
-    """Return the package's class with its own vision transformer at a small width and depth."""
-    pytest.importorskip("ImageReward.ImageReward")
-    from ImageReward.models.BLIP import blip_pretrain
-    from ImageReward.models.BLIP.vit import VisionTransformer
-
-    def create_vit(vit, image_size, *others):
-        width = 48
-        return VisionTransformer(img_size=image_size, patch_size=56, embed_dim=width, depth=2, num_heads=4), width
-
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        torch.manual_seed(0)
-        patch.setattr(blip_pretrain, "create_vit", create_vit)  # the package knows "base" and "large" only
-        module = build_module(med_config, bert_folder)
-    _randomize(module)
-    return module
 
 
 def _check_parity(module, images) -> None:
@@ -60,45 +30,45 @@ def _check_parity(module, images) -> None:
     )
 
 
-def test_equals_the_package(small, images):
-    _check_parity(small, images)
+def test_equals_the_package(image_reward_module, images):
+    _check_parity(image_reward_module, images)
 
 
-def test_long_prompts_are_cut_at_35_tokens(small, images):
-    reward = ImageRewardModel("image_reward", small, device="cpu")
+def test_long_prompts_are_cut_at_35_tokens(image_reward_module, images):
+    reward = ImageRewardModel("image_reward", image_reward_module, device="cpu")
     assert reward.encode_text(PROMPTS).tensors["input_ids"].shape == (7, 35)
     long = " ".join(["red circle"] * 40)
     assert reward.score(long, images[:1]) == pytest.approx(reward.score(long + " blue", images[:1]), rel=1e-6)
 
 
-def test_tensors_score_as_images(small, images):
-    reward = ImageRewardModel("image_reward", small, device="cpu")
+def test_tensors_score_as_images(image_reward_module, images):
+    reward = ImageRewardModel("image_reward", image_reward_module, device="cpu")
     assert np.array_equal(reward.score(PROMPTS, as_tensor(images)), reward.score(PROMPTS, images))
 
 
-def test_forward_trains(small, images):
-    reward = ImageRewardModel("image_reward", small, device="cpu")
+def test_forward_trains(image_reward_module, images):
+    reward = ImageRewardModel("image_reward", image_reward_module, device="cpu")
     out = reward.forward(reward.preprocess(images[:3]), reward.encode_text(PROMPTS[:3]))
     assert out.shape == (3,)
     out.sum().backward()
-    assert small.blip.visual_encoder.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
-    small.zero_grad()
+    assert image_reward_module.blip.visual_encoder.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+    image_reward_module.zero_grad()
 
 
 @pytest.mark.parametrize("where", ["folder", "working directory"])
-def test_loads_the_checkpoint_format(small, bert_folder, med_config, tmp_path, monkeypatch, where):
+def test_loads_the_checkpoint_format(image_reward_module, bert_folder, med_config, tmp_path, monkeypatch, where):
     """`load_reward` end to end with local files; the real vision tower is replaced in the fixture's way."""
     from ImageReward.models.BLIP import blip_pretrain
 
     monkeypatch.setattr(
-        blip_pretrain, "create_vit", lambda *given: (type(small.blip.visual_encoder)(
+        blip_pretrain, "create_vit", lambda *given: (type(image_reward_module.blip.visual_encoder)(
             img_size=224, patch_size=56, embed_dim=48, depth=2, num_heads=4), 48)
     )  # fmt: skip
     options = {"tokenizer": bert_folder}
     if where == "working directory":  # where the package itself looks for `bert-base-uncased`
         monkeypatch.chdir(bert_folder.parent)
         options = {}
-    state = small.state_dict()
+    state = image_reward_module.state_dict()
     torch.save(state, tmp_path / "ImageReward.pt")
     given = {"weights": tmp_path / "ImageReward.pt", "med_config": med_config, "device": "cpu", **options}
     reward = load_reward("image_reward", **given)
@@ -136,5 +106,5 @@ def test_equals_the_package_at_real_size(bert_folder, med_config, images):
         torch.manual_seed(0)
         module = build_module(med_config, bert_folder)
     assert sum(p.numel() for p in module.blip.visual_encoder.parameters()) > 3e8
-    _randomize(module)
+    randomize_image_reward(module)
     _check_parity(module, images[:3])

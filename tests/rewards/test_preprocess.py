@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from transformers import CLIPImageProcessor
 
-from tests.rewards.conftest import as_tensor, make_images
+from tests.worlds import as_tensor, make_images
 from ttsnap_lib.errors import RewardError
 from ttsnap_lib.rewards.pixels import (
     CLIP_MEAN,

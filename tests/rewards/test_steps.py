@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from tests.rewards.conftest import PROMPTS, save_clip
+from tests.worlds import PROMPTS, save_clip, write_adapters
 from ttsnap_lib.errors import CheckpointError
 from ttsnap_lib.rewards.loading import load_reward
-
-
-def write_adapters(base, folder, steps=(14, 8, 2), reward: str | None = None, padded: bool = False):
-    """Write one random LoRA adapter per step as peft saves them, with a curriculum.json."""
-    from peft import LoraConfig, get_peft_model
-
-    for step in steps:
-        source = load_reward(base, device="cpu")
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=source.default_lora_targets)
-        model = get_peft_model(source.module, config)
-        generator = torch.Generator().manual_seed(step)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-        model.save_pretrained(folder / (f"step_{step:02d}" if padded else f"step_{step}"))
-    content = {"steps": list(steps), **({"reward": reward} if reward else {})}
-    (folder / "curriculum.json").write_text(json.dumps(content))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +39,21 @@ def test_switching_equals_merging(clip_folder, run_folder, images):
         scores = reward.use_step(step).score(PROMPTS, images)
         np.testing.assert_allclose(scores, base if step is None else expected[step], rtol=1e-4, atol=1e-4)
         assert reward.step == step
+
+
+def test_a_step_for_a_block(clip_folder, run_folder, images):
+    reward = load_reward(clip_folder, device="cpu", adapters=run_folder).use_step(8)
+    eight = reward.score(PROMPTS, images)
+    with reward.at(None) as same:
+        assert same is reward and reward.step is None
+        base = reward.score(PROMPTS, images)
+    with pytest.raises(ZeroDivisionError), reward.at(2):
+        assert reward.step == 2
+        raise ZeroDivisionError
+    with pytest.raises(CheckpointError, match="one of"), reward.at(3):
+        pass
+    assert reward.step == 8 and not np.array_equal(base, eight)
+    assert np.array_equal(reward.score(PROMPTS, images), eight)
 
 
 def test_fingerprints_tell_base_weights_apart(clip_folder, run_folder, tmp_path):

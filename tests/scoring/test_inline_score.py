@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests import tiny
-from tests.rewards.conftest import save_clip
-from tests.rewards.test_steps import write_adapters
+from tests import worlds
+from tests.worlds import save_clip, write_adapters
 from ttsnap_lib import open_rewards
 from ttsnap_lib.diffusion.denoise import Settings
 from ttsnap_lib.errors import ConfigError, RewardError, TensorError
@@ -37,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def pipeline():
     """Tiny SDXL pipeline."""
-    return tiny.build("sdxl")
+    return worlds.build("sdxl")
 
 
 @pytest.fixture(scope="module")

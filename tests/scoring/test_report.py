@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from tests.score_world import fill
+from tests.worlds import fill
 from ttsnap_lib.errors import ConfigError, TensorError
 from ttsnap_lib.scoring import report as plots_scores
 from ttsnap_lib.scoring.report import best_and_worst, rank_correlation, step_summary

@@ -13,9 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.launch import environment, launcher
-from tests.rewards.conftest import make_images, save_clip
-from tests.rewards.test_steps import write_adapters
-from tests.score_world import IDENTITY, SIZE, brightness, fill, prompts_of
+from tests.worlds import IDENTITY, PICTURE, brightness, fill, make_images, prompts_of, save_clip, write_adapters
 from ttsnap_lib import Schedule, open_rewards, simulate
 from ttsnap_lib.errors import CheckpointError, ConfigError, DiskError, RewardError, TensorError, TrajectoryError
 from ttsnap_lib.rewards.loading import load_reward
@@ -160,7 +158,7 @@ def test_a_folder_that_grows(clip, tmp_path):
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
-REWARD = "tests.score_world:brightness"
+REWARD = "tests.worlds:brightness"
 
 
 def child(folder, out, shard: str, *, pause_s: float) -> subprocess.Popen:
@@ -250,7 +248,7 @@ def test_a_damaged_picture(broken, tmp_path):
     listed = json.loads((tmp_path / "r.zarr.skipped.json").read_text())
     assert listed[0]["image"] == 1 and "truncated" in listed[0]["reason"]
     # Mended, the same command fills the gap.
-    make_images(1, SIZE[1], SIZE[0])[0].save(broken / "p0001" / "id001" / "s02.png")
+    make_images(1, PICTURE[1], PICTURE[0])[0].save(broken / "p0001" / "id001" / "s02.png")
     assert not score(broken, brightness, out, batch_size=4, on_error="skip").skipped
     assert not np.isnan(open_rewards(out)["base"].values).any()
     assert not (tmp_path / "r.zarr.skipped.json").exists()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests import tiny
+from tests import worlds
 from tests.launch import environment, launcher
 from ttsnap_lib.diffusion.denoise import Settings, image_seed
 from ttsnap_lib.diffusion.negtome import NegToMe
@@ -33,13 +33,13 @@ N_IMAGES = len(PROMPTS) * OPTIONS["images_per_prompt"]
 
 
 def settings_of(name):
-    tokens = {"max_sequence_length": tiny.TOKENS} if name in ("flux", "sd3") else {}
+    tokens = {"max_sequence_length": worlds.TOKENS} if name in ("flux", "sd3") else {}
     return Settings(n_steps=3, height=32, width=32, **tokens)
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return tiny.build("sdxl")
+    return worlds.build("sdxl")
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +102,14 @@ def test_shards(monkeypatch):
 
 @pytest.mark.parametrize("name", ["flux", "sdxl"])
 def test_last_step_is_what_the_stock_pipeline_makes(name, tmp_path):
-    pipe = tiny.build(name)
+    pipe = worlds.build(name)
     settings = settings_of(name)
     report = generate(pipe, PROMPTS[:1], tmp_path, images_per_prompt=4, batch_size=4, seed=7, settings=settings)
     found = Trajectories(tmp_path)
     generators = [torch.Generator().manual_seed(image_seed(7, 0, image)) for image in range(4)]
     options = {"num_inference_steps": 3, "height": 32, "width": 32, "num_images_per_prompt": 4, "output_type": "np"}
     if name == "flux":
-        options["max_sequence_length"] = tiny.TOKENS
+        options["max_sequence_length"] = worlds.TOKENS
     stock = pipe(PROMPTS[0], generator=generators, **options).images
     made = np.stack([found.read(0, image, -1) for image in range(4)])
     # One level of 255 for fp32 rounding: the stock call encodes its prompt in a batch of another shape.
@@ -151,7 +151,7 @@ def test_the_batch_and_the_callback_see_the_same_pictures(whole, pipeline):
 
 
 def test_a_small_decoder_makes_the_estimates_and_not_the_final_image(whole, pipeline, tmp_path):
-    generate(pipeline, PROMPTS[:1], tmp_path, decoder=tiny.tiny_decoder(), **{**OPTIONS, "images_per_prompt": 1})
+    generate(pipeline, PROMPTS[:1], tmp_path, decoder=worlds.tiny_decoder(), **{**OPTIONS, "images_per_prompt": 1})
     small, full = Trajectories(tmp_path), Trajectories(whole)
     assert (small.read(0, 0, 0) != full.read(0, 0, 0)).any()
     # Another composition of the batch: one level of 255.
@@ -215,7 +215,7 @@ def test_an_interrupt_keeps_whole_images_and_the_next_run_goes_on(whole, pipelin
 
 @pytest.mark.slow
 def test_accelerate_launch_gives_the_same_bytes(tmp_path):
-    model = tiny.save("sdxl", tmp_path / "model")
+    model = worlds.save("sdxl", tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     arguments = ["--model", model, "--prompts", tmp_path / "prompts.txt", "--images", 3, "--steps", 3, "--size", 32]
     arguments = [
@@ -257,7 +257,7 @@ def test_repair_makes_only_what_is_wrong(whole, copy, pipeline):
 def test_repair_with_another_model_is_refused(copy):
     (copy / "p0000" / "id001" / "s00.png").unlink()
     with pytest.raises(TrajectoryError, match="weights"):
-        repair(tiny.build("sdxl", seed=3), copy)
+        repair(worlds.build("sdxl", seed=3), copy)
 
 
 def test_a_step_that_is_missing_is_made_again_by_generate_too(whole, copy, pipeline):
@@ -318,8 +318,8 @@ def test_negtome_groups_stay_together(pipeline, tmp_path):
         ({"prompts": "none.txt"}, PromptError, "does not exist"),
         ({"prompts": ["a red fox", "two dogs"]}, TrajectoryError, "prompt 1 differs"),
         ({"pipeline": object()}, PipelineError, "object"),
-        ({"pipeline": tiny.build("sdxl", seed=3)}, TrajectoryError, "weights"),
-        ({"pipeline": tiny.build("sd")}, TrajectoryError, "pipeline: 'StableDiffusionXLPipeline' there"),
+        ({"pipeline": worlds.build("sdxl", seed=3)}, TrajectoryError, "weights"),
+        ({"pipeline": worlds.build("sd")}, TrajectoryError, "pipeline: 'StableDiffusionXLPipeline' there"),
     ],
 )
 def test_bad_arguments_change_nothing(whole, pipeline, change, error, says):

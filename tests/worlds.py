@@ -1,0 +1,514 @@
+"""The tiny worlds of the tests: pipelines and rewards of the real classes with random weights, and small folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+import xarray as xr
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from ttsnap_lib import CostModel, Schedule, prune, search
+from ttsnap_lib.diffusion.denoise import Candidates, Denoiser, Settings, image_generator
+from ttsnap_lib.finetuning.config import CurriculumConfig
+from ttsnap_lib.finetuning.data import ImageBank
+from ttsnap_lib.live.record import SearchRecord, SearchResult
+from ttsnap_lib.pocket.training.tokens import as_clip, as_t5
+from ttsnap_lib.rewards.loading import load_reward
+from ttsnap_lib.trajectories.layout import extend
+from ttsnap_lib.trajectories.write import ImageWriter
+
+SIZE = 32  # pixels; the VAE is 4x down
+TOKENS = 16
+WIDTH = 32
+N_STEPS = 5  # of a live search
+STEPS = 6  # of a run in parts
+RELATIVE = 1e-5  # of the largest latent, in fp32, where the batch shape differs
+WORDS = ["a", "red", "blue", "green", "circle", "square", "above", "below", "left", "of", "and", "the", "cat", "with"]
+PROMPTS = [
+    "a red circle",
+    "a blue square above a green circle",
+    "the cat",
+    "a red circle",
+    "a green square and a blue circle left of the red square",
+    "circle",
+    "the cat with the blue circle",
+]
+CAPTIONS = ["a red ring", "blue square left", "green dot"]
+PROMPT = "a red circle above the cat"
+
+_SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
+_VOCABULARY = {
+    token: k
+    for k, token in enumerate([*_SPECIAL, *string.ascii_lowercase, *(f"{c}</w>" for c in string.ascii_lowercase)])
+}
+
+
+def make_images(n: int, width: int = 40, height: int = 30, seed: int = 0) -> list[Image.Image]:
+    """Return smooth colored pictures with sharp edges and some noise: resizing errors show on each."""
+    rng = np.random.default_rng(seed)
+    images = []
+    for _ in range(n):
+        y, x = np.mgrid[0:height, 0:width]
+        phase = rng.uniform(0, 6, 3)
+        base = 127 + 90 * np.sin(x[..., None] / rng.uniform(2, 9) + y[..., None] / rng.uniform(2, 9) + phase)
+        base[height // 4 : height // 2, width // 4 : width // 2] = rng.integers(0, 256, 3)
+        images.append(Image.fromarray(np.clip(base + rng.normal(0, 8, base.shape), 0, 255).astype(np.uint8)))
+    return images
+
+
+def as_tensor(images: list[Image.Image]) -> torch.Tensor:
+    """Return images as floats (n, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.stack([np.array(image) for image in images])).permute(0, 3, 1, 2).float() / 255
+
+
+def _letters(template: str) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(_VOCABULARY, [], unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit()])
+    special = [(token, _VOCABULARY[token]) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    return tokenizer
+
+
+def clip_tokenizer() -> transformers.CLIPTokenizerFast:
+    return as_clip(_letters("<s> $A </s>"), TOKENS)
+
+
+def t5_tokenizer() -> transformers.T5TokenizerFast:
+    return as_t5(_letters("$A </s>"), TOKENS)
+
+
+def _clip_text(projection: bool) -> transformers.CLIPTextModel | transformers.CLIPTextModelWithProjection:
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(_VOCABULARY),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        projection_dim=WIDTH,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config).eval()
+
+
+def _t5(width: int = WIDTH) -> transformers.T5EncoderModel:
+    return transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=len(_VOCABULARY),
+            d_model=width,
+            d_kv=8,
+            d_ff=WIDTH,
+            num_layers=1,
+            num_heads=2,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=3,
+            decoder_start_token_id=0,
+        )
+    ).eval()
+
+
+def _vae(**options: object) -> diffusers.AutoencoderKL:
+    settings = {"scaling_factor": 0.5, "shift_factor": None, "force_upcast": False} | options
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=SIZE,
+        **settings,
+    ).eval()
+
+
+def tiny_decoder(seed: int = 5) -> diffusers.AutoencoderTiny:
+    """Return an AutoencoderTiny over the latents of all pipelines here."""
+    return _seeded(
+        seed,
+        lambda: diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            num_encoder_blocks=(1, 1, 1),
+            num_decoder_blocks=(1, 1, 1),
+            latent_channels=4,
+        ).eval(),
+    )
+
+
+def _unet(cross: int, **options: object) -> diffusers.UNet2DConditionModel:
+    return diffusers.UNet2DConditionModel(
+        sample_size=SIZE // 4,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=cross,
+        norm_num_groups=4,
+        **options,
+    ).eval()
+
+
+def _euler(**options: object) -> diffusers.EulerDiscreteScheduler:
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    return diffusers.EulerDiscreteScheduler(**settings, timestep_spacing="leading", **options)
+
+
+def _seeded(seed: int, make: Callable):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def flux(seed: int = 0, *, guidance_embeds: bool = True, **scheduler: object) -> diffusers.FluxPipeline:
+    """Return a FluxPipeline; keywords go to its flow-matching scheduler (dynamic shifting as in FLUX.1-dev)."""
+
+    def make() -> diffusers.FluxPipeline:
+        options = {"shift": 3.0, "use_dynamic_shifting": True} | scheduler
+        return diffusers.FluxPipeline(
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**options),
+            vae=_vae(shift_factor=0.1),
+            text_encoder=_clip_text(False),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=_t5(),
+            tokenizer_2=t5_tokenizer(),
+            transformer=diffusers.FluxTransformer2DModel(
+                patch_size=1,
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=WIDTH,
+                pooled_projection_dim=WIDTH,
+                guidance_embeds=guidance_embeds,
+                axes_dims_rope=(4, 4, 8),
+            ).eval(),
+        )
+
+    return _quiet(_seeded(seed, make))
+
+
+def sdxl(seed: int = 0, **unet: object) -> diffusers.StableDiffusionXLPipeline:
+    """Return a StableDiffusionXLPipeline with an Euler scheduler; keywords go to its UNet."""
+
+    def make() -> diffusers.StableDiffusionXLPipeline:
+        return diffusers.StableDiffusionXLPipeline(
+            vae=_vae(),
+            text_encoder=_clip_text(False),
+            text_encoder_2=_clip_text(True),
+            tokenizer=clip_tokenizer(),
+            tokenizer_2=clip_tokenizer(),
+            unet=_unet(
+                2 * WIDTH,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=WIDTH + 6 * 8,
+                use_linear_projection=True,
+                **unet,
+            ),
+            scheduler=_euler(),
+        )
+
+    return _quiet(_seeded(seed, make))
+
+
+def sd(seed: int = 0) -> diffusers.StableDiffusionPipeline:
+    """Return a StableDiffusionPipeline (1.x and 2.x) with an Euler scheduler."""
+
+    def make() -> diffusers.StableDiffusionPipeline:
+        return diffusers.StableDiffusionPipeline(
+            vae=_vae(),
+            text_encoder=_clip_text(False),
+            tokenizer=clip_tokenizer(),
+            unet=_unet(WIDTH),
+            scheduler=_euler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    return _quiet(_seeded(seed, make))
+
+
+def sd3(seed: int = 0) -> diffusers.StableDiffusion3Pipeline:
+    """Return a StableDiffusion3Pipeline with a flow-matching scheduler of fixed shift."""
+
+    def make() -> diffusers.StableDiffusion3Pipeline:
+        return diffusers.StableDiffusion3Pipeline(
+            transformer=diffusers.SD3Transformer2DModel(
+                sample_size=SIZE // 4,
+                patch_size=2,
+                in_channels=4,
+                num_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=2 * WIDTH,
+                caption_projection_dim=WIDTH,
+                pooled_projection_dim=2 * WIDTH,
+                out_channels=4,
+                pos_embed_max_size=16,
+            ).eval(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=_vae(shift_factor=0.1),
+            text_encoder=_clip_text(True),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=_clip_text(True),
+            tokenizer_2=clip_tokenizer(),
+            text_encoder_3=_t5(2 * WIDTH),
+            tokenizer_3=t5_tokenizer(),
+        )
+
+    return _quiet(_seeded(seed, make))
+
+
+def _quiet(pipeline: diffusers.DiffusionPipeline) -> diffusers.DiffusionPipeline:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+PIPELINES: dict[str, Callable[..., diffusers.DiffusionPipeline]] = {"flux": flux, "sdxl": sdxl, "sd": sd, "sd3": sd3}
+
+
+def build(name: str, **options: object) -> diffusers.DiffusionPipeline:
+    """Return the tiny pipeline `name` of :data:`PIPELINES`."""
+    return PIPELINES[name](**options)
+
+
+def save(name: str, folder: Path, **options: object) -> Path:
+    """Write the tiny pipeline `name` as an ordinary pipeline folder and return it."""
+    build(name, **options).save_pretrained(folder)
+    return folder
+
+
+def settings(**changes) -> Settings:
+    return Settings(**{"n_steps": STEPS, "height": SIZE, "width": SIZE} | changes)
+
+
+def generators(n: int = len(CAPTIONS)) -> list[torch.Generator]:
+    return [image_generator(0, 0, image) for image in range(n)]
+
+
+def stock(pipeline, output_type: str = "latent", **changes):
+    """Call the pipeline as its users do."""
+    options = {"height": SIZE, "width": SIZE, "num_inference_steps": STEPS} | changes
+    if hasattr(pipeline, "transformer"):
+        options.setdefault("max_sequence_length", TOKENS)
+    return pipeline(CAPTIONS, generator=generators(), output_type=output_type, **options).images
+
+
+def in_parts(denoiser: Denoiser, cuts, conditioning=None) -> tuple[Candidates, dict[int, torch.Tensor]]:
+    """Run to each of `cuts` in turn, recording every estimate."""
+    conditioning = denoiser.encode(CAPTIONS) if conditioning is None else conditioning
+    candidates, estimates = denoiser.noise(generators()), {}
+    for end in cuts:
+        candidates = denoiser.run(
+            candidates, conditioning, end, range(candidates.step + 1, end + 1), estimates.__setitem__
+        )
+    return candidates, estimates
+
+
+def same_to(got: torch.Tensor, expected: torch.Tensor, relative: float) -> None:
+    assert (got - expected).abs().max() <= relative * expected.abs().max()
+
+
+def save_clip(folder: Path, image_size: int = 32, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """Save a tiny CLIPModel with a real byte-pair tokenizer and image processor."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+    merges = []
+    for word in WORDS:  # every word one token, built letter by letter
+        parts = [*word[:-1], word[-1] + "</w>"]
+        for part in parts:
+            vocab.setdefault(part, len(vocab))
+        while len(parts) > 1:
+            pair = (parts[0], parts[1])
+            if pair not in merges:
+                merges.append(pair)
+            parts = [parts[0] + parts[1], *parts[2:]]
+            vocab.setdefault(parts[0], len(vocab))
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    tokenizer = transformers.CLIPTokenizerFast(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16, unk_token="<|endoftext|>"
+    )
+    processor = transformers.CLIPProcessor(
+        transformers.CLIPImageProcessor(
+            size={"shortest_edge": image_size},
+            crop_size={"height": image_size, "width": image_size},
+            do_convert_rgb=True,
+        ),
+        tokenizer,
+    )
+    config = transformers.CLIPConfig(
+        text_config={
+            "vocab_size": len(vocab),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 16,
+            "projection_dim": 24,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 1,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": image_size,
+            "patch_size": 8,
+            "projection_dim": 24,
+        },
+        projection_dim=24,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.CLIPModel(config)
+        for parameter in model.parameters():  # the tiny default init gives nearly constant scores
+            if parameter.ndim > 1:
+                parameter.data.mul_(4)
+    model.to(dtype).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def load_clip(folder: Path, name: str = "clip", **options: Any) -> Any:
+    """Return a tiny CLIP reward from a folder of :func:`save_clip`."""
+    return load_reward(folder, name=name, device="cpu", **options)
+
+
+def write_adapters(base, folder, steps=(14, 8, 2), reward: str | None = None, padded: bool = False):
+    """Write one random LoRA adapter per step as peft saves them, with a curriculum.json."""
+    from peft import LoraConfig, get_peft_model
+
+    for step in steps:
+        source = load_reward(base, device="cpu")
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=source.default_lora_targets)
+        model = get_peft_model(source.module, config)
+        generator = torch.Generator().manual_seed(step)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+        model.save_pretrained(folder / (f"step_{step:02d}" if padded else f"step_{step}"))
+    content = {"steps": list(steps), **({"reward": reward} if reward else {})}
+    (folder / "curriculum.json").write_text(json.dumps(content))
+    return folder
+
+
+def randomize_image_reward(module: torch.nn.Module) -> None:
+    """Make the head react: the package starts it so small that all scores are nearly equal."""
+    generator = torch.Generator().manual_seed(3)
+    for layer in module.mlp.layers:
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight.data = torch.randn(layer.weight.shape, generator=generator) / layer.in_features**0.5
+    for parameter in module.blip.text_encoder.parameters():
+        if parameter.ndim > 1:
+            parameter.data = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+
+
+FOLDER_STEPS, PICTURE = 4, (24, 32)
+IDENTITY = {
+    "n_steps": FOLDER_STEPS,
+    "height": PICTURE[0],
+    "width": PICTURE[1],
+    "image_format": "png",
+    "seed": 0,
+    "model": "tiny",
+}
+
+
+def prompts_of(n: int) -> list[str]:
+    """Return n distinct prompts of words that the tiny tokenizer knows."""
+    return [f"{PROMPTS[k % len(PROMPTS)]} and the cat" + " red" * (k // len(PROMPTS)) for k in range(n)]
+
+
+def fill(folder: Path, n_prompts: int = 3, n_images: int = 3, identity: dict = IDENTITY, done=()) -> Path:
+    """Write a trajectory folder of random smooth pictures."""
+    extend(folder, identity, prompts_of(n_prompts), n_images)
+    with ImageWriter(folder, "png", "test", workers=2) as writer:
+        for prompt in range(n_prompts):
+            for image in range(n_images):
+                if (prompt, image) in done:
+                    continue
+                writer.start(prompt, image, range(FOLDER_STEPS))
+                for step, picture in enumerate(
+                    make_images(FOLDER_STEPS, PICTURE[1], PICTURE[0], seed=prompt * 100 + image)
+                ):
+                    writer.put(prompt, image, step, lambda picture=picture: np.array(picture))
+    return folder
+
+
+def brightness(prompts: list[str], images: list) -> list[float]:
+    """Return the mean of each picture."""
+    return [np.asarray(image).mean() for image in images]
+
+
+SMALL_CURRICULUM = {
+    "steps": (2, 0),
+    "batch_size": 8,
+    "group_size": 4,
+    "learning_rate": 3e-3,
+    "centered_mse": 1.0,
+    "lora_rank": 4,
+    "lora_alpha": 8.0,
+    "validation_prompts": 0,
+}
+
+
+def make_bank(n_prompts: int = 6, n_images: int = 4, n_steps: int = 4, seed: int = 0) -> ImageBank:
+    """Return pictures of random blocks whose early steps are mostly noise."""
+    rng = np.random.default_rng(seed)
+    prompts = [" ".join(rng.choice(WORDS, 4)) for _ in range(n_prompts)]
+    clean = rng.integers(0, 256, (n_prompts, n_images, 8, 8, 3)).repeat(4, 2).repeat(4, 3).astype(float)
+    noise = rng.integers(0, 256, clean.shape)
+    shares = np.linspace(0.8, 0, n_steps)
+    pixels = np.stack([clean * (1 - share) + noise * share for share in shares], axis=2)
+    return ImageBank(pixels.round().astype(np.uint8), prompts)
+
+
+def small_config(clip: Path, **changes: object) -> CurriculumConfig:
+    """Return settings for a run of a second."""
+    return CurriculumConfig(reward=str(clip), **{**SMALL_CURRICULUM, **changes})
+
+
+COST = CostModel(step=1.0, verify=0.25, decode=0.5, preview_decode=0.125, per_prompt=0.0625, n_steps=N_STEPS)
+FULL = dataclasses.replace(COST, preview_decode=None)  # without a tiny decoder
+SCHEDULE = Schedule((1, 3), (0.5, 0.5))
+
+
+def tiny_search(pipeline: Any, reward: Any, **options: Any) -> SearchResult:
+    """Search with eight candidates in batches of three unless told otherwise."""
+    given = {"settings": settings(n_steps=N_STEPS), "batch_size": 3} | options
+    if "candidates" not in given and "budget" not in given:
+        given["candidates"] = 8
+    return search(pipeline, given.pop("prompt", PROMPT), reward, **given)
+
+
+def pruned_winner(record: SearchRecord) -> int:
+    """Return the winner that `prune` finds in the recorded scores."""
+    selecting = [r for r, name in enumerate(record.rewards) if name not in record.report]
+    scores = xr.DataArray(
+        record.scores[None][..., selecting], dims=("prompt", "image", "step", "reward"), coords={"step": record.checks}
+    )
+    subset = np.arange(len(record.seeds))[None]
+    winners = prune(scores, subset, Schedule.from_dict(record.schedule), combine=record.combine, weights=record.weights)
+    return int(winners[0, 0])
