@@ -111,7 +111,7 @@ def test_errors(clip_folder, run_folder, tmp_path):
         reward.use_step(3)
     with pytest.raises(CheckpointError, match="has no noise-aware weights"):
         load_reward(clip_folder, device="cpu").use_step(3)
-    with pytest.raises(CheckpointError, match=r"curriculum cannot be read"):
+    with pytest.raises(CheckpointError, match=r"curriculum .* cannot be read"):
         load_reward(clip_folder, device="cpu", adapters=tmp_path / "nowhere")
     (tmp_path / "curriculum.json").write_text("{}")
     (tmp_path / "step_4").mkdir()  # a run cut short

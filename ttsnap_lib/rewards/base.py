@@ -368,6 +368,21 @@ class Reward:
         self.step = step
         return self
 
+    @contextlib.contextmanager
+    def at(self, step: int | None) -> Iterator[Reward]:
+        """Score inside the block with the noise-aware weights of `step` (None: the base); what was active comes back.
+
+        Raises
+        ------
+        CheckpointError
+            When there are no weights for `step`.
+        """
+        before = self.step
+        try:
+            yield self.use_step(step)
+        finally:
+            self.use_step(before)
+
     @property
     def adapter_steps(self) -> tuple[int, ...]:
         """Steps that have noise-aware weights, ascending; empty for a base reward."""
