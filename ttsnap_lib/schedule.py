@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ttsnap_lib.checks import integer, known_keys, real, text
-from ttsnap_lib.errors import ScheduleError
+from ttsnap_lib.checks import choice, integer, known_keys, real, text
+from ttsnap_lib.errors import ConfigError, ScheduleError
 from ttsnap_lib.files import parse_yaml, read_yaml
 
 METHODS = ("best_of_n", "ttsp", "ttsnap")
+COMBINE = ("rank_sum", "z_score", "weighted_sum")
 # Compiled into simulation/kernels.py, whose cache looks at that file alone: whoever changes this number has to touch it.
 Z_GRID = 2.0**24
 """Sums of z-scores are compared in whole multiples of 1 / Z_GRID, the resolution of float32: candidates that are equal
@@ -140,6 +141,41 @@ def _sequence(name: str, value: Any) -> tuple:
 
 PUBLISHED_SCHEDULE = Schedule(steps=(2, 6, 11), keep_ratios=(0.4, 0.4, 0.5))
 """The schedule of the paper's main results (arXiv 2511.22242)."""
+
+
+def selecting_rewards(names, report, combine, weights) -> tuple[list[int], np.ndarray | None]:
+    """Return the positions of the rewards that select, and their weights in that order."""
+    report = [] if report is None else [report] if isinstance(report, str) else list(report)
+    for name in report:
+        choice("report", name, names)
+    selecting = [k for k, name in enumerate(names) if name not in report]
+    if not selecting:
+        raise ConfigError(f"report: got {report!r}, expected fewer than all of {names}. Leave one reward to select by.")
+    if isinstance(weights, Mapping):
+        chosen = [names[k] for k in selecting]
+        for name in (*weights, *chosen):
+            choice("weights", name, chosen)
+            choice("reward with a weight", name, list(weights))
+        weights = [weights[name] for name in chosen]
+    return selecting, check_combine(combine, weights, len(selecting))
+
+
+def check_combine(combine: str, weights: Sequence[float] | None, n_rewards: int) -> np.ndarray | None:
+    """Return the weights as an array; None for a rule that takes none."""
+    choice("combine", combine, COMBINE)
+    if (weights is not None) != (combine == "weighted_sum"):
+        raise ConfigError(
+            f"weights with combine={combine!r}: got {weights!r}, expected weights for weighted_sum, none otherwise. "
+            "Set combine='weighted_sum' and give one weight per selecting reward."
+        )
+    if weights is None:
+        return None
+    checked = np.array([real("weights", weight) for weight in weights])
+    if len(checked) != n_rewards:
+        raise ConfigError(
+            f"weights: got {list(weights)!r}, expected {n_rewards} numbers. Give one weight per selecting reward."
+        )
+    return checked
 
 
 def choose(scores: np.ndarray, keep: int, combine: str = "rank_sum", weights: np.ndarray | None = None) -> np.ndarray:

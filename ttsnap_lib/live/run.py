@@ -35,8 +35,7 @@ from ttsnap_lib.diffusion.pipelines import load_decoder, pipeline_facts
 from ttsnap_lib.errors import BudgetError, ConfigError, CostError, DeviceError, ScheduleError, SearchError
 from ttsnap_lib.live.record import SearchRecord, SearchResult, StageRecord
 from ttsnap_lib.rewards.loading import load_reward
-from ttsnap_lib.schedule import METHODS, Schedule, choose, kept
-from ttsnap_lib.simulation.simulate import selecting_rewards
+from ttsnap_lib.schedule import METHODS, Schedule, choose, kept, selecting_rewards
 
 
 def check_schedule(schedule: Any, n_steps: int) -> Schedule:

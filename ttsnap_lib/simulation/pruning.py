@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ttsnap_lib.checks import choice, integer, real
-from ttsnap_lib.errors import BudgetError, ConfigError, ScheduleError, TensorError, TTSnapError
-from ttsnap_lib.schedule import Schedule
+from ttsnap_lib.checks import integer
+from ttsnap_lib.errors import BudgetError, ScheduleError, TensorError, TTSnapError
+from ttsnap_lib.schedule import Schedule, check_combine
 
 if TYPE_CHECKING:
     import xarray as xr
-
-
-COMBINE = ("rank_sum", "z_score", "weighted_sum")
 
 
 _CHUNK = 64  # prompts ranked at a time: bounds the memory beside the tensor
@@ -299,23 +296,6 @@ def prune(
         [*columns, last], no_values, subsets, counts, combine=combine, weights=shares, keep_winners=True
     )
     return cast("np.ndarray", winners)[0].astype(np.int64)
-
-
-def check_combine(combine: str, weights: Sequence[float] | None, n_rewards: int) -> np.ndarray | None:
-    choice("combine", combine, COMBINE)
-    if (weights is not None) != (combine == "weighted_sum"):
-        raise ConfigError(
-            f"weights with combine={combine!r}: got {weights!r}, expected weights for weighted_sum, none otherwise. "
-            "Set combine='weighted_sum' and give one weight per selecting reward."
-        )
-    if weights is None:
-        return None
-    checked = np.array([real("weights", weight) for weight in weights])
-    if len(checked) != n_rewards:
-        raise ConfigError(
-            f"weights: got {list(weights)!r}, expected {n_rewards} numbers. Give one weight per selecting reward."
-        )
-    return checked
 
 
 def numbers_array(name: str, value: Any, error: type[TTSnapError]) -> np.ndarray:

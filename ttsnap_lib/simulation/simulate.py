@@ -16,9 +16,9 @@ import numpy as np
 from ttsnap_lib.checks import choice, integer, real
 from ttsnap_lib.costs import CostModel
 from ttsnap_lib.errors import BudgetError, ConfigError, CostError, ScheduleError
-from ttsnap_lib.schedule import METHODS, Schedule
+from ttsnap_lib.schedule import METHODS, Schedule, selecting_rewards
 from ttsnap_lib.simulation.metrics import bootstrap_means, relative_gain_of
-from ttsnap_lib.simulation.pruning import check_combine, step_positions
+from ttsnap_lib.simulation.pruning import step_positions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,23 +53,6 @@ def candidates_table(methods, budgets, numbers, cost, schedule, pool: int) -> tu
             table[m, b] = n
             spent[m, b] = np.nan if cost is None else cost.total(n, plan)
     return table, spent
-
-
-def selecting_rewards(names, report, combine, weights) -> tuple[list[int], np.ndarray | None]:
-    """Return the positions of the rewards that select, and their weights in that order."""
-    report = [] if report is None else [report] if isinstance(report, str) else list(report)
-    for name in report:
-        choice("report", name, names)
-    selecting = [k for k, name in enumerate(names) if name not in report]
-    if not selecting:
-        raise ConfigError(f"report: got {report!r}, expected fewer than all of {names}. Leave one reward to select by.")
-    if isinstance(weights, Mapping):
-        chosen = [names[k] for k in selecting]
-        for name in (*weights, *chosen):
-            choice("weights", name, chosen)
-            choice("reward with a weight", name, list(weights))
-        weights = [weights[name] for name in chosen]
-    return selecting, check_combine(combine, weights, len(selecting))
 
 
 def missing_scores(dataset: Any) -> list[str]:

@@ -14,9 +14,9 @@ import numpy as np
 from ttsnap_lib.checks import choice, integer, real
 from ttsnap_lib.costs import CostModel
 from ttsnap_lib.errors import BudgetError, ConfigError, CostError, ScheduleError, TensorError
-from ttsnap_lib.schedule import PUBLISHED_SCHEDULE, Schedule
+from ttsnap_lib.schedule import PUBLISHED_SCHEDULE, Schedule, selecting_rewards
 from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval
-from ttsnap_lib.simulation.simulate import MOST_DRAWS, candidates_table, check_n_steps, selecting_rewards
+from ttsnap_lib.simulation.simulate import MOST_DRAWS, candidates_table, check_n_steps
 from ttsnap_lib.tensors.tensor import COPIED, check_rewards, read_steps
 from ttsnap_lib.tuning.race import OBJECTIVES, Goals, Race, Scorer, Selection, Trial, best_indices, check_budgets
 from ttsnap_lib.tuning.space import SearchSpace
