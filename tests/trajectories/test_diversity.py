@@ -4,7 +4,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from tests.test_trajectories import IDENTITY, N_STEPS, PROMPTS, SIZE, fill, picture
+from tests.trajectories.test_read import IDENTITY, N_STEPS, PROMPTS, SIZE, fill, picture
 from ttsnap_lib.errors import TrajectoryError
 from ttsnap_lib.trajectories import plots as plots_images
 from ttsnap_lib.trajectories.layout import extend
