@@ -56,6 +56,8 @@ class Estimate:
 def percentile_interval(samples: np.ndarray, level: float) -> np.ndarray:
     """Return (low, high) over the first axis. Resamples that are NaN (of dropped prompts alone) are left out."""
     tail = (1 - level) / 2
+    if not np.isnan(samples).any():
+        return np.quantile(samples, [tail, 1 - tail], axis=0)  # the same numbers, several times quicker
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a cell without any value stays NaN
         return np.nanquantile(samples, [tail, 1 - tail], axis=0)
