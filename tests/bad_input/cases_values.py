@@ -17,7 +17,6 @@ from ttsnap_lib.tensors.tensor import (
     drop_missing,
     make_rewards,
     save_rewards,
-    stack_rewards,
     synthetic_rewards,
 )
 from ttsnap_lib.tuning.optimize import optimize_schedule
@@ -305,15 +304,6 @@ CASES.each(
         ("prompts negative", TENSOR.assign_coords(prompt=[-1, 0]), "at least 0"),
         ("empty selection", TENSOR.isel(image=[]), "empty"),
         ("source without its dims", TENSOR.assign(noise_aware_source=("step", ["finetuned"] * 4)), "dims"),
-    ],
-)
-CASES.each(
-    "reward tensor",
-    stack_rewards,
-    [
-        ("none to stack", [], "one or more"),
-        ("of other images", [TENSOR, TENSOR.isel(image=[0, 1]).assign_coords(reward=["b"])], "image"),
-        ("the same reward twice", [TENSOR, TENSOR], "each once"),
     ],
 )
 CASES.each("reward tensor", drop_missing, [("nothing but NaN", make_rewards(GOOD * NAN, rewards=["a"]), "again")])

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from ttsnap_lib import open_rewards, save_rewards
-from ttsnap_lib.errors import DiskError, TensorError
+from ttsnap_lib import open_rewards, save_rewards, simulate
+from ttsnap_lib.errors import ConfigError, DiskError, TensorError
 from ttsnap_lib.tensors.tensor import (
     PROMPT_CHUNK,
     check_rewards,
@@ -12,7 +12,7 @@ from ttsnap_lib.tensors.tensor import (
     make_rewards,
     noise_aware_steps,
     repeated_images,
-    stack_rewards,
+    select_rewards,
     synthetic_rewards,
 )
 
@@ -60,41 +60,49 @@ def test_a_full_disk_leaves_the_old_tensor(tensor, tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["t.zarr"]
 
 
-def test_not_a_tensor(tensor, tmp_path):
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "empty.zarr").mkdir()
-    for path in ("nowhere.zarr", "file", "empty.zarr"):
-        with pytest.raises(TensorError):
-            open_rewards(tmp_path / path)
-    xr.Dataset({"other": ("x", np.zeros(3))}).to_zarr(tmp_path / "other.zarr", consolidated=False)
-    with pytest.raises(TensorError, match="variable 'base'"):
-        open_rewards(tmp_path / "other.zarr")
-    with pytest.raises(TensorError, match=r"xarray\.Dataset"):
-        check_rewards(np.zeros(3))
-    with pytest.raises(TensorError, match="variable 'noise_aware'"):
-        check_rewards(tensor.drop_vars("noise_aware"))
-    with pytest.raises(TensorError, match="schema_version"):
-        check_rewards(tensor.assign_attrs(schema_version=99))
-    with pytest.raises(TensorError, match="increasing"):
-        check_rewards(tensor.isel(step=[1, 0]))
+@pytest.mark.parametrize("damage", ["nowhere", "a file", "an empty folder", "format 2", "metadata cut off"])
+def test_what_cannot_be_opened(tensor, tmp_path, damage):
+    path = tmp_path / "t.zarr"
+    if damage == "a file":
+        path.write_text("x")
+    elif damage == "an empty folder":
+        path.mkdir()
+    elif damage == "format 2":  # whose chunks can be pickles
+        tensor.drop_vars(["noise_aware_source", "status"]).astype(float).to_zarr(path, zarr_format=2)
+    elif damage == "metadata cut off":
+        save_rewards(tensor, path)
+        about = path / "base" / "zarr.json"
+        about.write_text(about.read_text()[:100])
+    with pytest.raises(TensorError, match="expected a Zarr folder|cannot be opened"):
+        open_rewards(path)
 
 
-def test_a_damaged_chunk_is_told(tensor, tmp_path):
-    from ttsnap_lib import simulate
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda tensor: np.zeros(3), r"xarray\.Dataset"),
+        (lambda tensor: tensor.drop_vars("noise_aware"), "variable 'noise_aware'"),
+        (lambda tensor: tensor.drop_vars(["base", "noise_aware", "status", "noise_aware_source"]), "variable 'base'"),
+        (lambda tensor: tensor.assign(status=("image", ["scored"] * 8)), "variable 'status'"),
+        (lambda tensor: tensor.drop_vars("image"), "coordinate 'image'"),
+        (lambda tensor: tensor.assign_attrs(schema_version=99), "schema_version"),
+        (lambda tensor: tensor.isel(step=[1, 0]), "increasing"),
+    ],
+)
+def test_not_a_tensor(tensor, change, named):
+    with pytest.raises(TensorError, match=named):
+        check_rewards(change(tensor))
 
+
+@pytest.mark.parametrize(("lost", "told"), [(False, "base cannot be read"), (True, "missing")])  # no row of zeros
+def test_a_damaged_or_lost_chunk_is_told(tensor, tmp_path, lost, told):
     path = save_rewards(tensor, tmp_path / "t.zarr")
     chunk = next(found for found in path.glob("base/c/**/*") if found.is_file())
-    chunk.write_bytes(chunk.read_bytes()[:20])
-    with pytest.raises(TensorError, match="base cannot be read"):
-        simulate(open_rewards(path), "best_of_n", n=3)
-
-
-def test_a_lost_chunk_is_no_row_of_zeros(tensor, tmp_path):
-    from ttsnap_lib import simulate
-
-    path = save_rewards(tensor, tmp_path / "t.zarr")
-    next(found for found in path.glob("base/c/**/*") if found.is_file()).unlink()
-    with pytest.raises(TensorError, match="missing"):
+    if lost:
+        chunk.unlink()
+    else:
+        chunk.write_bytes(chunk.read_bytes()[:20])
+    with pytest.raises(TensorError, match=told):
         simulate(open_rewards(path), "best_of_n", n=3)
 
 
@@ -111,17 +119,10 @@ def test_make_rewards_shapes():
     assert noise_aware_steps(copied.drop_vars("noise_aware_source")) == {"a": [0, 1, 2, 3, 4]}
 
 
-def test_stack(tensor):
-    a, b = tensor.sel(reward=["a"]), tensor.sel(reward=["b"])
-    stacked = stack_rewards([a, b])
-    assert stacked["base"].equals(tensor["base"])
-    assert stacked["noise_aware_source"].equals(tensor["noise_aware_source"])
-    with pytest.raises(TensorError, match="each once"):
-        stack_rewards([a, a])
-    with pytest.raises(TensorError, match="coordinate 'image'"):
-        stack_rewards([a, b.isel(image=slice(4))])
-    with pytest.raises(TensorError):
-        stack_rewards([])
+def test_a_reward_that_the_tensor_lacks_is_named(tensor):
+    assert select_rewards(tensor, ["b"])["reward"].values.tolist() == ["b"] and select_rewards(tensor, []) is tensor
+    with pytest.raises(ConfigError, match="got 'bb', expected one of .*Did you mean 'b'"):
+        select_rewards(tensor, ["bb"])
 
 
 def test_repeats_are_found_and_dropped(tensor):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ttsnap_lib.checks import integer, plain_name
+from ttsnap_lib.checks import choice, integer, plain_name
 from ttsnap_lib.errors import TensorError
 from ttsnap_lib.files import as_path, atomic_write, read_json, read_yaml
 from ttsnap_lib.tensors.tensor import (
@@ -26,9 +26,8 @@ from ttsnap_lib.tensors.tensor import (
 if TYPE_CHECKING:
     import xarray as xr
 
-
+# Reward names and what the published folders call them.
 SHORT_NAMES = {"image_reward": ("imr",), "pickscore": ("pic", "pick"), "hpsv2": ("hps",)}
-"""Reward names and what the published folders call them."""
 
 
 def find_published(folder: str | Path) -> dict[str, list[str]]:
@@ -95,18 +94,20 @@ def import_published(
             f"published rewards of model {model!r} in {root}: got {find_published(root)!r}, expected folders such as "
             "flux_imr_val_base. Check the folder and the model's name."
         )
-    files: list[tuple[int, int, int, Path]] = []  # variable, reward, step, file
+    files: list[tuple[int, int, int, Path]] = []  # variable, reward, step, file; of a reward, its base files first
     n_steps = 0
     for r, name in enumerate(names):
-        base = _steps(_variant_folder(root, model, name, "base"))
-        aware = _steps(_variant_folder(root, model, name, "naft", optional=True))
+        base, aware = _steps(root, model, name, "base"), _steps(root, model, name, "naft")
         n_steps = n_steps or len(base)
-        _check_steps(root, model, name, base, aware, n_steps)
-        files += [(0, r, step, path) for step, path in base.items()] + [
-            (1, r, step, path) for step, path in aware.items()
-        ]
+        if not base or set(base) != set(range(n_steps)) or set(aware) - set(base):
+            raise TensorError(
+                f"published steps of {model} {name} in {root}: got base files of {sorted(base)} and noise-aware ones of "
+                f"{sorted(aware)}, expected base files for steps 0 to {max(n_steps - 1, 0)}, noise-aware ones among "
+                f"them, in folders such as {model}_{SHORT_NAMES.get(name, (name,))[0]}_val_base. Fetch what is missing."
+            )
+        files += [(0, r, step, path) for step, path in base.items()]
+        files += [(1, r, step, path) for step, path in aware.items()]
 
-    # Base values first: noise-aware steps that are not published start as copies of them.
     tensor: Any = None
     source = np.full((len(names), n_steps), COPIED, dtype=object)
     results = Parallel(n_jobs=-1, return_as="generator")(delayed(read_values)(path) for *_, path in files)
@@ -126,20 +127,19 @@ def import_published(
     for r, step in np.argwhere(source == COPIED):
         tensor[1, r, :, :, step] = tensor[0, r, :, :, step]
     dataset = make_rewards(
-        tensor[0],
-        tensor[1],
+        *tensor,
         rewards=names,
         prompt_text=_prompt_text(prompts, tensor.shape[2]),
         noise_aware_source=source,
         attributes={"model": model, "source": "published"},
     )
-    firsts = repeated_images(dataset)
-    n_distinct = len(np.unique(firsts))
-    if n_distinct < len(firsts):
-        if distinct:
-            return drop_repeats(dataset)
+    if distinct:
+        return drop_repeats(dataset)
+    n_images = dataset.sizes["image"]
+    n_distinct = len(np.unique(repeated_images(dataset)))
+    if n_distinct < n_images:
         warnings.warn(
-            f"the {model} pool repeats itself: {n_distinct} distinct trajectories of {len(firsts)} per prompt, so random "
+            f"the {model} pool repeats itself: {n_distinct} distinct trajectories of {n_images} per prompt, so random "
             "subsets draw repeats; pass distinct=True to drop them",
             RepeatedImagesWarning,
             stacklevel=2,
@@ -148,209 +148,75 @@ def import_published(
 
 
 def read_values(path: str | Path) -> np.ndarray:
-    """Read one published file: a mapping from prompt index to a list over images.
-
-    Returns
-    -------
-    float32 (prompt, image)
-
-    Raises
-    ------
-    TensorError
-        With file, prompt, image and remedy.
-    """
+    """Read one published file, a mapping from prompt index to a list over images, as float32 (prompt, image)."""
     remedy = "Fetch the file again, or export it again with `ttsnap export`."
-
-    def fail(problem: str, value: Any, bound: str) -> TensorError:
-        return TensorError(f"{path}: {problem}: got {value!r}, expected {bound}. {remedy}")
-
     content = read_yaml(path, "reward file", error=TensorError, remedy=remedy, fast=True)
     if not isinstance(content, dict) or not content or not all(type(prompt) is int for prompt in content):
-        raise fail("content", type(content).__name__, "a mapping from prompt index to a list of rewards")
-    width = None
+        raise TensorError(f"{path}: content: got {content!r:.80}, expected a mapping from prompt to rewards. {remedy}")
+    width = len(content[0]) if isinstance(content.get(0), list) else 0
     rows = []
     for prompt in range(len(content)):
         if prompt not in content:
-            raise fail(f"prompt {prompt} is missing", sorted(map(str, content))[:5], f"prompts 0 to {len(content) - 1}")
+            raise TensorError(f"{path}: prompt {prompt} is missing: got {len(content)} others, expected it. {remedy}")
         row = content[prompt]
-        if not isinstance(row, list) or not row:
-            raise fail(f"prompt {prompt}", row, "a list of numbers")
-        width = len(row) if width is None else width
-        if len(row) != width:
-            raise fail(f"prompt {prompt}: images", len(row), f"{width}, as of prompt 0 (a truncated end looks so too)")
-        for image, value in enumerate(row):
-            if type(value) not in (float, int):
-                raise fail(f"prompt {prompt}, image {image}", value, "a number")
-        values = as_float32(row)
-        if not np.isfinite(values).all():
-            image = int(np.argmin(np.isfinite(values)))
-            raise fail(f"prompt {prompt}, image {image}", row[image], "a finite number of 32 bits")
-        rows.append(values)
+        if not isinstance(row, list) or not row or len(row) != width:  # a file cut off ends in a short row
+            images = f"{len(row)} images" if isinstance(row, list) else repr(row)
+            raise TensorError(f"{path}: prompt {prompt}: got {images}, expected {width or 'a list of them'}. {remedy}")
+        rows.append(_float32_row(row))
+        if not np.isfinite(rows[-1]).all():
+            image = int(np.argmin(np.isfinite(rows[-1])))
+            raise TensorError(
+                f"{path}: prompt {prompt}, image {image}: got {row[image]!r:.80}, expected a finite number of 32 bits. "
+                f"{remedy}"
+            )
     return np.stack(rows)
 
 
-def as_float32(row: Sequence[float]) -> np.ndarray:
-    """Return numbers as float32; those that it cannot hold become infinite."""
-    try:
-        values = np.array(row, dtype=np.float64)
-    except OverflowError:  # an integer beyond the largest float
-        values = np.array([value if abs(value) < 2**1000 else np.inf for value in row], dtype=np.float64)
-    with np.errstate(over="ignore"):
-        return values.astype(np.float32)
-
-
-def _variant_folder(root: Path, model: str, reward: str, variant: str, optional: bool = False) -> Path | None:
-    shorts = SHORT_NAMES.get(reward, (reward,))
-    for short in shorts:
-        candidate = root / f"{model}_{short}_val_{variant}"
-        if candidate.is_dir():
-            return candidate
-    if optional:
-        return None
-    raise TensorError(
-        f"published folder of {model} {reward}: got {root / f'{model}_{shorts[0]}_val_{variant}'}, expected an "
-        f"existing folder; found {find_published(root)}. Check the folder; known rewards are {sorted(SHORT_NAMES)}."
-    )
-
-
-def _steps(folder: Path | None) -> dict[int, Path]:
-    if folder is None:
-        return {}
-    found = {}
-    for path in sorted(folder.glob("p*_i*_s*.yaml")):
-        digits = path.stem.rpartition("_s")[2]
-        if digits.isdigit():
-            found[int(digits)] = path
-    return found
-
-
-def _check_steps(root: Path, model: str, reward: str, base: dict, aware: dict, n_steps: int) -> None:
-    missing = sorted(set(range(n_steps)) ^ set(base))
-    extra = sorted(set(aware) - set(base))
-    if not base or missing or extra:
-        raise TensorError(
-            f"published steps of {model} {reward} in {root}: got {missing or extra or 'none'!r}, expected base files "
-            f"for steps 0 to {max(n_steps - 1, 0)}, noise-aware ones among them. Fetch the missing files "
-            "p<prompts>_i<images>_s<step>.yaml."
-        )
-
-
-def _prompt_text(prompts: Sequence[str] | str | Path | None, n_prompts: int) -> list[str] | None:
-    if prompts is None:
-        return None
-    if isinstance(prompts, str | Path):
-        remedy = "Pass the prompt file that the values were made from."
-        prompts = read_json(prompts, "prompts", error=TensorError, remedy=remedy, kind=list)
-    if not isinstance(prompts, Sequence) or len(prompts) < n_prompts or not all(isinstance(p, str) for p in prompts):
-        raise TensorError(
-            f"prompts: got {len(prompts) if isinstance(prompts, Sequence) else type(prompts).__name__!r}, expected at "
-            f"least {n_prompts} texts. Pass the prompt file that the values were made from."
-        )
-    return list(prompts[:n_prompts])
-
-
 def export_published(
-    dataset: xr.Dataset,
-    folder: str | Path,
-    model: str,
-    *,
-    rewards: Sequence[str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    dataset: xr.Dataset, folder: str | Path, model: str, *, rewards: Sequence[str] | None = None
 ) -> list[Path]:
-    """Write a reward tensor as the authors publish theirs; `import_published` reads the same tensor back.
+    """Write a reward tensor as the authors publish theirs and return the files; `import_published` reads it back.
 
     ``<model>_<reward>_val_base/p200_i200_s00.yaml`` and so on, one file per step, and ``..._val_naft`` for the
-    noise-aware steps that are finetuned; copies of base values are left out, as in the published folders.
-
-    Parameters
-    ----------
-    dataset : xarray.Dataset
-        A reward tensor whose steps are 0, 1, 2, ...
-    folder : str or Path
-        Where the folders go.
-    model : str
-        First part of the folder names, for example ``"flux"``.
-    rewards : sequence of str, optional
-        Of the tensor; all of them when not given.
-    progress : callable, optional
-        ``progress(done, total)`` in files.
-
-    Returns
-    -------
-    list of Path
-        The files.
-
-    Raises
-    ------
-    TensorError
-        Missing values, steps that are not 0, 1, 2, ..., an unknown reward.
+    noise-aware steps that are finetuned; copies of base values are left out, as in the published folders. The steps
+    have to be 0, 1, 2, ...; all rewards are written when none is named.
     """
     check_rewards(dataset)
     plain_name("model", model, error=TensorError)
-    names = [str(name) for name in dataset["reward"].values]
-    chosen = names if rewards is None else list(rewards)
+    known = [str(name) for name in dataset["reward"].values]
+    names = [choice("reward", name, known, error=TensorError) for name in (known if rewards is None else rewards)]
     steps = dataset["step"].values
     if not np.array_equal(steps, np.arange(len(steps))):
         raise TensorError(
             f"step: got {steps.tolist()!r}, expected 0, 1, 2, ... without gaps. Score all steps, then export."
         )
-    for name in chosen:
-        if name not in names:
-            raise TensorError(f"reward: got {name!r}, expected one of {names}. Check the name.")
-    jobs: list[tuple[str, str, int, Path]] = []
     stem = f"p{dataset.sizes['prompt']}_i{dataset.sizes['image']}"
     source = dataset.get("noise_aware_source")
-    for name in chosen:
-        short = SHORT_NAMES.get(name, (name,))[0]
-        plain_name("reward name", short, error=TensorError)
+    files = []
+    for name in names:
+        short = plain_name("reward name", SHORT_NAMES.get(name, (name,))[0], error=TensorError)
         for step in range(len(steps)):
-            file = f"{stem}_s{step:02d}.yaml"
-            jobs.append((name, "base", step, Path(folder) / f"{model}_{short}_val_base" / file))
-            if source is None or str(source.sel(reward=name).values[step]) == FINETUNED:
-                jobs.append((name, "noise_aware", step, Path(folder) / f"{model}_{short}_val_naft" / file))
-    for done, (name, variable, step, path) in enumerate(jobs, start=1):
-        block = dataset[variable].sel(reward=name).isel(step=step).transpose("prompt", "image").values
-        _finite(block, f"{variable} of {name} at step {step}")
-        with atomic_write(path, "w") as file:
-            file.writelines(
-                f"{prompt}:\n" + "".join(f"- {_number(value)}\n" for value in row) for prompt, row in enumerate(block)
-            )
-        if progress is not None:
-            progress(done, len(jobs))
-    return [path for *_, path in jobs]
+            finetuned = source is None or str(source.sel(reward=name).values[step]) == FINETUNED
+            for variable, kind in (("base", "base"), ("noise_aware", "naft"))[: 1 + finetuned]:
+                block = dataset[variable].sel(reward=name).isel(step=step).transpose("prompt", "image").values
+                _finite(block, f"{variable} of {name} at step {step}")
+                files.append(Path(folder) / f"{model}_{short}_val_{kind}" / f"{stem}_s{step:02d}.yaml")
+                with atomic_write(files[-1], "w") as file:
+                    for prompt, row in enumerate(block):
+                        file.write(f"{prompt}:\n" + "".join(f"- {_number(value)}\n" for value in row))
+    return files
 
 
 def export_ground_truth(dataset: xr.Dataset, path: str | Path, *, reward: str | None = None, step: int = -1) -> Path:
-    """Write the base rewards of clean images as ``p0000: {id000: value}``, the finetuning targets' layout.
+    """Write the base rewards at a position of the step axis as ``p0000: {id000: value}``, the finetuning targets' layout.
 
-    Parameters
-    ----------
-    dataset : xarray.Dataset
-        A reward tensor.
-    path : str or Path
-        The YAML file.
-    reward : str, optional
-        Which reward; the only one when not given.
-    step : int
-        Position on the step axis; the last one is the clean image.
-
-    Returns
-    -------
-    Path
-        The file.
-
-    Raises
-    ------
-    TensorError
-        A reward or step that the tensor lacks, or a missing value.
+    The last position holds the clean images. A tensor of several rewards needs the name of one.
     """
     check_rewards(dataset)
     names = [str(name) for name in dataset["reward"].values]
     if reward is None and len(names) > 1:
         raise TensorError(f"reward: got {names!r}, expected one of them. Name the reward to export.")
-    reward = names[0] if reward is None else reward
-    if reward not in names:
-        raise TensorError(f"reward: got {reward!r}, expected one of {names}. Check the name.")
+    reward = choice("reward", names[0] if reward is None else reward, names, error=TensorError)
     size = dataset.sizes["step"]
     step = integer("step", step, -size, size - 1)
     block = dataset["base"].sel(reward=reward).isel(step=step).transpose("prompt", "image")
@@ -366,61 +232,79 @@ def export_ground_truth(dataset: xr.Dataset, path: str | Path, *, reward: str | 
 
 
 def import_ground_truth(path: str | Path) -> xr.DataArray:
-    """Read a ground-truth file ``p0000: {id000: value}``.
-
-    Returns
-    -------
-    xarray.DataArray
-        float32 (prompt, image), with the indices of the file as coordinates.
-
-    Raises
-    ------
-    TensorError
-        A file that is not of this layout, or whose prompts have different images; prompt and image are named.
-    """
+    """Read a ground-truth file ``p0000: {id000: value}`` as float32 (prompt, image), with its indices as coordinates."""
     import xarray as xr
 
     remedy = 'Write lines "p0000:" and below each "  id000: 1.25", or export again with `ttsnap export`.'
     content = read_yaml(path, "ground truth", error=TensorError, remedy=remedy, fast=True)
-    if not isinstance(content, dict) or not content:
-        raise TensorError(f"{path}: got {content!r}, expected a mapping from prompts to images. {remedy}")
-    table: dict[int, dict[int, float]] = {}
-    for key, images in content.items():
-        prompt = _index(path, "p", key, remedy)
-        if not isinstance(images, dict) or not images:
-            raise TensorError(f"{path}: {key}: got {images!r}, expected a mapping from images to rewards. {remedy}")
-        row: dict[int, float] = {}
-        for name, value in images.items():
-            if type(value) not in (float, int) or not np.isfinite(as_float32([value])[0]):
-                raise TensorError(
-                    f"{path}: {key}, {name}: got {value!r}, expected a finite number of 32 bits. {remedy}"
-                )
-            image = _index(path, "id", name, remedy)
-            if image in row:  # id7 and id007
-                raise TensorError(f"{path}: {key}, image {image}: got {name!r}, expected each image once. {remedy}")
-            row[image] = float(value)
-        if prompt in table:
-            raise TensorError(f"{path}: prompt {prompt}: got {key!r}, expected each prompt once. {remedy}")
-        table[prompt] = dict(sorted(row.items()))
-    prompts, columns = sorted(table), list(next(iter(table.values())))
-    for prompt in prompts:
-        if list(table[prompt]) != columns:
+    table: dict[int, dict[int, Any]] = {}
+    for prompt, images in _indexed(content, "p", f"{path}: prompts", remedy).items():
+        row = _indexed(images, "id", f"{path}: p{prompt:04d}", remedy)
+        values = _float32_row(list(row.values()))
+        if not np.isfinite(values).all():
+            image = list(row)[int(np.argmin(np.isfinite(values)))]
             raise TensorError(
-                f"{path}: images of prompt {prompt}: got {sorted(set(table[prompt]) ^ set(columns))[:5]!r}, expected "
-                f"the same images for every prompt. {remedy}"
+                f"{path}: p{prompt:04d}, id{image:03d}: got {row[image]!r:.80}, expected a finite number of 32 bits. "
+                f"{remedy}"
             )
-    values = np.array([list(table[prompt].values()) for prompt in prompts], np.float64).astype(np.float32)
-    return xr.DataArray(values, dims=("prompt", "image"), coords={"prompt": prompts, "image": columns}, name="base")
+        table[prompt] = dict(zip(row, values, strict=True))
+    columns = list(next(iter(table.values())))
+    for prompt, row in table.items():
+        if list(row) != columns:
+            raise TensorError(
+                f"{path}: images of prompt {prompt}: got {sorted(set(row) ^ set(columns))[:5]!r}, expected the same "
+                f"images for every prompt. {remedy}"
+            )
+    values = np.array([list(row.values()) for row in table.values()], np.float32)
+    return xr.DataArray(values, dims=("prompt", "image"), coords={"prompt": list(table), "image": columns}, name="base")
 
 
-def _number(value: Any) -> str:
-    """Return the shortest YAML float that reads back as the same float64, and so the same float32."""
-    shown = repr(float(value))
-    mantissa, exponent, power = shown.partition("e")
-    return f"{mantissa}.0e{power}" if exponent and "." not in mantissa else shown  # YAML 1.1 takes 1e-05 for text
+def _steps(root: Path, model: str, reward: str, variant: str) -> dict[int, Path]:
+    """Return the published files of a variant by step; none where its folder is missing."""
+    for short in SHORT_NAMES.get(reward, (reward,)):
+        folder = root / f"{model}_{short}_val_{variant}"
+        if folder.is_dir():
+            ends = {path: path.stem.rpartition("_s")[2] for path in sorted(folder.glob("p*_i*_s*.yaml"))}
+            return {int(step): path for path, step in ends.items() if step.isdigit()}
+    return {}
+
+
+def _prompt_text(prompts: Any, n_prompts: int) -> list[str] | None:
+    """Return the first texts of a list or a JSON file."""
+    if prompts is None:
+        return None
+    remedy = "Pass the prompt file that the values were made from."
+    is_file = isinstance(prompts, str | Path)
+    texts = list(read_json(prompts, "prompts", error=TensorError, remedy=remedy, kind=list) if is_file else prompts)
+    if len(texts) < n_prompts or not all(isinstance(text, str) for text in texts):
+        raise TensorError(f"prompts: got {len(texts)} entries, expected at least {n_prompts} texts. {remedy}")
+    return texts[:n_prompts]
+
+
+def _float32_row(row: list) -> np.ndarray:
+    """Return numbers as float32; what is none, or beyond its range, is not finite."""
+    numbers = [
+        value if type(value) is float or (type(value) is int and abs(value) < 2**128) else np.nan for value in row
+    ]
+    with np.errstate(over="ignore"):
+        return np.array(numbers, np.float64).astype(np.float32)
+
+
+def _indexed(content: Any, prefix: str, what: str, remedy: str) -> dict[int, Any]:
+    """Return a mapping from ``p0007`` or ``id007`` by its numbers, in their order."""
+    if not isinstance(content, dict) or not content:
+        raise TensorError(f"{what}: got {content!r:.80}, expected a mapping from {prefix} and digits. {remedy}")
+    found = {}
+    for key, value in content.items():
+        match = re.fullmatch(prefix + r"(\d{1,9})", key) if isinstance(key, str) else None
+        if match is None or int(match[1]) in found:  # id7 and id007 are the same image
+            raise TensorError(f"{what}: key: got {key!r}, expected {prefix} and digits, each number once. {remedy}")
+        found[int(match[1])] = value
+    return dict(sorted(found.items()))
 
 
 def _finite(block: np.ndarray, what: str) -> None:
+    """Refuse to write missing values."""
     if not np.isfinite(block).all():
         prompt, image = np.argwhere(~np.isfinite(block))[0].tolist()
         raise TensorError(
@@ -430,8 +314,8 @@ def _finite(block: np.ndarray, what: str) -> None:
         )
 
 
-def _index(path: str | Path, prefix: str, key: Any, remedy: str) -> int:
-    match = re.fullmatch(prefix + r"(\d{1,9})", key) if isinstance(key, str) else None
-    if match is None:
-        raise TensorError(f"{path}: key: got {key!r}, expected {prefix} and digits, nine at most. {remedy}")
-    return int(match[1])
+def _number(value: Any) -> str:
+    """Return the shortest YAML float that reads back as the same float64, and so the same float32."""
+    shown = repr(float(value))
+    mantissa, exponent, power = shown.partition("e")
+    return f"{mantissa}.0e{power}" if exponent and "." not in mantissa else shown  # YAML 1.1 takes 1e-05 for text

@@ -1,11 +1,11 @@
-"""A statistical stand-in for a reward tensor, for tests, benchmarks and first tries without any data.
+"""The reward tensor: opened, saved, made, checked, cleaned; and a statistical stand-in for first tries without data.
 
-Every number comes from a normal model, none from a diffusion model: it shows how the tools work, not what TTSnap gives.
+A Zarr store opened as an ``xarray.Dataset``: ``base`` and ``noise_aware``, float32 (reward, prompt, image, step), with
+``noise_aware_source(reward, step)`` that says where the second is a copy of the first, and ``status(prompt)``.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import warnings
@@ -16,148 +16,68 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ttsnap_lib.checks import choice, integer
-from ttsnap_lib.errors import TensorError
-from ttsnap_lib.files import SHIPPED_TENSORS, as_path, atomic_folder, failures_as, read_json, shipped_tensor
+from ttsnap_lib.errors import TensorError, TTSnapError
+from ttsnap_lib.files import SHIPPED_TENSORS, as_path, atomic_folder, failures_as, shipped_tensor
 
 if TYPE_CHECKING:
     import xarray as xr
 
-
 DIMS = ("reward", "prompt", "image", "step")
-
-
-SCHEMA_VERSION = 1
-
-
 FINETUNED, COPIED = "finetuned", "copied_from_base"
-
-
-def check_rewards(dataset: Any) -> xr.Dataset:
-    """Return `dataset` when it is a reward tensor; values are not read.
-
-    Raises
-    ------
-    TensorError
-        A missing variable, dim or coordinate, repeated reward names, steps that do not increase, a newer schema.
-    """
-    remedy = "Make tensors with make_rewards(), import_published() or `ttsnap score`."
-    if not hasattr(dataset, "data_vars"):
-        raise TensorError(f"reward tensor: got {type(dataset).__name__!r}, expected an xarray.Dataset. {remedy}")
-    for name in ("base", "noise_aware"):
-        if name not in dataset.data_vars or set(dataset[name].dims) != set(DIMS) or 0 in dataset[name].shape:
-            found = dict(dataset[name].sizes) if name in dataset.data_vars else sorted(map(str, dataset.data_vars))
-            raise TensorError(
-                f"variable {name!r}: got {found!r}, expected one with dims {DIMS}, nothing empty. {remedy}"
-            )
-        if dataset[name].dtype.kind != "f":
-            raise TensorError(f"variable {name!r}: got {dataset[name].dtype}, expected float32. {remedy}")
-    for dim in DIMS:
-        if dim not in dataset.coords:
-            raise TensorError(
-                f"coordinate {dim!r}: got {sorted(map(str, dataset.coords))!r}, expected present. {remedy}"
-            )
-    names = [str(name) for name in dataset["reward"].values]
-    if len(set(names)) != len(names):
-        raise TensorError(f"reward names: got {names!r}, expected each once. Rename one with assign_coords.")
-    for dim in ("prompt", "image"):
-        values = dataset[dim].values
-        if values.dtype.kind not in "iu" or len(np.unique(values)) != len(values) or values.min() < 0:
-            raise TensorError(f"{dim}: got {values!r}, expected distinct integers of at least 0. {remedy}")
-    for name, dims in {
-        "noise_aware_source": ("reward", "step"),
-        "status": ("prompt",),
-        "prompt_text": ("prompt",),
-    }.items():
-        if name in dataset.variables and set(dataset[name].dims) != set(dims):
-            raise TensorError(f"variable {name!r}: got {dataset[name].dims!r}, expected dims {dims}. {remedy}")
-    steps = dataset["step"].values
-    if steps.dtype.kind not in "iu" or (np.diff(steps) <= 0).any() or (len(steps) and steps[0] < 0):
-        raise TensorError(f"step: got {steps.tolist()!r}, expected increasing integers of at least 0. Sort by step.")
-    version = dataset.attrs.get("schema_version", SCHEMA_VERSION)
-    if not isinstance(version, int | np.integer) or version > SCHEMA_VERSION:
-        raise TensorError(
-            f"schema_version: got {version!r}, expected at most {SCHEMA_VERSION}. Update ttsnap to read this tensor."
-        )
-    return dataset
-
-
-MAX_VALUES = 2**36
-"""Most values of a variable: 10,000 prompts x 1,000 images x 50 steps x 10 rewards are 2**32."""
-
-
-MAX_COORDINATE = 2**24
-"""Most entries of a one-dimensional variable, which is read whole."""
-
-
-MAX_CHUNK_BYTES = 2**31
-"""Largest chunk: reading one value allocates one."""
-
-
-_REMEDY = "Get the store from where it was written; `ttsnap score` and save_rewards() write none like it."
-
-
-def check_store(path: Path) -> None:
-    """Refuse a store of another format, with links inside, or of sizes that would exhaust the memory.
-
-    Raises
-    ------
-    TensorError
-        With the variable and the bound.
-    """
-    if not (path / "zarr.json").exists():
-        raise TensorError(
-            f"reward tensor: got {path}, expected a Zarr store of format 3. Check the path; older stores (.zgroup) can "
-            "hold pickles and are not opened."
-        )  # fmt: skip
-    group = read_json(path / "zarr.json", "metadata of the reward tensor", error=TensorError, remedy=_REMEDY)
-    if group.get("node_type") != "group" or group.get("zarr_format") != 3:
-        raise TensorError(
-            f"{path}: node: got {(group.get('zarr_format'), group.get('node_type'))!r}, expected a group of Zarr "
-            f"format 3. {_REMEDY}"
-        )  # fmt: skip
-    for child in sorted(path.iterdir()):
-        if child.is_symlink():  # writing goes through links, to anywhere
-            raise TensorError(f"{child} is a symbolic link: got {child}, expected plain folders. {_REMEDY}")
-        if (child / "zarr.json").exists():
-            about = read_json(child / "zarr.json", f"metadata of {child.name}", error=TensorError, remedy=_REMEDY)
-            _check_array(f"{path.name}: {child.name}", about)
-
-
-def _check_array(name: str, about: dict[str, Any]) -> None:
-    if about.get("node_type") != "array":
-        return
-    shape: Any = about.get("shape")
-    grid = about.get("chunk_grid")
-    chunks: Any = grid.get("configuration", {}).get("chunk_shape") if isinstance(grid, dict) else None
-    for what, sizes, low in (("shape", shape, 0), ("chunk_shape", chunks, 1)):
-        if not isinstance(sizes, list) or not all(type(size) is int and size >= low for size in sizes):
-            raise TensorError(
-                f"{name}: {what}: got {sizes!r}, expected a list of integers of at least {low}. {_REMEDY}"
-            )
-    for key in ("scale_factor", "add_offset"):  # xarray would change the numbers by them
-        if key in (about.get("attributes") or {}):
-            raise TensorError(f"{name}: {key}: got {about['attributes'][key]!r}, expected none. {_REMEDY}")
-    most = MAX_VALUES if len(shape) > 1 else MAX_COORDINATE
-    width = _width(about.get("data_type"))
-    for what, value, bound in (
-        ("shape", math.prod(shape), most),
-        ("chunk in bytes", math.prod(chunks) * width, MAX_CHUNK_BYTES),
-        ("size in bytes", math.prod(shape) * width if len(shape) < 2 else 0, MAX_CHUNK_BYTES),
-    ):
-        if value > bound:
-            raise TensorError(f"{name}: {what}: got {value!r}, expected at most {bound}. {_REMEDY}")
-
-
-def _width(kind: Any) -> int:
-    """Return the bytes of a value, at least 1 for types of variable length or unknown ones."""
-    if isinstance(kind, dict):
-        size = (kind.get("configuration") or {}).get("length_bytes")
-        return size if type(size) is int and size > 0 else 1
-    digits = "".join(letter for letter in str(kind) if letter.isdigit())
-    return max(1, int(digits[:6]) // 8) if digits else 1
-
-
+SCHEMA_VERSION = 1
 PROMPT_CHUNK = 25  # prompts a chunk: a store of one-prompt chunks opens ten times slower
+
+_VARIABLES: dict[str, tuple[str, ...]] = {
+    "base": DIMS,
+    "noise_aware": DIMS,
+    "noise_aware_source": ("reward", "step"),
+    "status": ("prompt",),
+    "prompt_text": ("prompt",),
+}  # the last three may be missing
+
+
+class RepeatedImagesWarning(UserWarning):
+    """A pool holds the same trajectory more than once."""
+
+
+def open_rewards(path: str | Path) -> xr.Dataset:
+    """Open a reward tensor lazily: values are read when they are used.
+
+    Parameters
+    ----------
+    path : path or name
+        A Zarr folder; ``"pocket-flux"`` or ``"pocket-sdxl"`` for the shipped pocket tensors; ``"synthetic"`` for the
+        statistical stand-in, :func:`synthetic_rewards`.
+
+    Returns
+    -------
+    xarray.Dataset
+
+    Raises
+    ------
+    TensorError
+        The path is missing or is no reward tensor.
+    """
+    import xarray as xr
+
+    name = str(path) if isinstance(path, str | os.PathLike) else ""
+    if name == "synthetic":
+        return synthetic_rewards()
+    path = shipped_tensor(name) if name in SHIPPED_TENSORS else as_path("reward tensor", path, error=TensorError)
+    remedy = "Check the path; `ttsnap import-published` and `ttsnap score` write tensors."
+    if not (path / "zarr.json").is_file():
+        raise TensorError(f"reward tensor: got {path}, expected a Zarr folder of format 3. {remedy}")
+    with (
+        failures_as(
+            TensorError, f"reward tensor: got {path}, which cannot be opened, expected a whole Zarr store. {remedy}"
+        ),
+        _quiet_zarr(),
+    ):
+        # Format 3 alone: chunks of format 2 can be pickles. Nothing is a date here, whatever attributes say.
+        dataset = xr.open_zarr(
+            path, chunks=None, consolidated=False, zarr_format=3, decode_times=False, decode_timedelta=False
+        )
+        return check_rewards(dataset)
 
 
 def save_rewards(dataset: xr.Dataset, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -203,120 +123,14 @@ def save_rewards(dataset: xr.Dataset, path: str | Path, *, overwrite: bool = Fal
 
 
 def write_zarr(dataset: xr.Dataset, path: Path, encoding: dict[str, Any]) -> None:
-    """Write a whole store beside `path` and rename it; fixed-width text has no stable Zarr v3 type, and warns."""
+    """Write a whole store beside `path` and rename it."""
     with atomic_folder(path) as part:
         store = part / "store"
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*Zarr.*|.*zarr.*|.*data type.*")
+        with _quiet_zarr():
             dataset.to_zarr(store, mode="w", encoding=encoding, consolidated=False, zarr_format=3)
         for child in store.iterdir():
             shutil.move(str(child), part / child.name)
         store.rmdir()
-
-
-def open_rewards(path: str | Path) -> xr.Dataset:
-    """Open a reward tensor lazily: values are read when they are used.
-
-    Parameters
-    ----------
-    path : path or name
-        A Zarr folder; ``"pocket-flux"`` or ``"pocket-sdxl"`` for the shipped pocket tensors; ``"synthetic"`` for the
-        statistical stand-in of :mod:`ttsnap_lib.synthetic`.
-
-    Returns
-    -------
-    xarray.Dataset
-
-    Raises
-    ------
-    TensorError
-        The path is missing or is no reward tensor.
-    """
-    import xarray as xr
-
-    name = str(path) if isinstance(path, str | os.PathLike) else ""
-    if name == "synthetic":
-        return synthetic_rewards()
-    path = shipped_tensor(name) if name in SHIPPED_TENSORS else as_path("reward tensor", path, error=TensorError)
-    remedy = "Check the path; `ttsnap import-published` and `ttsnap score` write tensors."
-    if not path.is_dir():
-        raise TensorError(f"reward tensor: got {path}, expected a Zarr folder. {remedy}")
-    check_store(path)
-    cannot_open = "reward tensor cannot be opened"
-    with (
-        failures_as(TensorError, f"{cannot_open}: got {path}, expected a Zarr store. {remedy}"),
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings("ignore", message=".*Zarr.*|.*zarr.*|.*data type.*")
-        # Format 3 alone: chunks of format 2 can be pickles. Nothing is a date here, whatever attributes say.
-        dataset = xr.open_zarr(
-            path, chunks=None, consolidated=False, zarr_format=3, decode_times=False, decode_timedelta=False
-        )
-    return check_rewards(dataset)
-
-
-def read_steps(variable: xr.DataArray, positions: Sequence[int]) -> np.ndarray:
-    """Return some steps of ``base`` or ``noise_aware`` as (prompt, image, step, reward), read once.
-
-    Raises
-    ------
-    TensorError
-        A damaged chunk.
-    """
-    block = variable.isel(step=list(positions)).transpose("prompt", "image", "step", "reward")
-    with failures_as(
-        TensorError,
-        f"{variable.name} cannot be read: got {variable.encoding.get('source', '')!r}, expected a whole Zarr store. "
-        "Score or import it again; one of its chunks is damaged.",
-    ):
-        values = block.values
-    if np.isinf(values).any():
-        prompt, image, step, _ = np.argwhere(np.isinf(values))[0].tolist()
-        raise TensorError(
-            f"{variable.name} of prompt {int(block['prompt'][prompt])}, image {int(block['image'][image])}, step "
-            f"{int(block['step'][step])}: got {float('inf')!r}, expected finite numbers. Score the image again, or "
-            "drop it with tensors.drop_missing()."
-        )
-    return values
-
-
-def repeated_images(dataset: xr.Dataset) -> np.ndarray:
-    """Return for each image the first image with the same rewards in every prompt, step and reward.
-
-    An image that repeats none maps to itself. int64 (image,).
-    """
-    base = dataset["base"].transpose("image", ...).values
-    flat = np.ascontiguousarray(base.reshape(base.shape[0], -1))
-    first: dict[bytes, int] = {}
-    return np.array([first.setdefault(row.tobytes(), k) for k, row in enumerate(flat)])
-
-
-def drop_repeats(dataset: xr.Dataset) -> xr.Dataset:
-    """Return the tensor with the first of each group of repeated images; ``image`` keeps the original indices."""
-    firsts = np.unique(repeated_images(dataset))
-    return dataset.isel(image=firsts)
-
-
-def drop_missing(dataset: xr.Dataset) -> xr.Dataset:
-    """Return the tensor without the images that miss a finite value anywhere, and without prompts not scored at all.
-
-    Raises
-    ------
-    TensorError
-        When nothing would be left.
-    """
-    missing = cast("xr.DataArray", ~(np.isfinite(dataset["base"]) & np.isfinite(dataset["noise_aware"])))
-    scored = ~missing.all(["reward", "image", "step"])
-    dataset, missing = dataset.isel(prompt=scored.values), missing.isel(prompt=scored.values)
-    whole = ~missing.any(["reward", "prompt", "step"])
-    dataset = dataset.isel(image=whole.values)
-    if 0 in dataset["base"].shape:
-        raise TensorError("images without a missing value: got 0, expected one or more. Score the tensor again.")
-    return dataset
-
-
-class RepeatedImagesWarning(UserWarning):
-    """A pool holds the same trajectory more than once."""
 
 
 def make_rewards(
@@ -357,7 +171,7 @@ def make_rewards(
     import xarray as xr
 
     base = _float32("base", base)
-    source = COPIED if noise_aware is None else FINETUNED
+    default_source = COPIED if noise_aware is None else FINETUNED
     noise_aware = base.copy() if noise_aware is None else _float32("noise_aware", noise_aware)
     if base.ndim != 4 or 0 in base.shape or noise_aware.shape != base.shape:
         raise TensorError(
@@ -366,11 +180,11 @@ def make_rewards(
         )
     n_rewards, n_prompts, n_images, n_steps = base.shape
     if noise_aware_source is None:
-        noise_aware_source = np.full((n_rewards, n_steps), source)
-    noise_aware_source = np.asarray(noise_aware_source).astype(str)
-    if noise_aware_source.shape != (n_rewards, n_steps) or not set(noise_aware_source.flat) <= {FINETUNED, COPIED}:
+        noise_aware_source = np.full((n_rewards, n_steps), default_source)
+    source = np.asarray(noise_aware_source).astype(str)
+    if source.shape != (n_rewards, n_steps) or not set(source.flat) <= {FINETUNED, COPIED}:
         raise TensorError(
-            f"noise_aware_source: got {noise_aware_source.tolist()!r}, expected {FINETUNED} or {COPIED}, of shape "
+            f"noise_aware_source: got {source.tolist()!r}, expected {FINETUNED} or {COPIED}, of shape "
             f"{(n_rewards, n_steps)} (reward, step). Say so for every reward and step."
         )
     names = {"rewards": (rewards, n_rewards), "steps": (steps, n_steps), "prompt_text": (prompt_text, n_prompts)}
@@ -389,7 +203,7 @@ def make_rewards(
         {
             "base": (DIMS, base),
             "noise_aware": (DIMS, noise_aware),
-            "noise_aware_source": (("reward", "step"), np.asarray(noise_aware_source).astype(object)),
+            "noise_aware_source": (("reward", "step"), source.astype(object)),
             "status": ("prompt", np.full(n_prompts, "scored", dtype=object)),
         },
         coords=coords,
@@ -398,21 +212,57 @@ def make_rewards(
     return check_rewards(dataset)
 
 
-def _float32(name: str, values: Any) -> np.ndarray:
-    """Return numbers as float32; what it cannot hold is refused, NaN (not scored yet) is not."""
-    remedy = "Give rewards as numbers; NaN stands for what is missing."
-    try:
-        given = np.asarray(values)
-    except (ValueError, TypeError) as error:
-        raise TensorError(f"{name}: got {values!r}, expected numbers in rows of equal length. {remedy}") from error
-    if given.dtype.kind not in "fiu":
-        raise TensorError(f"{name}: got {given.dtype} of shape {given.shape}, expected real numbers. {remedy}")
-    with np.errstate(over="ignore"):
-        narrow = given.astype(np.float32, copy=False)
-    if np.isinf(narrow).any():
-        worst = given[np.isinf(narrow)].flat[0]
-        raise TensorError(f"{name}: got {float(worst)!r}, expected finite numbers that float32 can hold. {remedy}")
-    return narrow
+def check_rewards(dataset: Any) -> xr.Dataset:
+    """Return `dataset` when it is a reward tensor, or raise a TensorError; values are not read."""
+    remedy = "Make tensors with make_rewards(), import_published() or `ttsnap score`."
+    if not hasattr(dataset, "data_vars"):
+        raise TensorError(f"reward tensor: got {type(dataset).__name__!r}, expected an xarray.Dataset. {remedy}")
+    for name, dims in _VARIABLES.items():
+        there = name in dataset.variables
+        if not there and dims is not DIMS:
+            continue
+        if not there or set(dataset[name].dims) != set(dims) or 0 in dataset[name].shape:
+            found = dict(dataset[name].sizes) if there else sorted(map(str, dataset.variables))
+            raise TensorError(f"variable {name!r}: got {found}, expected one with dims {dims}, nothing empty. {remedy}")
+        if dims is DIMS and dataset[name].dtype.kind != "f":
+            raise TensorError(f"variable {name!r}: got {dataset[name].dtype}, expected float32. {remedy}")
+    for dim in DIMS:
+        if dim not in dataset.coords:
+            raise TensorError(f"coordinate {dim!r}: got {sorted(map(str, dataset.coords))}, expected it too. {remedy}")
+    names = [str(name) for name in dataset["reward"].values]
+    if len(set(names)) != len(names):
+        raise TensorError(f"reward names: got {names!r}, expected each once. Rename one with assign_coords.")
+    for dim in ("prompt", "image"):
+        values = dataset[dim].values
+        if values.dtype.kind not in "iu" or len(np.unique(values)) != len(values) or values.min() < 0:
+            raise TensorError(f"{dim}: got {values!r}, expected distinct integers of at least 0. {remedy}")
+    steps = dataset["step"].values
+    if steps.dtype.kind not in "iu" or (np.diff(steps) <= 0).any() or steps[0] < 0:
+        raise TensorError(f"step: got {steps.tolist()!r}, expected increasing integers of at least 0. Sort by step.")
+    version = dataset.attrs.get("schema_version", SCHEMA_VERSION)
+    if not isinstance(version, int | np.integer) or version > SCHEMA_VERSION:
+        raise TensorError(
+            f"schema_version: got {version!r}, expected at most {SCHEMA_VERSION}. Update ttsnap to read this tensor."
+        )
+    return dataset
+
+
+def read_steps(variable: xr.DataArray, positions: Sequence[int]) -> np.ndarray:
+    """Return some steps of ``base`` or ``noise_aware`` as (prompt, image, step, reward), read once."""
+    block = variable.isel(step=list(positions)).transpose("prompt", "image", "step", "reward")
+    message = (
+        f"{variable.name} cannot be read: got a damaged chunk, expected a whole Zarr store. Score or import it again."
+    )
+    with failures_as(TensorError, message):
+        values = block.values
+    if np.isinf(values).any():
+        prompt, image, step, _ = np.argwhere(np.isinf(values))[0].tolist()
+        raise TensorError(
+            f"{variable.name} of prompt {int(block['prompt'][prompt])}, image {int(block['image'][image])}, step "
+            f"{int(block['step'][step])}: got an infinite number, expected finite ones. Score the image again, or "
+            "drop it with tensors.drop_missing()."
+        )
+    return values
 
 
 def noise_aware_steps(dataset: xr.Dataset) -> dict[str, list[int]]:
@@ -431,47 +281,34 @@ def noise_aware_steps(dataset: xr.Dataset) -> dict[str, list[int]]:
 
 
 def select_rewards(dataset: xr.Dataset, names: Sequence[str]) -> xr.Dataset:
-    """Return the tensor of the rewards in `names` alone, in that order; all of it when `names` is empty.
-
-    Raises
-    ------
-    ConfigError
-        A name that the tensor does not hold.
-    """
+    """Return the tensor of the rewards in `names` alone, in that order; all of it when `names` is empty."""
     known = [str(name) for name in dataset["reward"].values]
     return dataset.sel(reward=[choice("reward", name, known) for name in names]) if len(names) else dataset
 
 
-def stack_rewards(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
-    """Join tensors of the same prompts, images and steps along the reward axis.
+def repeated_images(dataset: xr.Dataset) -> np.ndarray:
+    """Return for each image the first image with the same rewards in every prompt, step and reward, int64 (image,)."""
+    base = dataset["base"].transpose("image", ...).values
+    flat = np.ascontiguousarray(base.reshape(base.shape[0], -1))
+    first: dict[bytes, int] = {}
+    return np.array([first.setdefault(row.tobytes(), k) for k, row in enumerate(flat)])
 
-    Returns
-    -------
-    xarray.Dataset
 
-    Raises
-    ------
-    TensorError
-        Different prompts, images or steps, or a reward that stands in two of them.
-    """
-    import xarray as xr
+def drop_repeats(dataset: xr.Dataset) -> xr.Dataset:
+    """Return the tensor with the first of each group of repeated images; ``image`` keeps the original indices."""
+    return dataset.isel(image=np.unique(repeated_images(dataset)))
 
-    if not datasets:
-        raise TensorError(f"datasets: got {[]!r}, expected one or more. Pass the tensors to stack.")
-    for dataset in datasets:
-        check_rewards(dataset)
-        for dim in DIMS[1:]:
-            if not np.array_equal(dataset[dim].values, datasets[0][dim].values):
-                raise TensorError(
-                    f"coordinate {dim!r} of {list(dataset['reward'].values)}: got {dataset.sizes[dim]!r}, expected the "
-                    f"same as of {list(datasets[0]['reward'].values)}: {datasets[0].sizes[dim]}. Select the common "
-                    "part of both with .sel() first."
-                )
-    joined = xr.concat(
-        datasets, dim="reward", data_vars="minimal", coords="minimal", compat="override", join="override",
-        combine_attrs="override",
-    )  # fmt: skip
-    return check_rewards(joined)
+
+def drop_missing(dataset: xr.Dataset) -> xr.Dataset:
+    """Return the tensor without the images that miss a finite value anywhere, and without prompts not scored at all."""
+    missing = cast("xr.DataArray", ~(np.isfinite(dataset["base"]) & np.isfinite(dataset["noise_aware"])))
+    scored = ~missing.all(["reward", "image", "step"])
+    dataset, missing = dataset.isel(prompt=scored.values), missing.isel(prompt=scored.values)
+    whole = ~missing.any(["reward", "prompt", "step"])
+    dataset = dataset.isel(image=whole.values)
+    if 0 in dataset["base"].shape:
+        raise TensorError("images without a missing value: got 0, expected one or more. Score the tensor again.")
+    return dataset
 
 
 def synthetic_rewards(
@@ -483,19 +320,15 @@ def synthetic_rewards(
 ) -> xr.Dataset:
     """Draw a reward tensor whose scores agree better and better with the final ones as the steps go on.
 
-    Final rewards are a prompt effect plus a seed effect; the score at a step mixes the seed effect with a disturbance
-    that drifts slowly over the steps. The mixing is set so that the expected Kendall tau rises as ``x ** 1.4`` over
-    the loop for the base reward and as ``x ** 0.7`` for the noise-aware one (tau of a normal pair with correlation r is
-    ``2 / pi * arcsin(r)``), roughly the shape of the published FLUX tensors.
-
-    Returns
-    -------
-    xarray.Dataset
-        A reward tensor with the attribute ``source = "synthetic"``.
+    Every number comes from a normal model, none from a diffusion model: it shows how the tools work, not what TTSnap
+    gives. Final rewards are a prompt effect plus a seed effect; the score at a step mixes the seed effect with a
+    disturbance that drifts slowly over the steps. The mixing is set so that the expected Kendall tau rises as
+    ``x ** 1.4`` over the loop for the base reward and as ``x ** 0.7`` for the noise-aware one (tau of a normal pair
+    with correlation r is ``2 / pi * arcsin(r)``), roughly the shape of the published FLUX tensors.
     """
-    sizes = [integer(name, value, 1) for name, value in
-             (("n_prompts", n_prompts), ("n_images", n_images), ("n_steps", n_steps))]  # fmt: skip
-    n_prompts, n_images, n_steps = sizes
+    n_prompts = integer("n_prompts", n_prompts, 1)
+    n_images = integer("n_images", n_images, 1)
+    n_steps = integer("n_steps", n_steps, 1)
     rng = np.random.default_rng(rng)
     x = np.linspace(0, 1, n_steps) if n_steps > 1 else np.ones(1)
     correlations = [np.sin(np.pi / 2 * np.clip(x**power, 0.02, 1)) for power in (1.4, 0.7)]
@@ -514,3 +347,35 @@ def synthetic_rewards(
     ]
     variants[1][..., -1] = variants[0][..., -1]
     return make_rewards(*variants, rewards=rewards, attributes={"model": "synthetic stand-in", "source": "synthetic"})
+
+
+def numbers_array(name: str, value: Any, error: type[TTSnapError]) -> np.ndarray:
+    """Return `value` as an array of real numbers."""
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError) as failure:
+        raise error(f"{name}: got {value!r}, expected numbers in rows of equal length. Fill the rows up.") from failure
+    if array.dtype.kind not in "fiu":
+        raise error(
+            f"{name}: got shape {array.shape} of {array.dtype}, expected numbers, integers where indices are meant. "
+            "Convert it with .astype(float) or .astype(int) where that is meant."
+        )
+    return array
+
+
+def _float32(name: str, values: Any) -> np.ndarray:
+    """Return numbers as float32; what it cannot hold is refused, NaN (not scored yet) is not."""
+    given = numbers_array(name, values, TensorError)
+    with np.errstate(over="ignore"):
+        narrow = given.astype(np.float32, copy=False)
+    if np.isinf(narrow).any():
+        worst = float(given[np.isinf(narrow)].flat[0])
+        raise TensorError(
+            f"{name}: got {worst!r}, expected finite numbers that float32 can hold. NaN stands for what is missing."
+        )
+    return narrow
+
+
+def _quiet_zarr() -> warnings.catch_warnings:
+    """Return a context without zarr's warning that fixed-width text has no stable type in format 3."""
+    return warnings.catch_warnings(action="ignore", category=FutureWarning)
