@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,30 @@ import torch
 import transformers
 import xarray as xr
 from PIL import Image
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from ttsnap_lib import CostModel, Schedule, prune, search
 from ttsnap_lib.diffusion.denoise import Candidates, Denoiser, Settings, image_generator
 from ttsnap_lib.finetuning.config import CurriculumConfig
 from ttsnap_lib.finetuning.data import ImageBank
 from ttsnap_lib.live.record import SearchRecord, SearchResult
-from ttsnap_lib.pocket.training.tokens import as_clip, as_t5
+from ttsnap_lib.pocket.training.clip import clip_processor
+from ttsnap_lib.pocket.training.models import (
+    TEXT_WIDTH,
+    make_clip,
+    make_clip_text,
+    make_t5,
+    make_transformer,
+    make_unet,
+    make_vae,
+)
+from ttsnap_lib.pocket.training.tokens import T5_TOKENS, clip_tokenizer, t5_tokenizer
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.trajectories.layout import extend
 from ttsnap_lib.trajectories.write import ImageWriter
 
 SIZE = 32  # pixels; the VAE is 4x down
-TOKENS = 16
-WIDTH = 32
+TOKENS = T5_TOKENS
+LATENTS = 4
 N_STEPS = 5  # of a live search
 STEPS = 6  # of a run in parts
 RELATIVE = 1e-5  # of the largest latent, in fp32, where the batch shape differs
@@ -45,12 +53,6 @@ PROMPTS = [
 ]
 CAPTIONS = ["a red ring", "blue square left", "green dot"]
 PROMPT = "a red circle above the cat"
-
-_SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
-_VOCABULARY = {
-    token: k
-    for k, token in enumerate([*_SPECIAL, *string.ascii_lowercase, *(f"{c}</w>" for c in string.ascii_lowercase)])
-}
 
 
 def make_images(n: int, width: int = 40, height: int = 30, seed: int = 0) -> list[Image.Image]:
@@ -71,216 +73,113 @@ def as_tensor(images: list[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.array(image) for image in images])).permute(0, 3, 1, 2).float() / 255
 
 
-def _letters(template: str) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(_VOCABULARY, [], unk_token="<unk>", end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit()])
-    special = [(token, _VOCABULARY[token]) for token in ("<s>", "</s>")]
-    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
-    return tokenizer
+def _like(model: Any, seed: int, **changes: Any) -> Any:
+    """Return a model of the pocket world's class and sizes with some settings changed and random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(model, transformers.PreTrainedModel):
+            return type(model)(type(model.config).from_dict({**model.config.to_dict(), **changes})).eval()
+        return type(model).from_config({**model.config, **changes}).eval()
 
 
-def clip_tokenizer() -> transformers.CLIPTokenizerFast:
-    return as_clip(_letters("<s> $A </s>"), TOKENS)
-
-
-def t5_tokenizer() -> transformers.T5TokenizerFast:
-    return as_t5(_letters("$A </s>"), TOKENS)
-
-
-def _clip_text(projection: bool) -> transformers.CLIPTextModel | transformers.CLIPTextModelWithProjection:
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(_VOCABULARY),
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=TOKENS,
-        projection_dim=WIDTH,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-    )
-    return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config).eval()
-
-
-def _t5(width: int = WIDTH) -> transformers.T5EncoderModel:
-    return transformers.T5EncoderModel(
-        transformers.T5Config(
-            vocab_size=len(_VOCABULARY),
-            d_model=width,
-            d_kv=8,
-            d_ff=WIDTH,
-            num_layers=1,
-            num_heads=2,
-            dropout_rate=0.0,
-            pad_token_id=0,
-            eos_token_id=3,
-            decoder_start_token_id=0,
-        )
-    ).eval()
-
-
-def _vae(**options: object) -> diffusers.AutoencoderKL:
-    settings = {"scaling_factor": 0.5, "shift_factor": None, "force_upcast": False} | options
-    return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=SIZE,
-        **settings,
-    ).eval()
+def _vae(seed: int, **changes: Any) -> diffusers.AutoencoderKL:
+    return _like(make_vae(), seed, block_out_channels=(8, 8, 8), latent_channels=LATENTS, scaling_factor=0.5, **changes)
 
 
 def tiny_decoder(seed: int = 5) -> diffusers.AutoencoderTiny:
     """Return an AutoencoderTiny over the latents of all pipelines here."""
-    return _seeded(
-        seed,
-        lambda: diffusers.AutoencoderTiny(
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return diffusers.AutoencoderTiny(
             encoder_block_out_channels=(8, 8, 8),
             decoder_block_out_channels=(8, 8, 8),
             num_encoder_blocks=(1, 1, 1),
             num_decoder_blocks=(1, 1, 1),
-            latent_channels=4,
-        ).eval(),
+            latent_channels=LATENTS,
+        ).eval()
+
+
+def _euler() -> diffusers.EulerDiscreteScheduler:
+    return diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
     )
 
 
-def _unet(cross: int, **options: object) -> diffusers.UNet2DConditionModel:
-    return diffusers.UNet2DConditionModel(
-        sample_size=SIZE // 4,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        attention_head_dim=2,
-        cross_attention_dim=cross,
-        norm_num_groups=4,
-        **options,
-    ).eval()
-
-
-def _euler(**options: object) -> diffusers.EulerDiscreteScheduler:
-    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    return diffusers.EulerDiscreteScheduler(**settings, timestep_spacing="leading", **options)
-
-
-def _seeded(seed: int, make: Callable):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
-
-
-def flux(seed: int = 0, *, guidance_embeds: bool = True, **scheduler: object) -> diffusers.FluxPipeline:
+def flux(seed: int = 0, *, guidance_embeds: bool = True, **scheduler: Any) -> diffusers.FluxPipeline:
     """Return a FluxPipeline; keywords go to its flow-matching scheduler (dynamic shifting as in FLUX.1-dev)."""
-
-    def make() -> diffusers.FluxPipeline:
-        options = {"shift": 3.0, "use_dynamic_shifting": True} | scheduler
-        return diffusers.FluxPipeline(
-            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**options),
-            vae=_vae(shift_factor=0.1),
-            text_encoder=_clip_text(False),
-            tokenizer=clip_tokenizer(),
-            text_encoder_2=_t5(),
-            tokenizer_2=t5_tokenizer(),
-            transformer=diffusers.FluxTransformer2DModel(
-                patch_size=1,
-                in_channels=16,
-                num_layers=1,
-                num_single_layers=1,
-                attention_head_dim=16,
-                num_attention_heads=2,
-                joint_attention_dim=WIDTH,
-                pooled_projection_dim=WIDTH,
-                guidance_embeds=guidance_embeds,
-                axes_dims_rope=(4, 4, 8),
-            ).eval(),
-        )
-
-    return _quiet(_seeded(seed, make))
+    options = {"shift": 3.0, "use_dynamic_shifting": True} | scheduler
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**options),
+        vae=_vae(seed, shift_factor=0.1),
+        text_encoder=make_clip_text(seed).eval(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=make_t5(seed).eval(),
+        tokenizer_2=t5_tokenizer(),
+        transformer=_like(
+            make_transformer(), seed, in_channels=4 * LATENTS, num_layers=1, num_single_layers=1,
+            num_attention_heads=2, guidance_embeds=guidance_embeds
+        ),
+    )  # fmt: skip
 
 
-def sdxl(seed: int = 0, **unet: object) -> diffusers.StableDiffusionXLPipeline:
-    """Return a StableDiffusionXLPipeline with an Euler scheduler; keywords go to its UNet."""
-
-    def make() -> diffusers.StableDiffusionXLPipeline:
-        return diffusers.StableDiffusionXLPipeline(
-            vae=_vae(),
-            text_encoder=_clip_text(False),
-            text_encoder_2=_clip_text(True),
-            tokenizer=clip_tokenizer(),
-            tokenizer_2=clip_tokenizer(),
-            unet=_unet(
-                2 * WIDTH,
-                addition_embed_type="text_time",
-                addition_time_embed_dim=8,
-                projection_class_embeddings_input_dim=WIDTH + 6 * 8,
-                use_linear_projection=True,
-                **unet,
-            ),
-            scheduler=_euler(),
-        )
-
-    return _quiet(_seeded(seed, make))
+def sdxl(seed: int = 0) -> diffusers.StableDiffusionXLPipeline:
+    """Return a StableDiffusionXLPipeline with an Euler scheduler."""
+    return diffusers.StableDiffusionXLPipeline(
+        vae=_vae(seed, shift_factor=None),
+        text_encoder=make_clip_text(seed).eval(),
+        text_encoder_2=make_clip_text(seed + 1, projection=True).eval(),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=_like(make_unet(), seed, block_out_channels=(16, 32), in_channels=LATENTS, out_channels=LATENTS),
+        scheduler=_euler(),
+    )
 
 
 def sd(seed: int = 0) -> diffusers.StableDiffusionPipeline:
     """Return a StableDiffusionPipeline (1.x and 2.x) with an Euler scheduler."""
-
-    def make() -> diffusers.StableDiffusionPipeline:
-        return diffusers.StableDiffusionPipeline(
-            vae=_vae(),
-            text_encoder=_clip_text(False),
-            tokenizer=clip_tokenizer(),
-            unet=_unet(WIDTH),
-            scheduler=_euler(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-
-    return _quiet(_seeded(seed, make))
+    return diffusers.StableDiffusionPipeline(
+        vae=_vae(seed, shift_factor=None),
+        text_encoder=make_clip_text(seed).eval(),
+        tokenizer=clip_tokenizer(),
+        unet=_like(
+            make_unet(), seed, block_out_channels=(16, 32), in_channels=LATENTS, out_channels=LATENTS,
+            cross_attention_dim=TEXT_WIDTH, addition_embed_type=None, projection_class_embeddings_input_dim=None
+        ),
+        scheduler=_euler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
 
 
 def sd3(seed: int = 0) -> diffusers.StableDiffusion3Pipeline:
     """Return a StableDiffusion3Pipeline with a flow-matching scheduler of fixed shift."""
-
-    def make() -> diffusers.StableDiffusion3Pipeline:
-        return diffusers.StableDiffusion3Pipeline(
-            transformer=diffusers.SD3Transformer2DModel(
-                sample_size=SIZE // 4,
-                patch_size=2,
-                in_channels=4,
-                num_layers=2,
-                attention_head_dim=16,
-                num_attention_heads=2,
-                joint_attention_dim=2 * WIDTH,
-                caption_projection_dim=WIDTH,
-                pooled_projection_dim=2 * WIDTH,
-                out_channels=4,
-                pos_embed_max_size=16,
-            ).eval(),
-            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=_vae(shift_factor=0.1),
-            text_encoder=_clip_text(True),
-            tokenizer=clip_tokenizer(),
-            text_encoder_2=_clip_text(True),
-            tokenizer_2=clip_tokenizer(),
-            text_encoder_3=_t5(2 * WIDTH),
-            tokenizer_3=t5_tokenizer(),
-        )
-
-    return _quiet(_seeded(seed, make))
-
-
-def _quiet(pipeline: diffusers.DiffusionPipeline) -> diffusers.DiffusionPipeline:
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = diffusers.SD3Transformer2DModel(
+            sample_size=SIZE // 4,
+            patch_size=2,
+            in_channels=LATENTS,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=2 * TEXT_WIDTH,
+            caption_projection_dim=32,
+            pooled_projection_dim=2 * TEXT_WIDTH,
+            out_channels=LATENTS,
+            pos_embed_max_size=16,
+        ).eval()
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(seed, shift_factor=0.1),
+        text_encoder=make_clip_text(seed, projection=True).eval(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=make_clip_text(seed + 1, projection=True).eval(),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=_like(make_t5(), seed, d_model=2 * TEXT_WIDTH),
+        tokenizer_3=t5_tokenizer(),
+    )
 
 
 PIPELINES: dict[str, Callable[..., diffusers.DiffusionPipeline]] = {"flux": flux, "sdxl": sdxl, "sd": sd, "sd3": sd3}
@@ -288,7 +187,9 @@ PIPELINES: dict[str, Callable[..., diffusers.DiffusionPipeline]] = {"flux": flux
 
 def build(name: str, **options: object) -> diffusers.DiffusionPipeline:
     """Return the tiny pipeline `name` of :data:`PIPELINES`."""
-    return PIPELINES[name](**options)
+    pipeline = PIPELINES[name](**options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def save(name: str, folder: Path, **options: object) -> Path:
@@ -328,66 +229,15 @@ def same_to(got: torch.Tensor, expected: torch.Tensor, relative: float) -> None:
     assert (got - expected).abs().max() <= relative * expected.abs().max()
 
 
-def save_clip(folder: Path, image_size: int = 32, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Save a tiny CLIPModel with a real byte-pair tokenizer and image processor."""
-    folder.mkdir(parents=True, exist_ok=True)
-    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1}
-    merges = []
-    for word in WORDS:  # every word one token, built letter by letter
-        parts = [*word[:-1], word[-1] + "</w>"]
-        for part in parts:
-            vocab.setdefault(part, len(vocab))
-        while len(parts) > 1:
-            pair = (parts[0], parts[1])
-            if pair not in merges:
-                merges.append(pair)
-            parts = [parts[0] + parts[1], *parts[2:]]
-            vocab.setdefault(parts[0], len(vocab))
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
-    tokenizer = transformers.CLIPTokenizerFast(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16, unk_token="<|endoftext|>"
-    )
-    processor = transformers.CLIPProcessor(
-        transformers.CLIPImageProcessor(
-            size={"shortest_edge": image_size},
-            crop_size={"height": image_size, "width": image_size},
-            do_convert_rgb=True,
-        ),
-        tokenizer,
-    )
-    config = transformers.CLIPConfig(
-        text_config={
-            "vocab_size": len(vocab),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 16,
-            "projection_dim": 24,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "pad_token_id": 1,
-        },
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": image_size,
-            "patch_size": 8,
-            "projection_dim": 24,
-        },
-        projection_dim=24,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = transformers.CLIPModel(config)
-        for parameter in model.parameters():  # the tiny default init gives nearly constant scores
-            if parameter.ndim > 1:
-                parameter.data.mul_(4)
+def save_clip(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """Save a CLIP reward with random weights as an ordinary folder and return it."""
+    vision = {**make_clip().config.vision_config.to_dict(), "hidden_size": 64, "num_hidden_layers": 2}
+    model = _like(make_clip(), seed, vision_config=vision)
+    for parameter in model.parameters():  # the small default start gives nearly constant scores
+        if parameter.ndim > 1:
+            parameter.data.mul_(4)
     model.to(dtype).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    clip_processor().save_pretrained(folder)
     return folder
 
 
@@ -441,19 +291,22 @@ def prompts_of(n: int) -> list[str]:
     return [f"{PROMPTS[k % len(PROMPTS)]} and the cat" + " red" * (k // len(PROMPTS)) for k in range(n)]
 
 
+def picture(prompt: int, image: int, step: int) -> np.ndarray:
+    """Return the picture that :func:`fill` writes."""
+    return np.array(make_images(FOLDER_STEPS, PICTURE[1], PICTURE[0], seed=prompt * 100 + image)[step])
+
+
 def fill(folder: Path, n_prompts: int = 3, n_images: int = 3, identity: dict = IDENTITY, done=()) -> Path:
     """Write a trajectory folder of random smooth pictures."""
     extend(folder, identity, prompts_of(n_prompts), n_images)
-    with ImageWriter(folder, "png", "test", workers=2) as writer:
+    with ImageWriter(folder, identity["image_format"], "test", workers=2) as writer:
         for prompt in range(n_prompts):
             for image in range(n_images):
                 if (prompt, image) in done:
                     continue
                 writer.start(prompt, image, range(FOLDER_STEPS))
-                for step, picture in enumerate(
-                    make_images(FOLDER_STEPS, PICTURE[1], PICTURE[0], seed=prompt * 100 + image)
-                ):
-                    writer.put(prompt, image, step, lambda picture=picture: np.array(picture))
+                for step in range(FOLDER_STEPS):
+                    writer.put(prompt, image, step, lambda key=(prompt, image, step): picture(*key))
     return folder
 
 

@@ -157,6 +157,15 @@ def as_device(name: Any) -> torch.device:
     return place
 
 
+def as_dtype(name: Any) -> torch.dtype:
+    """Return the torch type `name`: ``"bf16"``, ``"bfloat16"`` and their like, or one of these types itself."""
+    import torch
+
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    kinds |= {str(kind).removeprefix("torch."): kind for kind in kinds.values()}
+    return name if name in kinds.values() else kinds[choice("dtype", name, kinds)]
+
+
 def default_device() -> torch.device:
     """Return the accelerator when there is one (this process's own under a launcher), else the CPU."""
     import torch
@@ -175,3 +184,8 @@ def memory_errors(n: int, *, doing: str = "", remedy: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise DeviceError(f"out of memory with {n} images at once{doing}. {remedy}") from error
+
+
+def as_bytes(images: torch.Tensor) -> torch.Tensor:
+    """Return images (..., 3, height, width) in [0, 1] as uint8 (..., height, width, 3), rounded as a PNG is."""
+    return (images.float().clamp(0, 1) * 255).round().byte().movedim(-3, -1)

@@ -1,10 +1,8 @@
-"""Trajectory folders: their manifests, their pictures, and links among them."""
+"""Trajectory folders: their manifests and their pictures."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -14,7 +12,7 @@ from PIL import Image
 
 from tests.bad_input.drill import Cases
 from ttsnap_lib.trajectories.layout import MANIFEST, Manifest, read_image
-from ttsnap_lib.trajectories.read import Trajectories, read_batches, verify
+from ttsnap_lib.trajectories.read import Trajectories, verify
 
 CASES = Cases()
 
@@ -40,7 +38,7 @@ for what, changes, names in [
     ("another schema", {"schema": 2}, "schema"),
     ("no schema", {"schema": "gone"}, "schema"),
     ("no identity", {"identity": "gone"}, "identity"),
-    ("identity a list", {"identity": list(IDENTITY)}, "identity"),
+    ("identity a list", {"identity": list(IDENTITY)}, "not as it was written"),
     ("prompts one text", {"prompts": "a cat"}, "prompts"),
     ("prompts of numbers", {"prompts": [5]}, "prompt 0"),
     ("prompts blank", {"prompts": [" "]}, "prompt 0"),
@@ -59,9 +57,9 @@ for what, changes, names in [
     ("format not in use", {"image_format": "bmp"}, "image_format"),
     ("format a list", {"image_format": ["png"]}, "image_format"),
     ("seed as text", {"seed": "0"}, "seed"),
-    ("batch a number", {"batch": 8}, "batch"),
+    ("batch a number", {"batch": 8}, "not as it was written"),
     ("batch of none", {"batch": {"size": 0}}, "batch"),
-    ("provenance of texts", {"provenance": ["me"]}, "provenance"),
+    ("provenance of texts", {"provenance": ["me"]}, "not as it was written"),
 ]:
     CASES.add("manifest", what, lambda folder, changes=changes: manifest(folder, **changes), names)
 
@@ -95,11 +93,11 @@ SVG = '<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/
 PICTURES = [
     ("no bytes", b"", "no PNG"),
     ("text", "hello", "no PNG"),
-    ("a bomb of 60000 x 60000", png(60_000, 60_000, zlib.compress(bytes(10_000_000))), "size|large|damaged"),
+    ("a bomb of 60000 x 60000", png(60_000, 60_000, zlib.compress(bytes(10_000_000))), "damaged"),
     ("a bomb in a text chunk", png(6, 4, extra=chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50_000_000)))), "damaged"),
     ("half of it", png(6, 4)[:40], "damaged|no PNG"),
     ("no picture data", png(6, 4, b""), "damaged"),
-    ("another size", png(6, 5), "another size"),
+    ("another size", png(6, 5), r"\(5, 6\)"),
     ("size zero", png(0, 0, b""), "no PNG"),
     ("gray", saved(Image.new("L", (6, 4)), format="PNG"), "RGB"),
     ("a palette", saved(Image.new("P", (6, 4)), format="PNG"), "RGB"),
@@ -130,67 +128,10 @@ def trajectories(folder: Path) -> Path:
     return folder
 
 
-def linked(folder: Path, part: str, target: str) -> Path:
-    """Return a trajectory folder in which `part` is a symbolic link."""
-    place = trajectories(folder) / part
-    if place.is_dir():
-        place.rename(folder.parent / "outside" / "moved")
-        shutil.move(folder.parent / "outside" / "moved", folder / "elsewhere")
-        target = str(folder / "elsewhere")
-    else:
-        place.unlink()
-    place.symlink_to(target)
-    return folder
-
-
-LINKS = {
-    "a prompt's folder": "p0000",
-    "an image's folder": "p0000/id001",
-    "a picture": "p0000/id001/s01.png",
-}
-for what, part in LINKS.items():
-    CASES.add(
-        "trajectory folder",
-        f"{what} is a link, read in batches",
-        lambda folder, part=part: list(read_batches(linked(folder, part, "../../../outside/secret.txt"))),
-        "missing|incomplete",
-    )
-    CASES.add(
-        "trajectory folder",
-        f"{what} is a link, read alone",
-        lambda folder, part=part: Trajectories(linked(folder, part, "../../../outside/secret.txt")).read(0, 1, 1),
-        "link",
-    )
-
-
-def link_is_foreign(folder: Path, part: str) -> bool:
-    report = verify(linked(folder, part, "../../../outside/secret.txt"))
-    return not report.ok and bool(report.repairs()) and report.count("foreign") >= 1
-
-
-for what, part in LINKS.items():
-    CASES.add(
-        "trajectory folder",
-        f"{what} is a link, verified",
-        lambda folder, part=part: link_is_foreign(folder, part),
-        skip="`ttsnap verify` lists the link as foreign and the pictures as missing",
-    )
-
-
-def pipe_for_a_picture(folder: Path) -> Path:
-    place = trajectories(folder) / "p0000" / "id000" / "s00.png"
-    place.unlink()
-    os.mkfifo(place)
-    return folder
-
-
-CASES.add(
-    "trajectory folder", "a picture is a pipe", lambda f: Trajectories(pipe_for_a_picture(f)).read(0, 0, 0), "file"
-)
 CASES.add("trajectory folder", "no folder", lambda folder: Trajectories(folder / "none"), "no trajectory folder")
-CASES.add("trajectory folder", "a step out of range", lambda f: list(read_batches(trajectories(f), steps=[2])), "steps")
+CASES.add("trajectory folder", "a step out of range", lambda f: Trajectories(trajectories(f)).batches([2]), "steps")
 CASES.add(
-    "trajectory folder", "a prompt out of range", lambda f: list(read_batches(trajectories(f), prompts=[1])), "prom"
+    "trajectory folder", "a prompt out of range", lambda f: Trajectories(trajectories(f)).batches(prompts=[1]), "prom"
 )
 
 

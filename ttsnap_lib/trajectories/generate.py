@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ttsnap_lib.checks import MAX_IMAGES, choice, integer
+from ttsnap_lib.checks import MAX_IMAGES, as_bytes, choice, integer
 from ttsnap_lib.diffusion.denoise import Conditioning, Denoiser, Settings, image_generator
 from ttsnap_lib.diffusion.negtome import NegToMe
 from ttsnap_lib.diffusion.pipelines import load_pipeline, pipeline_source
 from ttsnap_lib.errors import ConfigError, DiskError, TrajectoryError
 from ttsnap_lib.files import parse_shard, require_space, shard_lock
-from ttsnap_lib.provenance import git_state, now, versions
+from ttsnap_lib.provenance import Clock, git_state, now, versions
 from ttsnap_lib.trajectories.layout import (
     IMAGE_FORMATS,
     MANIFEST,
@@ -43,402 +43,15 @@ from ttsnap_lib.trajectories.prompts import read_prompts
 from ttsnap_lib.trajectories.read import VerifyReport, verify
 from ttsnap_lib.trajectories.write import ImageWriter, remove_leftovers
 
-SEED_RULE = "SeedSequence([seed, prompt, image]).generate_state(1, uint64) & (2**63 - 1), torch CPU generator, fp32"
-
-
-_SAMPLES = 16
-
-
-def identity_of(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
-    """Return everything that decides the bytes of the images, as plain JSON values."""
-    pipeline, scheduler = denoiser.pipeline, denoiser.pipeline.scheduler
-    config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
-    return {
-        **pipeline_source(pipeline),
-        "weights": weights_digest(pipeline),
-        "pipeline": type(pipeline).__name__,
-        "scheduler": {"class": type(scheduler).__name__, "config": _plain(config)},
-        "sigmas": [float(f"{sigma:.7g}") for sigma in denoiser.sigmas],
-        "dtype": str(denoiser.dtype).removeprefix("torch."),
-        "seed_rule": SEED_RULE,
-        **denoiser.settings.to_dict(),
-        **more,
-    }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def weights_digest(pipeline: Any) -> str | None:
-    """Return a short digest of the pipeline's weights; None when some are not in memory (sequential offload).
-
-    It takes 16 values spread over each tensor: enough to tell another model, other training or a LoRA, at no cost
-    for billions of weights.
-    """
-    return _digest({name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)})
-
-
-def decoder_digest(decoder: Any) -> str | None:
-    """Return class and weights of a decoder that stands in for the pipeline's; None without one."""
-    return None if decoder is None else f"{type(decoder).__name__} {_digest({'decoder': decoder})}"
-
-
-@torch.no_grad()
-def _digest(modules: dict[str, torch.nn.Module]) -> str | None:
-    digest = hashlib.sha256()
-    samples = []
-    for name, module in sorted(modules.items()):
-        for key, weight in sorted(module.state_dict().items()):
-            if weight.device.type == "meta":
-                return None
-            digest.update(f"{name}.{key} {tuple(weight.shape)};".encode())
-            flat = weight.reshape(-1)
-            samples.append(flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].float().cpu())
-    if samples:
-        digest.update(torch.cat(samples).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def writer_of(denoiser: Denoiser, prompts_source: str | None) -> dict[str, Any]:
-    """Return who writes: versions, commit, host, device, time."""
-    device = denoiser.device
-    return {
-        "versions": {
-            name: version
-            for name, version in versions().items()
-            if name in ("python", "ttsnap", "torch", "diffusers", "transformers", "numpy")
-        },
-        "git": git_state(),
-        "host": platform.node(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
-        "prompts_source": prompts_source,
-        "time": now(),
-    }
-
-
-Wanted = dict[tuple[int, int], list[int]]
-"""(prompt, image) to the steps to make."""
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A fixed composition of batches: which rows a batch has depends on nothing but these two numbers.
-
-    A batch takes `images` consecutive images of each of ``size // images`` consecutive prompts. Results of a model
-    may differ in the last bit with the shape of a batch and with the place in it: here an image keeps both, whatever
-    is missing. Rows past the last prompt or image are filled up and thrown away.
-
-    Parameters
-    ----------
-    size : int
-        Rows of every batch.
-    images : int
-        Images per prompt in a batch; divides `size`.
-    """
-
-    size: int
-    images: int
-
-    @property
-    def prompts(self) -> int:
-        """Prompts in a batch."""
-        return self.size // self.images
-
-    def starts(self, n_prompts: int, n_images: int) -> Iterator[tuple[int, int]]:
-        """Yield the first prompt and the first image of each batch."""
-        for prompt in range(0, n_prompts, self.prompts):
-            for image in range(0, n_images, self.images):
-                yield prompt, image
-
-    def rows(self, start: tuple[int, int]) -> list[tuple[int, int]]:
-        """Return the (prompt, image) of every row of a batch; some may lie past the last prompt or image."""
-        prompt, image = start
-        return [(prompt + p, image + i) for p in range(self.prompts) for i in range(self.images)]
-
-
-def blocks_for(size: int | None, made_with: Mapping[str, int], n_prompts: int, n_images: int, group: int = 1) -> Blocks:
-    """Return the composition of batches of `size`: the one a folder was made with, else the least wasteful.
-
-    Parameters
-    ----------
-    size : int, optional
-        Rows per batch; as the folder was made when not given.
-    made_with : mapping
-        ``size``, and ``images`` when there is a folder.
-    group : int
-        So many images of a prompt must stay together.
-
-    Raises
-    ------
-    ConfigError
-        A size that the group does not divide.
-    """
-    size = made_with["size"] if size is None else integer("batch_size", size, 1, 65_536)
-    if size % group:
-        raise ConfigError(
-            f"batch_size: got {size!r}, expected a multiple of {group}, the size of a NegToMe group. Change the batch "
-            "size or the group."
-        )
-    if size == made_with["size"] and "images" in made_with:
-        return Blocks(size, made_with["images"])
-    options = [Blocks(size, images) for images in range(group, size + 1, group) if size % images == 0]
-    # Of equals the one with the most images per prompt: fewer prompts to encode.
-    return min(options, key=lambda blocks: (len(list(blocks.starts(n_prompts, n_images))), -blocks.images))
-
-
-def checked_folder(folder: str | Path) -> Path:
-    """Return `folder` as a path that is a folder or can become one."""
-    folder = Path(folder)
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise DiskError(
-            f"{there} is not a folder: got {folder}, expected a folder, or a place for one. Choose another output "
-            "folder."
-        )
-    return folder
-
-
-def require_disk(folder: Path, wanted: Mapping[tuple[int, int], Collection[int]], image_format: str, raw: int) -> None:
-    """Refuse to start when the files of `wanted` cannot fit on the disk.
-
-    A file is taken to need what the folder's files need on average, else what a photograph needs
-    (:data:`ttsnap_lib._images.RAW_SHARE` of its `raw` bytes), in whole blocks of the disk.
-    """
-    files = sum(len(steps) for steps in wanted.values())
-    if not files:
-        return
-    sizes = [path.stat().st_size for path in itertools.islice(folder.glob(f"p*/id*/s*.{image_format}"), 100)]
-    one = sum(sizes) / len(sizes) if sizes else RAW_SHARE[image_format] * raw
-    disk = os.statvfs(folder)
-    block = disk.f_frsize or 4096
-    require_space(folder, files * math.ceil(one / block) * block, f"{files} images of about {one / 1e3:.1f} kB")
-    if disk.f_files and files + len(wanted) > disk.f_favail:  # many small files can use up the file table first
-        raise DiskError(
-            f"not enough room for more files in {folder}: got {files + len(wanted)} files and folders, expected at "
-            f"most the {disk.f_favail} that the disk can still name. Choose another disk, or ask for less."
-        )
-
-
-def wanted_rows(
-    blocks: Blocks,
-    batches: Sequence[tuple[int, int]],
-    n_prompts: int,
-    n_images: int,
-    n_steps: int,
-    only: Collection[tuple[int, int]] | Mapping[tuple[int, int], Collection[int]] | None,
-) -> Wanted:
-    """Return the (prompt, image) that `batches` make, with the steps to keep."""
-    rows = [row for start in batches for row in blocks.rows(start) if row[0] < n_prompts and row[1] < n_images]
-    every = list(range(n_steps))  # one list for all rows: ten million images are no rarity
-    if only is None:
-        return dict.fromkeys(rows, every)
-    for prompt, image in only:
-        integer("only: prompt", prompt, 0, n_prompts - 1)
-        integer("only: image", image, 0, n_images - 1)
-    if isinstance(only, Mapping):
-        return {row: list(only[row]) for row in rows if row in only}
-    chosen = set(only)  # a list here would make the plan quadratic
-    return {row: every for row in rows if row in chosen}
-
-
-def missing_rows(folder: Path, wanted: Wanted, n_steps: int, image_format: str) -> Wanted:
-    """Return what of `wanted` is not there yet; remove what a killed process left of it.
-
-    Raises
-    ------
-    TrajectoryError
-        When a file among the images does not belong there: nothing is written beside it.
-    """
-    missing: Wanted = {}
-    prompts: dict[int, list[int]] = {}
-    for prompt, image in wanted:
-        prompts.setdefault(prompt, []).append(image)
-    for prompt, images in prompts.items():
-        state = scan_prompt(folder / prompt_name(prompt), n_steps, image_format)
-        if state.foreign:
-            raise TrajectoryError(
-                f"{state.foreign[0]} does not belong in a trajectory folder: got {len(state.foreign)} foreign files in "
-                f"{prompt_name(prompt)}, expected nothing but images. Move it away; `ttsnap verify` lists all of them."
-            )
-        remove_leftovers(path for path, image in state.parts.items() if image in images)
-        for image in images:
-            if image not in state.whole:
-                missing[prompt, image] = state.incomplete.get(image, wanted[prompt, image])
-    return missing
-
-
 OnBatch = Callable[[int, list[int], int, torch.Tensor], None]
 """``on_batch(prompt_index, image_indices, step, images)``: float32 (n, 3, height, width) in [0, 1] on the device."""
-
-
-_SMALL_MODEL = 50_000_000
-
-
-class Clock:
-    """Adds up where the time goes; a part inside another counts for itself alone."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._inside: list[float] = []
-
-    @contextlib.contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        self._inside.append(0.0)
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            self.seconds[part] = self.seconds.get(part, 0.0) + spent - self._inside.pop()
-            if self._inside:
-                self._inside[-1] += spent
-
-
-class BatchMaker:
-    """Runs batches of fixed shape through a denoiser.
-
-    Parameters
-    ----------
-    denoiser : Denoiser
-    prompts : sequence of str
-    blocks : Blocks
-        Composition of the batches.
-    seed : int
-        Base seed.
-    decoder : optional
-        Decodes the estimates; the final image is the pipeline's own.
-    clock : Clock
-        Takes the times of encode, denoise and decode.
-    """
-
-    def __init__(
-        self, denoiser: Denoiser, prompts: Sequence[str], blocks: Blocks, seed: int, decoder: Any, clock: Clock
-    ) -> None:
-        self._denoiser, self._prompts, self._blocks = denoiser, prompts, blocks
-        self._seed, self._decoder, self._clock = seed, decoder, clock
-        self._encoded: tuple[int, Conditioning] | None = None
-        # With offload, a decoder called between two steps would push the denoising model out and in again each time.
-        self._decode_late = bool(getattr(denoiser.pipeline, "_all_hooks", None))
-
-    def make(
-        self, start: tuple[int, int], steps: Collection[int], on_images: Callable[[int, torch.Tensor], None]
-    ) -> None:
-        """Make the batch that begins at `start`; ``on_images(step, images)`` gets all its rows at each of `steps`."""
-        denoiser, clock = self._denoiser, self._clock
-        last = denoiser.settings.n_steps - 1
-        rows = self._blocks.rows(start)
-        with clock("encode"):
-            conditioning = self._conditioning(start[0])
-            candidates = denoiser.noise([image_generator(self._seed, *row) for row in rows])
-        kept: list[tuple[int, torch.Tensor]] = []
-
-        def decode(step: int, x0: torch.Tensor) -> None:
-            with clock("decode"):
-                images = denoiser.decode(x0, self._decoder)
-            on_images(step, images)
-
-        early = sorted(set(steps) - {last})
-        on_x0 = (lambda step, x0: kept.append((step, x0))) if self._decode_late else decode
-        with clock("denoise"):
-            done = denoiser.run(candidates, conditioning, last, early, on_x0 if early else None)
-        for step, x0 in kept:
-            decode(step, x0)
-        if last in steps:
-            with clock("decode"):
-                images = denoiser.final(done)
-            on_images(last, images)
-
-    def _conditioning(self, first_prompt: int) -> Conditioning:
-        """Return one row per image; the prompts of a batch are encoded together, always as many."""
-        if self._encoded is None or self._encoded[0] != first_prompt:
-            n, count = self._blocks.prompts, len(self._prompts)
-            texts = [self._prompts[min(first_prompt + k, count - 1)] for k in range(n)]
-            self._encoded = first_prompt, self._denoiser.encode(texts).repeat(self._blocks.images)
-        return self._encoded[1]
-
-
-def host_pixels(images: torch.Tensor) -> Callable[[int], np.ndarray]:
-    """Start to copy images in [0, 1] to the host as bytes; return a function from row to uint8 (height, width, 3).
-
-    The function waits for the copy, so that the thread that calls it does, and not the one that drives the model.
-    """
-    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    if pixels.device.type != "cuda":
-        host = pixels.cpu().numpy()
-        return lambda row: host[row]
-    pinned = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
-    pinned.copy_(pixels, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def row_of(row: int) -> np.ndarray:
-        copied.synchronize()
-        return pinned[row].numpy()
-
-    return row_of
-
-
-def hand_over_to(
-    rows: Sequence[tuple[int, int]],
-    wanted: Wanted,
-    chosen: Collection[int],
-    writer: ImageWriter | None,
-    on_batch: OnBatch | None,
-    clock: Clock,
-) -> Callable[[int, torch.Tensor], None]:
-    """Return the function that gives a batch's pictures to the writer and the callback."""
-    places: dict[int, list[int]] = {}
-    for place, row in enumerate(rows):
-        if row in wanted:
-            places.setdefault(row[0], []).append(place)
-            if writer is not None:
-                writer.start(*row, wanted[row])
-
-    def hand_over(step: int, images: torch.Tensor) -> None:
-        with clock("hand_over"):
-            if writer is not None:
-                pixels = host_pixels(images)
-                for place in (place for found in places.values() for place in found):
-                    writer.put(*rows[place], step, partial(pixels, place))
-            if on_batch is not None and step in chosen:
-                for prompt, found in places.items():
-                    on_batch(prompt, [rows[place][1] for place in found], step, images[found])
-
-    return hand_over
-
-
-def model_threads(denoiser: Denoiser, given: int | None, made_with: int | None) -> int | None:
-    """Return the threads of the model: None on an accelerator, where they decide nothing."""
-    given = None if given is None else integer("cpu_threads", given, 1, 1024)
-    if denoiser.device.type != "cpu":
-        return None
-    if given or made_with:
-        return given or made_with
-    # A small model gains little from a second thread and loses much where the cores are busy: threads wait for each
-    # other at every operation. Several processes (shards) use the cores better.
-    if sum(weight.numel() for weight in denoiser._adapter.component(denoiser.pipeline).parameters()) < _SMALL_MODEL:
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-@contextlib.contextmanager
-def threads_of_torch(threads: int | None) -> Iterator[None]:
-    """Let torch use so many threads on the CPU during the block; None leaves it alone."""
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
+Wanted = dict[tuple[int, int], list[int]]
+"""(prompt, image) to the steps to make."""
+SEED_RULE = "SeedSequence([seed, prompt, image]).generate_state(1, uint64) & (2**63 - 1), torch CPU generator, fp32"
 
 _DEFAULTS: dict[str, Any] = {"image_format": "png", "batch": {"size": 8}}
+_SMALL_MODEL = 50_000_000  # weights
+_SAMPLES = 16  # values of each tensor that go into a digest
 
 
 @dataclass
@@ -500,9 +113,9 @@ def generate(
     Parameters
     ----------
     pipeline : diffusers.DiffusionPipeline
-        See :func:`ttsnap_lib.pipelines.load_pipeline`.
+        See :func:`ttsnap_lib.load_pipeline`.
     prompts : str, Path or sequence of str
-        Prompts, or what :func:`ttsnap_lib.prompts.read_prompts` reads.
+        Prompts, or what :func:`ttsnap_lib.trajectories.prompts.read_prompts` reads.
     folder : str or Path, optional
         The trajectory folder to fill.
     on_batch : callable, optional
@@ -537,7 +150,7 @@ def generate(
     source : str, optional
         Where the prompts come from, for the manifest's provenance; the file when `prompts` is one.
     progress : callable, optional
-        ``progress(done, total)`` in images of this shard; see :func:`ttsnap_lib.progress.progress_bar`.
+        ``progress(done, total)`` in images of this shard; see :func:`ttsnap_lib.style.progress_bar`.
 
     Returns
     -------
@@ -556,15 +169,13 @@ def generate(
         Out of memory.
     """
     if folder is None and on_batch is None:
-        raise ConfigError(
-            "generate without folder and on_batch: got None, expected one of them. Say where the pictures go."
-        )
+        raise ConfigError("folder and on_batch: got None, expected one of them. Say where the pictures go.")
     images_per_prompt = integer("images_per_prompt", images_per_prompt, 1, MAX_IMAGES)
     seed, workers = integer("seed", seed, 0), integer("workers", workers, 1, 256)
     index, count = parse_shard(shard)
     source = str(prompts) if source is None and isinstance(prompts, str | Path) else source
     prompts = read_prompts(prompts)
-    folder = None if folder is None else checked_folder(folder)
+    folder = None if folder is None else Path(folder)
     # What is left open is as the folder was made.
     made_with = Manifest.read(folder).identity if folder is not None and (folder / MANIFEST).exists() else _DEFAULTS
     image_format = choice("image_format", image_format or made_with["image_format"], IMAGE_FORMATS)
@@ -576,8 +187,8 @@ def generate(
     threads = model_threads(denoiser, cpu_threads, made_with.get("cpu_threads"))
     batches = list(blocks.starts(len(prompts), images_per_prompt))[index::count]
     wanted = wanted_rows(blocks, batches, len(prompts), images_per_prompt, n_steps, only)
-    total, writer, report, clock = len(wanted), None, GenerateReport(), Clock()
-    report.seconds = clock.seconds
+    total, writer, clock = len(wanted), None, Clock()
+    report = GenerateReport(seconds=clock.seconds)
 
     with ExitStack() as stack:
         if folder is not None:
@@ -602,16 +213,14 @@ def generate(
         if negtome is not None:
             stack.enter_context(negtome.install(pipeline))
         begin = time.perf_counter()
-        maker = BatchMaker(denoiser, prompts, blocks, seed, decoder, clock)
+        maker = BatchMaker(denoiser, prompts, blocks, seed, decoder, writer, on_batch, chosen, clock)
         if progress is not None:
             progress(report.found, total)
         for start in batches:
             rows = {row: wanted[row] for row in blocks.rows(start) if row in wanted}
             if not rows:
                 continue
-            needed = {step for steps_ in rows.values() for step in steps_} if writer else chosen
-            hand_over = hand_over_to(blocks.rows(start), rows, chosen, writer, on_batch, clock)
-            maker.make(start, needed | chosen if on_batch else needed, hand_over)
+            maker.make(start, rows)
             report.made += len(rows)
             if progress is not None:
                 progress(report.found + report.made, total)
@@ -631,26 +240,10 @@ def repair(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> VerifyReport:
-    """Make what :func:`ttsnap_lib.trajectories.verify` finds missing or damaged, and nothing else; verify again.
+    """Make what `verify` finds missing or damaged (or has found: `report`), and nothing else; verify again.
 
-    Foreign files are left where they are: they are not ours to delete.
-
-    Parameters
-    ----------
-    pipeline : diffusers pipeline
-        The one the folder was made with.
-    folder : str or Path
-    report : VerifyReport, optional
-        What was found before; verified now when not given.
-    options
-        What cannot be read from the manifest: ``decoder``, ``workers``.
-    progress : callable, optional
-        ``progress(done, total)`` in images.
-
-    Returns
-    -------
-    VerifyReport
-        What is still wrong.
+    Foreign files are left where they are: they are not ours to delete. `options` are those of :func:`generate` that
+    cannot be read from the manifest: ``decoder``, ``workers``.
     """
     manifest = Manifest.read(folder)
     report = report if report is not None else verify(folder)
@@ -658,15 +251,16 @@ def repair(
         remove_leftovers(Path(folder) / finding.path for finding in report.findings if finding.kind == "leftover")
     repairs = report.repairs()
     if repairs:
-        known = {name.name: manifest.identity[name.name] for name in fields(Settings) if name.name in manifest.identity}
+        identity = manifest.identity
+        known = {one.name: identity[one.name] for one in fields(Settings) if one.name in identity}
         generate(
             pipeline,
             manifest.prompts,
             folder,
             images_per_prompt=manifest.images_per_prompt,
             settings=Settings(**known),
-            seed=manifest.identity["seed"],
-            negtome=NegToMe.from_dict(manifest.identity["negtome"]) if manifest.identity["negtome"] else None,
+            seed=identity["seed"],
+            negtome=NegToMe.from_dict(identity["negtome"]) if identity["negtome"] else None,
             shard=(0, 1),
             only=repairs,
             progress=progress,
@@ -678,28 +272,326 @@ def repair(
 def pipeline_of(folder: str | Path, model: str | None = None, **options: Any) -> Any:
     """Load the pipeline that `folder` was made with: model, revision, precision and scheduler of its manifest.
 
-    Parameters
-    ----------
-    folder : str or Path
-        A trajectory folder.
-    model : str, optional
-        Where the model is now, when its name in the manifest does not say.
-    options
-        Of :func:`ttsnap_lib.pipelines.load_pipeline`; those that are None or ``dtype="auto"`` come from the manifest.
-
-    Returns
-    -------
-    diffusers pipeline
+    `model` says where the model is now, when its name in the manifest does not; `options` are those of `load_pipeline`,
+    where None and ``dtype="auto"`` mean the manifest's.
     """
     import diffusers
 
     identity = Manifest.read(folder).identity
-    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
     if options.get("dtype", "auto") == "auto":
-        options["dtype"] = names.get(identity["dtype"], "auto")
+        options["dtype"] = identity["dtype"]
     if model is None and options.get("revision") is None:
         options["revision"] = identity["revision"]
     kind = getattr(diffusers, identity["scheduler"]["class"], None)
     if options.get("scheduler") is None and kind is not None:
         options["scheduler"] = kind.from_config(identity["scheduler"]["config"])
     return load_pipeline(model or identity["model"], **options)
+
+
+# What decides the bytes, and who wrote them
+
+
+def identity_of(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
+    """Return everything that decides the bytes of the images, as plain JSON values."""
+    pipeline, scheduler = denoiser.pipeline, denoiser.pipeline.scheduler
+    config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
+    return {
+        **pipeline_source(pipeline),
+        "weights": weights_digest(pipeline),
+        "pipeline": type(pipeline).__name__,
+        "scheduler": {"class": type(scheduler).__name__, "config": _plain(config)},
+        "sigmas": [float(f"{sigma:.7g}") for sigma in denoiser.sigmas],
+        "dtype": str(denoiser.dtype).removeprefix("torch."),
+        "seed_rule": SEED_RULE,
+        **denoiser.settings.to_dict(),
+        **more,
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def weights_digest(pipeline: Any) -> str | None:
+    """Return a short digest of the pipeline's weights; None when some are not in memory (sequential offload).
+
+    A few values of each tensor: enough to tell another model, other training or a LoRA, at no cost for billions.
+    """
+    return _digest({name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)})
+
+
+def decoder_digest(decoder: Any) -> str | None:
+    """Return class and weights of a decoder that stands in for the pipeline's; None without one."""
+    return None if decoder is None else f"{type(decoder).__name__} {_digest({'decoder': decoder})}"
+
+
+@torch.no_grad()
+def _digest(modules: dict[str, torch.nn.Module]) -> str | None:
+    digest = hashlib.sha256()
+    samples = []
+    for name, module in sorted(modules.items()):
+        for key, weight in sorted(module.state_dict().items()):
+            if weight.device.type == "meta":
+                return None
+            digest.update(f"{name}.{key} {tuple(weight.shape)};".encode())
+            flat = weight.reshape(-1)
+            samples.append(flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].float().cpu())
+    if samples:
+        digest.update(torch.cat(samples).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def writer_of(denoiser: Denoiser, prompts_source: str | None) -> dict[str, Any]:
+    """Return who writes: versions, commit, host, device, time."""
+    device = denoiser.device
+    return {
+        "versions": {
+            name: version
+            for name, version in versions().items()
+            if name in ("python", "ttsnap", "torch", "diffusers", "transformers", "numpy")
+        },
+        "git": git_state(),
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
+        "prompts_source": prompts_source,
+        "time": now(),
+    }
+
+
+# What there is to do
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A fixed composition of batches: which rows a batch has depends on nothing but these two numbers.
+
+    A batch takes `images` consecutive images of each of ``size // images`` consecutive prompts. Results of a model
+    may differ in the last bit with the shape of a batch and with the place in it: here an image keeps both, whatever
+    is missing. Rows past the last prompt or image are filled up and thrown away.
+    """
+
+    size: int
+    images: int
+
+    @property
+    def prompts(self) -> int:
+        """Prompts in a batch."""
+        return self.size // self.images
+
+    def starts(self, n_prompts: int, n_images: int) -> Iterator[tuple[int, int]]:
+        """Yield the first prompt and the first image of each batch."""
+        for prompt in range(0, n_prompts, self.prompts):
+            for image in range(0, n_images, self.images):
+                yield prompt, image
+
+    def rows(self, start: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return the (prompt, image) of every row of a batch; some may lie past the last prompt or image."""
+        prompt, image = start
+        return [(prompt + p, image + i) for p in range(self.prompts) for i in range(self.images)]
+
+
+def blocks_for(size: int | None, made_with: Mapping[str, int], n_prompts: int, n_images: int, group: int = 1) -> Blocks:
+    """Return the composition of batches of `size`: the one a folder was made with, else the least wasteful.
+
+    `made_with` has ``size``, and ``images`` when there is a folder; `group` images of a prompt must stay together.
+    """
+    size = made_with["size"] if size is None else integer("batch_size", size, 1, 65_536)
+    if size % group:
+        raise ConfigError(f"batch_size: got {size}, expected a multiple of {group}, the size of a NegToMe group.")
+    if size == made_with["size"] and "images" in made_with:
+        return Blocks(size, made_with["images"])
+    options = [Blocks(size, images) for images in range(group, size + 1, group) if size % images == 0]
+    # Of equals the one with the most images per prompt: fewer prompts to encode.
+    return min(options, key=lambda blocks: (len(list(blocks.starts(n_prompts, n_images))), -blocks.images))
+
+
+def wanted_rows(
+    blocks: Blocks,
+    batches: Sequence[tuple[int, int]],
+    n_prompts: int,
+    n_images: int,
+    n_steps: int,
+    only: Collection[tuple[int, int]] | Mapping[tuple[int, int], Collection[int]] | None,
+) -> Wanted:
+    """Return the (prompt, image) that `batches` make, with the steps to keep."""
+    rows = [row for start in batches for row in blocks.rows(start) if row[0] < n_prompts and row[1] < n_images]
+    every = list(range(n_steps))  # one list for all rows: ten million images are no rarity
+    if only is None:
+        return dict.fromkeys(rows, every)
+    for prompt, image in only:
+        integer("only: prompt", prompt, 0, n_prompts - 1)
+        integer("only: image", image, 0, n_images - 1)
+    if isinstance(only, Mapping):
+        return {row: list(only[row]) for row in rows if row in only}
+    chosen = set(only)  # a list here would make the plan quadratic
+    return {row: every for row in rows if row in chosen}
+
+
+def missing_rows(folder: Path, wanted: Wanted, n_steps: int, image_format: str) -> Wanted:
+    """Return what of `wanted` is not there yet; remove what a killed process left of it.
+
+    A TrajectoryError when a file among the images does not belong there: nothing is written beside it.
+    """
+    missing: Wanted = {}
+    prompts: dict[int, list[int]] = {}
+    for prompt, image in wanted:
+        prompts.setdefault(prompt, []).append(image)
+    for prompt, images in prompts.items():
+        state = scan_prompt(folder / prompt_name(prompt), n_steps, image_format)
+        if state.foreign:
+            raise TrajectoryError(
+                f"{state.foreign[0]} does not belong in a trajectory folder: got {len(state.foreign)} such files in "
+                f"{prompt_name(prompt)}, expected images alone. Move it away; `ttsnap verify` lists all of them."
+            )
+        remove_leftovers(path for path, image in state.parts.items() if image in images)
+        for image in images:
+            if image not in state.whole:
+                missing[prompt, image] = state.incomplete.get(image, wanted[prompt, image])
+    return missing
+
+
+def require_disk(folder: Path, wanted: Mapping[tuple[int, int], Collection[int]], image_format: str, raw: int) -> None:
+    """Refuse to start when the files of `wanted` cannot fit on the disk.
+
+    A file is taken to need what the folder's files need on average, else :data:`RAW_SHARE` of its `raw` bytes, in whole
+    blocks of the disk.
+    """
+    files = sum(len(steps) for steps in wanted.values())
+    if not files:
+        return
+    sizes = [path.stat().st_size for path in itertools.islice(folder.glob(f"p*/id*/s*.{image_format}"), 100)]
+    one = sum(sizes) / len(sizes) if sizes else RAW_SHARE[image_format] * raw
+    disk = os.statvfs(folder)
+    block = disk.f_frsize or 4096
+    require_space(folder, files * math.ceil(one / block) * block, f"{files} images of about {one / 1e3:.1f} kB")
+    if disk.f_files and files + len(wanted) > disk.f_favail:  # many small files can use up the file table first
+        raise DiskError(
+            f"not enough room in {folder} for {files + len(wanted)} files and folders: the disk can name "
+            f"{disk.f_favail} more. Choose another disk, or ask for less."
+        )
+
+
+# Making a batch and handing it over
+
+
+@dataclass
+class BatchMaker:
+    """Runs batches of fixed shape through a denoiser, and hands the pictures to the writer and the callback."""
+
+    denoiser: Denoiser
+    prompts: Sequence[str]
+    blocks: Blocks
+    seed: int
+    decoder: Any
+    writer: ImageWriter | None
+    on_batch: OnBatch | None
+    chosen: set[int]
+    """Steps for the callback."""
+    clock: Clock
+    _encoded: tuple[int, Conditioning] | None = None
+
+    def make(self, start: tuple[int, int], wanted: Wanted) -> None:
+        """Make the batch that begins at `start`, and of it what is `wanted`."""
+        denoiser, clock, rows = self.denoiser, self.clock, self.blocks.rows(start)
+        steps = set(self.chosen) if self.on_batch is not None else set()
+        places: dict[int, list[int]] = {}
+        for place, row in enumerate(rows):
+            if row in wanted:
+                places.setdefault(row[0], []).append(place)
+                if self.writer is not None:
+                    self.writer.start(*row, wanted[row])
+                    steps.update(wanted[row])
+        with clock("encode"):
+            conditioning = self._conditioning(start[0])
+            candidates = denoiser.noise([image_generator(self.seed, *row) for row in rows])
+
+        def decode(step: int, x0: torch.Tensor) -> None:
+            with clock("decode"):
+                images = denoiser.decode(x0, self.decoder)
+            self._hand_over(rows, places, step, images)
+
+        last = denoiser.settings.n_steps - 1
+        early = sorted(steps - {last})
+        # With offload, a decoder called between two steps would push the denoising model out and in again each time.
+        kept: list[tuple[int, torch.Tensor]] = []
+        late = bool(getattr(denoiser.pipeline, "_all_hooks", None))
+        on_x0 = (lambda step, x0: kept.append((step, x0))) if late else decode
+        with clock("denoise"):
+            done = denoiser.run(candidates, conditioning, last, early, on_x0 if early else None)
+        for step, x0 in kept:
+            decode(step, x0)
+        if last in steps:
+            with clock("decode"):
+                images = denoiser.final(done)
+            self._hand_over(rows, places, last, images)
+
+    def _conditioning(self, first_prompt: int) -> Conditioning:
+        """Return one row per image; the prompts of a batch are encoded together, always as many."""
+        if self._encoded is None or self._encoded[0] != first_prompt:
+            n, count = self.blocks.prompts, len(self.prompts)
+            texts = [self.prompts[min(first_prompt + k, count - 1)] for k in range(n)]
+            self._encoded = first_prompt, self.denoiser.encode(texts).repeat(self.blocks.images)
+        return self._encoded[1]
+
+    def _hand_over(
+        self, rows: list[tuple[int, int]], places: dict[int, list[int]], step: int, images: torch.Tensor
+    ) -> None:
+        with self.clock("hand_over"):
+            if self.writer is not None:
+                pixels = host_pixels(images)
+                for place in itertools.chain(*places.values()):
+                    self.writer.put(*rows[place], step, partial(pixels, place))
+            if self.on_batch is not None and step in self.chosen:
+                for prompt, found in places.items():
+                    self.on_batch(prompt, [rows[place][1] for place in found], step, images[found])
+
+
+def host_pixels(images: torch.Tensor) -> Callable[[int], np.ndarray]:
+    """Start to copy images in [0, 1] to the host as bytes; return a function from row to uint8 (height, width, 3).
+
+    The function waits for the copy, so that the thread that calls it does, and not the one that drives the model.
+    """
+    pixels = as_bytes(images).contiguous()
+    if pixels.device.type != "cuda":
+        host = pixels.cpu().numpy()
+        return lambda row: host[row]
+    pinned = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+    pinned.copy_(pixels, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def row_of(row: int) -> np.ndarray:
+        copied.synchronize()
+        return pinned[row].numpy()
+
+    return row_of
+
+
+def model_threads(denoiser: Denoiser, given: int | None, made_with: int | None) -> int | None:
+    """Return the threads of the model: None on an accelerator, where they decide nothing."""
+    given = None if given is None else integer("cpu_threads", given, 1, 1024)
+    if denoiser.device.type != "cpu":
+        return None
+    if given or made_with:
+        return given or made_with
+    # A small model gains little from a second thread and loses much where the cores are busy: threads wait for each
+    # other at every operation. Several processes (shards) use the cores better.
+    if sum(weight.numel() for weight in denoiser._adapter.component(denoiser.pipeline).parameters()) < _SMALL_MODEL:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@contextlib.contextmanager
+def threads_of_torch(threads: int | None) -> Iterator[None]:
+    """Let torch use so many threads on the CPU during the block; None leaves it alone."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -19,42 +19,12 @@ from ttsnap_lib.files import atomic_write, typed_disk_errors
 from ttsnap_lib.trajectories.layout import Journal, checksum, encode_image, image_name, prompt_name, step_name
 
 
-class _Image:
-    """An image on its way: where its files go until it is whole, and what is still to come."""
-
-    def __init__(self, folder: Path, steps: Iterable[int]) -> None:
-        self.folder = folder
-        self.left = set(steps)
-        self.checksums: dict[int, int] = {}
-        # An image that is there already, with steps missing or damaged, is mended in place, file by file: whatever
-        # else stands in its folder stays.
-        self.part: Path | None = None
-        if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            self.part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-            os.chmod(self.part, 0o755)
-
-
 class ImageWriter:
     """Encode and write pictures in the background; a full queue makes the caller wait.
 
-    An image folder appears under its name only when all its steps are written. When writing fails, the error is
-    raised by the next call, what is whole stays, and what is not leaves no trace.
-
-    Parameters
-    ----------
-    folder : Path
-        The trajectory folder.
-    image_format : {"png", "webp"}
-    journal : str
-        Name of the checksum journal; one per process that writes at the same time.
-    workers : int
-        Encoding threads.
-
-    Raises
-    ------
-    DiskError
-        When the disk is full or the folder cannot be written; from any method.
+    An image folder appears under its name only when all its steps are written. When writing fails (a DiskError when the
+    disk is full or refuses), the error is raised by the next call, what is whole stays, and what is not leaves no trace.
+    Each process that writes at the same time needs a `journal` of its own for the checksums.
     """
 
     def __init__(self, folder: Path, image_format: str, journal: str, workers: int = 4) -> None:
@@ -63,7 +33,7 @@ class ImageWriter:
         self._lock = threading.Lock()
         self._room = threading.BoundedSemaphore(4 * workers)  # bounds the memory of pictures that wait
         self._error: BaseException | None = None
-        self.bytes_written = self.files_written = self.images_written = 0
+        self.bytes_written = 0
         with typed_disk_errors(folder):
             self._journal = Journal(folder, journal)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="ttsnap-write")
@@ -81,23 +51,16 @@ class ImageWriter:
             self._open[prompt, image] = _Image(folder, steps)
 
     def put(self, prompt: int, image: int, step: int, pixels: Callable[[], np.ndarray]) -> None:
-        """Hand over a picture; steps that were not announced are left out.
+        """Hand over a picture: `pixels`, called in a writing thread, returns uint8 (height, width, 3).
 
-        Parameters
-        ----------
-        pixels : callable
-            Returns uint8 (height, width, 3); called in a writing thread.
+        Steps that were not announced are left out.
         """
         self._raise()
         entry = self._open.get((prompt, image))
         if entry is None or step not in entry.left:
             return
         self._room.acquire()
-        try:
-            self._pool.submit(self._write, entry, prompt, image, step, pixels)
-        except BaseException:
-            self._room.release()
-            raise
+        self._pool.submit(self._write, entry, prompt, image, step, pixels)
 
     def close(self, *, discard: bool = False) -> None:
         """Wait for what is under way (drop it, when `discard`), tidy up, and raise the first error."""
@@ -140,25 +103,39 @@ class ImageWriter:
         with self._lock, typed_disk_errors(entry.folder):
             entry.checksums[step] = checksum(content)
             self.bytes_written += len(content)
-            self.files_written += 1
             entry.left.discard(step)
             if not entry.left:
                 # The checksums first: an image that is there always has them.
                 self._journal.add(prompt, image, entry.checksums)
                 if entry.part is not None:
-                    self._publish(entry.part, entry.folder)
-                self.images_written += 1
+                    _publish(entry.part, entry.folder)
                 del self._open[prompt, image]
 
-    @staticmethod
-    def _publish(part: Path, folder: Path) -> None:
-        try:
-            os.rename(part, folder)
-        except OSError:
-            # Another process wrote the same image meanwhile: the same bytes, keep the ones that are there.
-            if not folder.is_dir():
-                raise
-            shutil.rmtree(part, ignore_errors=True)
+
+class _Image:
+    """An image on its way: where its files go until it is whole, and what is still to come."""
+
+    def __init__(self, folder: Path, steps: Iterable[int]) -> None:
+        self.folder = folder
+        self.left = set(steps)
+        self.checksums: dict[int, int] = {}
+        # An image that is there already, with steps missing or damaged, is mended in place, file by file: whatever
+        # else stands in its folder stays.
+        self.part: Path | None = None
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            self.part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+            os.chmod(self.part, 0o755)
+
+
+def _publish(part: Path, folder: Path) -> None:
+    try:
+        os.rename(part, folder)
+    except OSError:
+        # Another process wrote the same image meanwhile: the same bytes, keep the ones that are there.
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def remove_leftovers(parts: Iterable[Path]) -> None:
