@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import requests
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerAncestralDiscreteScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import OfflineModeIsEnabled
 
 from tests import worlds
 from ttsnap_lib.diffusion.denoise import Denoiser, Settings, image_generator
-from ttsnap_lib.diffusion.pipelines import POCKET_MODELS, SCHEDULERS, load_pipeline, pipeline_source
+from ttsnap_lib.diffusion.pipelines import (
+    POCKET_PIPELINES,
+    SCHEDULERS,
+    load_decoder,
+    load_pipeline,
+    pipeline_source,
+)
 from ttsnap_lib.errors import ConfigError, DeviceError, PipelineError
+from ttsnap_lib.pocket import pocket_folder
 
 CPU = {"device": "cpu"}
 
@@ -99,16 +115,14 @@ def test_a_scheduler_object(folders):
         load_pipeline(folders["sd"], scheduler=3, **CPU)
 
 
-# -- bad names and folders ------------------------------------------------------------------------------------------
+# Bad names and folders
 
 
 @pytest.mark.parametrize(
     ("model", "match"),
     [
         ("pocket-flax", "unknown model.*Did you mean 'pocket-flux'"),
-        ("pocketsdxl", "unknown model.*Did you mean 'pocket-sdxl'"),
         ("./no/such/folder", "unknown model.*Check the spelling"),
-        ("/no/such/folder", "unknown model"),
         ("a/b/c", "unknown model"),
     ],
 )
@@ -117,7 +131,7 @@ def test_unknown_names(model, match):
         load_pipeline(model, **CPU)
 
 
-@pytest.mark.parametrize("model", [None, "", 3, "  "])
+@pytest.mark.parametrize("model", [None, "", 3])
 def test_no_name(model):
     with pytest.raises(ConfigError, match="model"):
         load_pipeline(model, **CPU)
@@ -149,7 +163,7 @@ def test_not_a_text_to_image_pipeline(tmp_path):
         load_pipeline(tmp_path, **CPU)
 
 
-# -- the hub, up to the network call --------------------------------------------------------------------------------
+# The hub, up to the network call
 
 
 def response(status: int) -> requests.Response:
@@ -215,20 +229,17 @@ def test_a_hub_id_takes_the_same_path(monkeypatch, folders):
     assert torch.isfinite(images(pipeline)).all()
 
 
-# -- devices and options --------------------------------------------------------------------------------------------
+# Devices and options
 
 
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
         ({"device": "gpu"}, DeviceError, "device"),
-        ({"device": 3.5}, DeviceError, "device"),
-        ({"device": "meta"}, DeviceError, "not there"),
         ({"device": "cuda:99"}, DeviceError, "not there"),
         ({"device": "cpu", "offload": "model"}, DeviceError, "offload without an accelerator"),
         ({"device": "cpu", "offload": "all"}, ConfigError, "offload"),
         ({"device": "cpu", "dtype": "fp64"}, ConfigError, "dtype"),
-        ({"device": "cpu", "dtype": torch.float64}, ConfigError, "dtype"),
         ({"device": "cpu", "scheduler": "eulr"}, ConfigError, "Did you mean 'euler'"),
     ],
     ids=str,
@@ -246,10 +257,10 @@ def test_offload(folders, offload):
     assert (images(pipeline).cpu() - images(worlds.flux())).abs().max() < 1e-2
 
 
-# -- the shipped models ---------------------------------------------------------------------------------------------
+# The shipped models
 
 
-@pytest.mark.parametrize("name", POCKET_MODELS)
+@pytest.mark.parametrize("name", POCKET_PIPELINES)
 def test_pocket_models(name):
     pipeline = load_pipeline(name, **CPU)
     denoiser = Denoiser(pipeline, Settings(n_steps=6))
@@ -261,3 +272,40 @@ def test_pocket_models(name):
     assert torch.equal(denoiser.run(half, text, 5).latents, whole.latents)
     pictures = denoiser.final(whole)
     assert pictures.shape == (2, 3, 32, 32) and pictures.std() > 0.05
+
+
+# Decoders
+
+
+@pytest.fixture
+def warnings_of_diffusers():
+    """Collect what diffusers logs while a model is loaded; its loggers do not reach the root logger."""
+    texts: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: texts.append(record.getMessage())
+    log = logging.getLogger("diffusers")
+    log.addHandler(handler)
+    yield texts
+    log.removeHandler(handler)
+
+
+def _pipeline(channels: int) -> SimpleNamespace:
+    vae = SimpleNamespace(dtype=torch.float32, config=SimpleNamespace(latent_channels=channels))
+    return SimpleNamespace(vae=vae, _execution_device=torch.device("cpu"))
+
+
+def test_a_decoder_that_diffusers_saved_loads_without_a_warning(warnings_of_diffusers):
+    folder = pocket_folder("pocket-tiny")
+    channels = json.loads((folder / "config.json").read_text())["latent_channels"]
+    AutoencoderTiny.from_pretrained(folder)
+    assert len(warnings_of_diffusers) == 1  # once diffusers stops this, the filter can go
+    load_decoder("pocket-tiny", _pipeline(channels))
+    assert len(warnings_of_diffusers) == 1
+
+
+def test_other_unknown_entries_are_still_told(warnings_of_diffusers, tmp_path):
+    folder = shutil.copytree(pocket_folder("pocket-tiny"), tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sharpness": 2}))
+    load_decoder(folder, _pipeline(config["latent_channels"]))
+    assert ["sharpness" in text for text in warnings_of_diffusers] == [True]

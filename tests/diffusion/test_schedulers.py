@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from diffusers import (
@@ -21,7 +19,6 @@ from diffusers import (
 from tests import worlds
 from tests.worlds import CAPTIONS, RELATIVE, STEPS, generators, in_parts, same_to, settings, stock
 from ttsnap_lib.diffusion.denoise import Denoiser
-from ttsnap_lib.diffusion.schedulers import make_segment, prepare
 from ttsnap_lib.errors import PipelineError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,20 +163,3 @@ def test_clipping_of_latents_is_pointed_out():
     pipeline = with_scheduler("sd", lambda c: DDIMScheduler.from_config(c, clip_sample=True))
     with pytest.warns(UserWarning, match="clip_sample"):
         Denoiser(pipeline, settings())
-
-
-def test_segments_keep_the_signatures_that_pipelines_inspect():
-    import inspect
-
-    for scheduler in (DDIMScheduler(), EulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler()):
-        segment = make_segment(prepare_quietly(scheduler), 2, 3)
-        for method in ("set_timesteps", "step"):
-            assert inspect.signature(getattr(segment, method)) == inspect.signature(getattr(scheduler, method))
-        assert hasattr(segment, "set_begin_index") == hasattr(scheduler, "set_begin_index")
-        assert segment.config.num_train_timesteps == scheduler.config.num_train_timesteps
-
-
-def prepare_quietly(scheduler):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return prepare(scheduler)

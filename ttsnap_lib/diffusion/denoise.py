@@ -1,7 +1,7 @@
 """Run a stock diffusers pipeline from one step to another, with the x0 estimate at each step.
 
 The pipeline's own ``__call__`` does the work: it is handed a scheduler that shows it a part of the schedule
-(:mod:`ttsnap_lib._segments`), the prompts as embeddings that were computed once, and the latents of the candidates
+(:mod:`ttsnap_lib.diffusion.schedulers`), the prompts as embeddings that were computed once, and the latents of the candidates
 that are still in the running. Between two parts candidates may be dropped.
 
 >>> denoiser = Denoiser(load_pipeline("pocket-flux"), Settings(n_steps=20))
@@ -32,6 +32,8 @@ from ttsnap_lib.checks import MAX_PIXELS, MAX_STEPS, integer, known_keys, memory
 from ttsnap_lib.diffusion.families import adapter_of
 from ttsnap_lib.diffusion.schedulers import History, history_of, make_segment, noise_levels, prepare
 from ttsnap_lib.errors import ConfigError, PipelineError
+
+_SMALLER = "Use a smaller batch, a smaller size, or load_pipeline(..., offload='model')."
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,13 @@ class Settings:
             if getattr(self, name) is not None:
                 put(self, name, real(name, getattr(self, name), 0))
         if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
-            raise ConfigError(
-                f"negative_prompt: got {self.negative_prompt!r}, expected text or None. Give one text for all."
-            )
+            raise ConfigError(f"negative_prompt: got {self.negative_prompt!r}, expected one text for all images.")
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels, of settings that :func:`resolve` has filled in."""
         if self.height is None or self.width is None:
-            raise ConfigError(f"size: got {(self.height, self.width)!r}, expected two numbers. Resolve them first.")
+            raise ConfigError("size: height and width are not known yet. Take the settings of a Denoiser.")
         return self.height, self.width
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,17 +105,9 @@ class Settings:
 
 
 def as_settings(value: Any) -> Settings:
-    """Return `value` when it is a Settings; None is the default ones.
-
-    Raises
-    ------
-    ConfigError
-        Anything else.
-    """
+    """Return `value` when it is a Settings; None is the default ones."""
     if value is not None and not isinstance(value, Settings):
-        raise ConfigError(
-            f"settings: got {value!r}, expected a Settings or None. Pass Settings(...) or Settings.from_dict(...)."
-        )
+        raise ConfigError(f"settings: got {value!r}, expected a Settings. Pass Settings(n_steps=..., ...).")
     return value or Settings()
 
 
@@ -127,43 +119,38 @@ def resolve(settings: Settings, pipeline: Any) -> Settings:
     ConfigError
         A size, text length or guidance that this pipeline cannot take.
     """
-    adapter = adapter_of(pipeline)
-    brought = getattr(pipeline, "ttsnap_defaults", None) or {}
+    adapter, name = adapter_of(pipeline), type(pipeline).__name__
     height, width = adapter.default_size(pipeline)
-    standard = {
+    defaults: dict[str, Any] = {
         "guidance": adapter.default_guidance(pipeline),
         "height": height,
         "width": width,
         "max_sequence_length": adapter.default_sequence_length(pipeline),
+        **(getattr(pipeline, "ttsnap_defaults", None) or {}),
     }
-    found: dict[str, Any] = {
-        name: brought.get(name, value) for name, value in standard.items() if getattr(settings, name) is None
-    }
-    resolved = replace(settings, **found)
+    resolved = replace(settings, **{key: value for key, value in defaults.items() if getattr(settings, key) is None})
     multiple = adapter.size_multiple(pipeline)
-    for name in ("height", "width"):
-        value = getattr(resolved, name)
+    for side, value in zip(("height", "width"), resolved.size, strict=True):
         if value % multiple:
-            near = max(multiple, round(value / multiple) * multiple)
             raise ConfigError(
-                f"{name} of {type(pipeline).__name__}: got {value!r}, expected a multiple of {multiple}. The nearest "
-                f"is {near}."
+                f"{side} of {name}: got {value}, expected a multiple of {multiple}. The nearest is "
+                f"{max(multiple, round(value / multiple) * multiple)}."
             )
     if adapter.sequence_length is None and settings.max_sequence_length is not None:
         raise ConfigError(
-            f"max_sequence_length: got {settings.max_sequence_length!r}, expected None: {type(pipeline).__name__} has "
-            "no T5 encoder. Leave it out."
+            f"max_sequence_length: got {settings.max_sequence_length}, expected None: {name} has no T5 encoder. Leave it "
+            "out."
         )
-    if settings.true_guidance is not None and not adapter.embedded_guidance(pipeline):
+    embedded = adapter.embedded_guidance(pipeline)
+    if settings.true_guidance is not None and not embedded:
         raise ConfigError(
-            f"true_guidance: got {settings.true_guidance!r}, expected None: this model's guidance is classifier-free "
+            f"true_guidance: got {settings.true_guidance}, expected None: this model's guidance is classifier-free "
             "already. Set guidance instead."
         )
     if settings.negative_prompt is not None and not adapter.uses_cfg(pipeline, resolved):
         raise ConfigError(
-            f"negative_prompt has no effect without classifier-free guidance: got {settings.negative_prompt!r}, "
-            "expected None, or guidance above 1. Set "
-            f"{'true_guidance' if adapter.embedded_guidance(pipeline) else 'guidance'} above 1, or leave it out."
+            f"negative_prompt: got {settings.negative_prompt!r}, which has no effect without classifier-free guidance. "
+            f"Set {'true_guidance' if embedded else 'guidance'} above 1, or leave it out."
         )
     return resolved
 
@@ -220,32 +207,14 @@ class Candidates:
     @classmethod
     def cat(cls, parts: Sequence[Candidates]) -> Candidates:
         """Return the candidates of all `parts`, in order; they must stand at one step."""
-        steps = sorted({part.step for part in parts})
+        steps = {part.step for part in parts}
         if len(steps) != 1:
             raise ConfigError(
-                f"candidates of several steps cannot be joined: got {steps!r}, expected parts that have run to one "
-                "step. Run them to the same step first."
+                f"candidates: got steps {sorted(steps)}, expected one step. Run them to the same step first."
             )
         kept = [part.history or {} for part in parts]
         history = None if parts[0].history is None else {name: _joined([one[name] for one in kept]) for name in kept[0]}
-        return cls(torch.cat([part.latents for part in parts]), steps[0], history)
-
-
-def image_seed(base_seed: int, prompt_index: int, image_index: int) -> int:
-    """Return the seed of one image; it depends on these three numbers alone.
-
-    The low 63 bits of ``numpy.random.SeedSequence([base, prompt, image]).generate_state(1, uint64)``.
-    """
-    numbers = [
-        integer(name, value, 0)
-        for name, value in (("base_seed", base_seed), ("prompt_index", prompt_index), ("image_index", image_index))
-    ]
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) & (2**63 - 1)
-
-
-def image_generator(base_seed: int, prompt_index: int, image_index: int) -> torch.Generator:
-    """Return the CPU generator of one image, seeded with :func:`image_seed`."""
-    return torch.Generator().manual_seed(image_seed(base_seed, prompt_index, image_index))
+        return cls(torch.cat([part.latents for part in parts]), steps.pop(), history)
 
 
 def _rows(value: Any, indices: Sequence[int]) -> Any:
@@ -262,7 +231,19 @@ def _joined(values: list[Any]) -> Any:
     return torch.cat(values) if isinstance(values[0], torch.Tensor) and values[0].ndim else values[0]
 
 
-_SMALLER = "Use a smaller batch, a smaller size, or load_pipeline(..., offload='model')."
+def image_seed(base_seed: int, prompt_index: int, image_index: int) -> int:
+    """Return the seed of one image; it depends on these three numbers alone.
+
+    The low 63 bits of ``numpy.random.SeedSequence([base, prompt, image]).generate_state(1, uint64)``.
+    """
+    given = {"base_seed": base_seed, "prompt_index": prompt_index, "image_index": image_index}
+    numbers = [integer(name, value, 0) for name, value in given.items()]
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) & (2**63 - 1)
+
+
+def image_generator(base_seed: int, prompt_index: int, image_index: int) -> torch.Generator:
+    """Return the CPU generator of one image, seeded with :func:`image_seed`."""
+    return torch.Generator().manual_seed(image_seed(base_seed, prompt_index, image_index))
 
 
 class Denoiser:
@@ -271,7 +252,7 @@ class Denoiser:
     Parameters
     ----------
     pipeline : diffusers.DiffusionPipeline
-        A text-to-image pipeline of :data:`ttsnap_lib._adapters.ADAPTERS`. Nothing on it stays changed.
+        A text-to-image pipeline of :data:`ttsnap_lib.diffusion.families.ADAPTERS`. Nothing on it stays changed.
     settings : Settings, optional
         Kept, with every default filled in, in ``.settings``.
 
@@ -304,16 +285,15 @@ class Denoiser:
                 self._call(blank, self._pack(torch.zeros(1, *self.latent_shape)))
         except ValueError as error:
             raise PipelineError(
-                f"{type(pipeline).__name__} refuses these settings: {error}: got {self.settings.to_dict()!r}, expected "
-                "settings that this pipeline takes. Change the setting it names, or leave it to the pipeline's default."
+                f"{type(pipeline).__name__} refuses these settings: {error}. Change the setting it names, or leave it "
+                "to the pipeline's default."
             ) from error
         self.timesteps: torch.Tensor = dry._whole.cpu()
         self.sigmas: tuple[float, ...] = noise_levels(dry)
         if len(self.timesteps) != self.settings.n_steps:
             raise PipelineError(
-                f"the scheduler makes {len(self.timesteps)} timesteps of {self.settings.n_steps} steps: got "
-                f"{type(pipeline.scheduler).__name__!r}, expected one timestep per step. Change n_steps or the "
-                "scheduler's timestep_spacing."
+                f"scheduler {type(pipeline.scheduler).__name__}: got {len(self.timesteps)} timesteps, expected one for "
+                f"each of {self.settings.n_steps} steps. Change n_steps or the scheduler's timestep_spacing."
             )
 
     # -- facts --------------------------------------------------------------------------------------------------
@@ -343,23 +323,13 @@ class Denoiser:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode `prompts` once, one row each, together with the negative prompt where guidance needs it."""
-        if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ConfigError(
-                f"prompts: got {prompts!r}, expected a list of at least one text. Give the prompts as a list."
-            )
+        if isinstance(prompts, str) or not prompts:
+            raise ConfigError(f"prompts: got {prompts!r}, expected a list of at least one text.")
         with memory_errors(len(prompts), remedy=_SMALLER):
             return Conditioning(MappingProxyType(self._adapter.encode(self.pipeline, list(prompts), self.settings)))
 
     def noise(self, generators: Sequence[torch.Generator]) -> Candidates:
         """Draw pure noise, one image per generator, in fp32 on the CPU, and cast it to the pipeline's precision."""
-        generators = list(generators)
-        if not generators or any(
-            not isinstance(one, torch.Generator) or one.device.type != "cpu" for one in generators
-        ):
-            raise ConfigError(
-                f"generators: got {generators!r}, expected a list of torch.Generator on the CPU, one per image. Make "
-                "them with image_generator(base_seed, prompt_index, image_index)."
-            )
         shape = self.latent_shape
         drawn = torch.stack([torch.randn(shape, generator=one, dtype=torch.float32) for one in generators])
         return Candidates(self._pack(drawn))
@@ -404,15 +374,13 @@ class Denoiser:
         last_step = integer("last_step", last_step, first, self.settings.n_steps - 1)
         if len(candidates) != len(conditioning):
             raise ConfigError(
-                f"conditioning of {len(conditioning)} rows for {len(candidates)} candidates: got "
-                f"{len(conditioning)!r}, expected one row per candidate. Use Conditioning.repeat(n) for several seeds "
-                "of a prompt, and take() the same survivors of both."
+                f"conditioning: got {len(conditioning)} rows for {len(candidates)} candidates, expected one each. Use "
+                "Conditioning.repeat(n) for several seeds of a prompt, and take() the same survivors of both."
             )
         outside = [step for step in record if not first <= step <= last_step]
         if outside or (record and on_x0 is None):
             raise ConfigError(
-                f"record: got {sorted(record)!r}, expected steps in [{first}, {last_step}], with an on_x0 to take "
-                "them. Record steps that this part runs, and pass on_x0."
+                f"record: got {sorted(record)}, expected steps in [{first}, {last_step}], with an on_x0 to take them."
             )
         segment = make_segment(self._scheduler, first, last_step, record, on_x0, candidates.history)
         with self._installed(segment), memory_errors(len(candidates), remedy=_SMALLER):
@@ -440,8 +408,8 @@ class Denoiser:
         """
         if candidates.step != self.settings.n_steps - 1:
             raise ConfigError(
-                f"candidates.step: got {candidates.step!r}, expected the last step, {self.settings.n_steps - 1}. Run "
-                "them to the end first; decode() shows images on their way."
+                f"candidates.step: got {candidates.step}, expected the last step, {self.settings.n_steps - 1}. Run them "
+                "to the end first; decode() shows images on their way."
             )
         pixels = self._pixels(candidates.latents, None)
         options = {}
@@ -458,10 +426,6 @@ class Denoiser:
 
     def _pixels(self, latents: torch.Tensor, decoder: Any) -> torch.Tensor:
         vae = decoder if decoder is not None else self.pipeline.vae
-        if not hasattr(vae, "decode") or not hasattr(vae, "config"):
-            raise ConfigError(
-                f"decoder: got {type(vae).__name__!r}, expected a diffusers autoencoder. Pass an AutoencoderTiny."
-            )
         latents = self._adapter.unpack(self.pipeline, latents, *self.settings.size)
         # fp16 overflows in the SDXL VAE; stock pipelines decode in fp32 then.
         upcast = decoder is None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)

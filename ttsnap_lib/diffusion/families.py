@@ -14,12 +14,9 @@ import torch
 
 from ttsnap_lib.errors import PipelineError
 
-_CFG_POOLED = (
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "pooled_prompt_embeds",
-    "negative_pooled_prompt_embeds",
-)
+_GUIDED_POOLED = (
+    "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,8 @@ class Adapter:
         Arguments of the pipeline call that the results of ``encode_prompt`` are, in its order; None is dropped.
     guidance : float
         The pipeline's own default.
+    more_prompts : tuple of str
+        Arguments of ``encode_prompt`` for the prompts of further text encoders.
     sequence_length : int, optional
         The pipeline's own default of ``max_sequence_length``; None where it has no such argument.
     shifted : bool
@@ -50,6 +49,7 @@ class Adapter:
     model: str
     embeds: tuple[str | None, ...]
     guidance: float
+    more_prompts: tuple[str, ...] = ()
     sequence_length: int | None = None
     shifted: bool = False
     normalized: bool = False
@@ -59,20 +59,11 @@ class Adapter:
         """Return the denoising model of `pipeline`."""
         return getattr(pipeline, self.model)
 
-    def embedded_guidance(self, pipeline: Any) -> bool:
-        """Whether the model takes the guidance strength as an input (guidance-distilled FLUX)."""
-        return self.flux and bool(self.component(pipeline).config.guidance_embeds)
+    # What a pipeline does when it is not told.
 
     def default_guidance(self, pipeline: Any) -> float:
         """Return the pipeline's own default strength; 1, which is none, for FLUX without embedded guidance."""
         return self.guidance if not self.flux or self.embedded_guidance(pipeline) else 1.0
-
-    def size_multiple(self, pipeline: Any) -> int:
-        """Return what height and width have to be divisible by, in pixels."""
-        factor = pipeline.vae_scale_factor
-        if self.model == "unet":
-            return math.lcm(8, factor)
-        return factor * (2 if self.flux else self.component(pipeline).config.patch_size)
 
     def default_size(self, pipeline: Any) -> tuple[int, int]:
         """Return the pipeline's own default (height, width) in pixels."""
@@ -87,6 +78,79 @@ class Adapter:
             return None
         tokenizer = getattr(pipeline, "tokenizer_2" if self.flux else "tokenizer_3", None)
         return min(self.sequence_length, getattr(tokenizer, "model_max_length", self.sequence_length))
+
+    # Guidance and text.
+
+    def embedded_guidance(self, pipeline: Any) -> bool:
+        """Whether the model takes the guidance strength as an input (guidance-distilled FLUX)."""
+        return self.flux and bool(self.component(pipeline).config.guidance_embeds)
+
+    def true_guidance(self, pipeline: Any, settings: Any) -> float:
+        """Return FLUX's ``true_cfg_scale``."""
+        if self.embedded_guidance(pipeline):
+            return settings.true_guidance if settings.true_guidance is not None else 1.0
+        return settings.guidance
+
+    def uses_cfg(self, pipeline: Any, settings: Any) -> bool:
+        """Whether the loop runs the model twice, with and without the prompt."""
+        if self.flux:
+            return self.true_guidance(pipeline, settings) > 1
+        return settings.guidance > 1 and getattr(self.component(pipeline).config, "time_cond_proj_dim", None) is None
+
+    def encode(self, pipeline: Any, prompts: list[str], settings: Any) -> dict[str, torch.Tensor]:
+        """Return the embeddings that the pipeline call takes, each with one row per prompt."""
+        options: dict[str, Any] = {"device": pipeline._execution_device, "num_images_per_prompt": 1}
+        options |= dict.fromkeys(self.more_prompts)
+        if self.sequence_length is not None:
+            options["max_sequence_length"] = settings.max_sequence_length
+        negative = settings.negative_prompt
+        if not self.flux:
+            options["do_classifier_free_guidance"] = self.uses_cfg(pipeline, settings)
+            options["negative_prompt"] = None if negative is None else [negative] * len(prompts)
+        found = self._named(pipeline.encode_prompt(prompt=prompts, **options))
+        if self.flux and self.uses_cfg(pipeline, settings):
+            others = self._named(pipeline.encode_prompt(prompt=[negative or ""] * len(prompts), **options))
+            found |= {f"negative_{name}": value for name, value in others.items()}
+        return found
+
+    def _named(self, results: tuple) -> dict[str, torch.Tensor]:
+        pairs = zip(self.embeds, results, strict=False)
+        return {name: value for name, value in pairs if name is not None and value is not None}
+
+    def blank_embeds(self, pipeline: Any, settings: Any) -> dict[str, torch.Tensor]:
+        """Return embeddings of the least size that the pipeline's checks let pass; no model ever sees them."""
+        config, pooled = self.component(pipeline).config, 1
+        if getattr(config, "addition_embed_type", None) == "text_time":  # SDXL checks the width of the pooled text
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        names = [name for name in self.embeds if name is not None]
+        if self.flux:
+            names += [f"negative_{name}" for name in names]
+        if not self.uses_cfg(pipeline, settings):
+            names = [name for name in names if not name.startswith("negative")]
+        return {name: torch.zeros((1, pooled) if "pooled" in name else (1, 1, 1)) for name in names}
+
+    def call_options(self, pipeline: Any, settings: Any) -> dict[str, Any]:
+        """Return the arguments of the pipeline call that do not depend on the candidates."""
+        options: dict[str, Any] = {
+            "height": settings.height,
+            "width": settings.width,
+            "num_inference_steps": settings.n_steps,
+            "guidance_scale": settings.guidance,
+        }
+        if self.flux:
+            options["true_cfg_scale"] = self.true_guidance(pipeline, settings)
+        if self.sequence_length is not None:
+            options["max_sequence_length"] = settings.max_sequence_length
+        return options
+
+    # Latents.
+
+    def size_multiple(self, pipeline: Any) -> int:
+        """Return what height and width have to be divisible by, in pixels."""
+        factor = pipeline.vae_scale_factor
+        if self.model == "unet":
+            return math.lcm(8, factor)
+        return factor * (2 if self.flux else self.component(pipeline).config.patch_size)
 
     def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, int, int]:
         """Return (channels, height, width) of one image's latents, not packed."""
@@ -111,126 +175,52 @@ class Adapter:
         shift = getattr(config, "shift_factor", None) if self.shifted else None
         return latents if shift is None else latents + shift
 
-    def encode(self, pipeline: Any, prompts: list[str], settings: Any) -> dict[str, torch.Tensor]:
-        """Return the embeddings that the pipeline call takes, each with one row per prompt."""
-        options: dict[str, Any] = {"device": pipeline._execution_device, "num_images_per_prompt": 1}
-        if self.sequence_length is not None:
-            options["max_sequence_length"] = settings.max_sequence_length
-        negative = settings.negative_prompt
-        if not self.flux:
-            options["do_classifier_free_guidance"] = self.uses_cfg(pipeline, settings)
-            options["negative_prompt"] = None if negative is None else [negative] * len(prompts)
-        if self.pipeline in ("FluxPipeline", "StableDiffusionXLPipeline"):
-            options["prompt_2"] = None
-        if self.pipeline == "StableDiffusion3Pipeline":
-            options["prompt_2"] = options["prompt_3"] = None
-        found = self._named(pipeline.encode_prompt(prompt=prompts, **options))
-        if self.flux and self.uses_cfg(pipeline, settings):
-            others = self._named(pipeline.encode_prompt(prompt=[negative or ""] * len(prompts), **options))
-            found |= {f"negative_{name}": value for name, value in others.items()}
-        return found
-
-    def uses_cfg(self, pipeline: Any, settings: Any) -> bool:
-        """Whether the loop runs the model twice, with and without the prompt."""
-        if self.flux:
-            return self.true_guidance(pipeline, settings) > 1
-        return settings.guidance > 1 and getattr(self.component(pipeline).config, "time_cond_proj_dim", None) is None
-
-    def true_guidance(self, pipeline: Any, settings: Any) -> float:
-        """Return FLUX's ``true_cfg_scale``."""
-        if self.embedded_guidance(pipeline):
-            return settings.true_guidance if settings.true_guidance is not None else 1.0
-        return settings.guidance
-
-    def call_options(self, pipeline: Any, settings: Any) -> dict[str, Any]:
-        """Return the arguments of the pipeline call that do not depend on the candidates."""
-        options: dict[str, Any] = {
-            "height": settings.height,
-            "width": settings.width,
-            "num_inference_steps": settings.n_steps,
-            "guidance_scale": settings.guidance,
-        }
-        if self.flux:
-            options["true_cfg_scale"] = self.true_guidance(pipeline, settings)
-        if self.sequence_length is not None:
-            options["max_sequence_length"] = settings.max_sequence_length
-        return options
-
-    def blank_embeds(self, pipeline: Any, settings: Any, n: int = 1) -> dict[str, torch.Tensor]:
-        """Return embeddings of the least size that the pipeline's checks let pass; no model ever sees them."""
-        config = self.component(pipeline).config
-        pooled = 1
-        if self.pipeline == "StableDiffusionXLPipeline":
-            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        names = [name for name in self.embeds if name is not None]
-        if self.flux:
-            names += [f"negative_{name}" for name in names]
-        if not self.uses_cfg(pipeline, settings):
-            names = [name for name in names if not name.startswith("negative")]
-        return {name: torch.zeros((n, pooled) if "pooled" in name else (n, 1, 1)) for name in names}
-
-    def _named(self, results: tuple) -> dict[str, torch.Tensor]:
-        pairs = zip(self.embeds, results, strict=False)
-        return {name: value for name, value in pairs if name is not None and value is not None}
-
 
 ADAPTERS: dict[str, Adapter] = {
     adapter.pipeline: adapter
     for adapter in (
         Adapter(
-            "FluxPipeline",
-            "transformer",
-            ("prompt_embeds", "pooled_prompt_embeds", None),
-            guidance=3.5,
-            sequence_length=512,
-            shifted=True,
-            flux=True,
+            "FluxPipeline", "transformer", ("prompt_embeds", "pooled_prompt_embeds", None), guidance=3.5,
+            more_prompts=("prompt_2",), sequence_length=512, shifted=True, flux=True,
         ),
-        Adapter("StableDiffusionXLPipeline", "unet", _CFG_POOLED, guidance=5.0, normalized=True),
+        Adapter(
+            "StableDiffusionXLPipeline", "unet", _GUIDED_POOLED, guidance=5.0, more_prompts=("prompt_2",),
+            normalized=True,
+        ),
         Adapter("StableDiffusionPipeline", "unet", ("prompt_embeds", "negative_prompt_embeds"), guidance=7.5),
         Adapter(
-            "StableDiffusion3Pipeline",
-            "transformer",
-            _CFG_POOLED,
-            guidance=7.0,
-            sequence_length=256,
-            shifted=True,
+            "StableDiffusion3Pipeline", "transformer", _GUIDED_POOLED, guidance=7.0,
+            more_prompts=("prompt_2", "prompt_3"), sequence_length=256, shifted=True,
         ),
     )
-}
+}  # fmt: skip
+"""The supported pipelines by the name of their class."""
 
 
 def adapter_of(pipeline: Any) -> Adapter:
-    """Return the entry of `pipeline`'s class (or of the nearest base class), or raise with what is missing.
+    """Return the entry of `pipeline`'s class (or of the nearest base class), or say what is missing.
 
     Raises
     ------
     PipelineError
-        No entry, or a model that takes more than noise (inpainting).
+        No entry, a component that is missing, or a model that takes more than noise (inpainting).
     """
     name = type(pipeline).__name__
     found = next((ADAPTERS[cls.__name__] for cls in type(pipeline).__mro__ if cls.__name__ in ADAPTERS), None)
     if found is None:
-        lacks = [
-            part
-            for part in ("encode_prompt", "scheduler", "vae", "image_processor")
-            if getattr(pipeline, part, None) is None
-        ]
-        missing = f"the pipeline has no {', '.join(lacks)}" if lacks else "an entry in ttsnap_lib._adapters.ADAPTERS"
         raise PipelineError(
-            f"pipeline {name} is not supported; what is missing: {missing}: got {name!r}, expected one of "
-            f"{list(ADAPTERS)}. Use the text-to-image pipeline of one of these model families."
+            f"pipeline: got a {name}, expected one of {list(ADAPTERS)}. Use the text-to-image pipeline of one of these "
+            "model families; another one needs an entry in ttsnap_lib.diffusion.families.ADAPTERS."
         )
     component = found.component(pipeline)
     if component is None or pipeline.vae is None:
         raise PipelineError(
-            f"pipeline {name} has no {found.model if component is None else 'vae'}: got {name!r}, expected a pipeline "
-            "with all its components. Load the whole pipeline with load_pipeline()."
+            f"pipeline {name} has no {found.model if component is None else 'vae'}. Load it whole, with load_pipeline()."
         )
     channels, latent = found.latent_shape(pipeline, 8, 8)[0], getattr(pipeline.vae.config, "latent_channels", None)
     if latent is not None and channels != latent:
         raise PipelineError(
-            f"{found.model} of {name} takes {channels} latent channels: got {channels!r}, expected the {latent} of its "
-            "VAE. Inpainting and editing models take more than noise; use a text-to-image model."
+            f"{found.model} of {name}: got {channels} latent channels, expected the {latent} of its VAE. Inpainting and "
+            "editing models take more than noise; use a text-to-image model."
         )
     return found

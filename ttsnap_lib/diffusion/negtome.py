@@ -14,24 +14,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch.nn.functional import normalize
 
 from ttsnap_lib.checks import choice, integer, known_keys, real
-from ttsnap_lib.diffusion.families import Adapter, adapter_of
+from ttsnap_lib.diffusion.families import adapter_of
 from ttsnap_lib.errors import ConfigError, PipelineError
-
-MATCHINGS = ("paper", "released")
-
 
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "FluxPipeline": {"alpha": 1.2, "threshold": 0.65, "start": 1000, "end": 900, "min_features": 1},
     "StableDiffusionXLPipeline": {"alpha": 2.5, "threshold": 0.7, "start": 950, "end": 800, "min_features": 32},
 }
-
-
 _ROUNDING = 1e-3  # of a timestep: 1000 * sigma need not be the whole number it stands for
 
 
@@ -83,10 +78,10 @@ class NegToMe:
                 put(self, name, real(f"negtome.{name}", getattr(self, name), low, high))
         if self.start is not None and self.end is not None and self.start < self.end:
             raise ConfigError(
-                f"negtome.start: got {self.start!r}, expected at least end, {self.end:g}. Timesteps fall while "
-                "denoising: start is the larger."
+                f"negtome.start: got {self.start:g}, expected at least end, {self.end:g}. Timesteps fall while denoising: "
+                "start is the larger."
             )
-        choice("negtome.matching", self.matching, MATCHINGS)
+        choice("negtome.matching", self.matching, ("paper", "released"))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary."""
@@ -99,19 +94,10 @@ class NegToMe:
         return cls(**content)
 
     def resolved(self, pipeline: Any) -> NegToMe:
-        """Return the settings with the published values of `pipeline`'s family filled in.
-
-        Raises
-        ------
-        PipelineError
-            A pipeline of another family.
-        """
+        """Return the settings with the published values of `pipeline`'s family filled in."""
         family = adapter_of(pipeline).pipeline
         if family not in _PUBLISHED:
-            raise PipelineError(
-                f"NegToMe is not made for {type(pipeline).__name__}: got {type(pipeline).__name__!r}, expected one of "
-                f"{list(_PUBLISHED)}. Leave it out."
-            )
+            raise PipelineError(f"NegToMe: got a {family}, expected one of {list(_PUBLISHED)}. Leave it out.")
         filled = {name: value for name, value in _PUBLISHED[family].items() if getattr(self, name) is None}
         return replace(self, **filled)
 
@@ -133,8 +119,8 @@ class NegToMe:
         return Installed(self.resolved(pipeline), pipeline)
 
     def _covers(self, timestep: float) -> bool:
-        start, end = cast("float", self.start), cast("float", self.end)  # filled in by resolved()
-        return end - _ROUNDING <= timestep <= start + _ROUNDING
+        settings: Any = self  # resolved() has filled start and end in
+        return settings.end - _ROUNDING <= timestep <= settings.start + _ROUNDING
 
 
 class Installed:
@@ -152,18 +138,17 @@ class Installed:
         self.settings = settings
         self.merges = 0
         self._pipeline = pipeline
-        self._adapter: Adapter = adapter_of(pipeline)
+        self._adapter = adapter_of(pipeline)
         self._model = self._adapter.component(pipeline)
         if getattr(self._model, "_negtome", None) is not None:
             raise PipelineError(
-                f"NegToMe is installed on this {type(pipeline).__name__} already: got {type(pipeline).__name__!r}, "
-                "expected one at a time. Call remove() on the first one, or leave its with block."
+                f"NegToMe is installed on this {type(pipeline).__name__} already. Call remove() on the first one, or "
+                "leave its with block."
             )
         self._model._negtome = self
-        self._active = self._too_small = False
-        self._parts = 1  # parts of the batch that are merged apart: two where guidance doubles the batch
+        self._active = self._too_small = False  # in the window of timesteps now; met features below min_features
+        self._large = True  # whether the present features are large enough
         self._image_tokens = 0
-        self._large = True
         self._hooks = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         self._hooks += self._flux_hooks() if self._adapter.flux else self._unet_hooks()
 
@@ -193,48 +178,42 @@ class Installed:
     def _begin(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before each run of the model: is this timestep in the window, and how is the batch made up."""
         # FLUX hands its model the timestep in low precision; the pipeline keeps the exact one.
-        timestep = getattr(self._pipeline, "_current_timestep", None)
-        if timestep is None:
-            timestep = (
-                kwargs["timestep"] * 1000 if self._adapter.flux else kwargs.get("timestep", (*args, None, None)[1])
-            )
+        timestep = self._pipeline._current_timestep if self._adapter.flux else args[1]
         self._active = self.settings._covers(float(torch.as_tensor(timestep).flatten()[0]))
         if not self._active:
             return
-        hidden = kwargs["hidden_states"] if self._adapter.flux else kwargs.get("sample", (*args, None)[0])
+        hidden = kwargs["hidden_states"] if self._adapter.flux else args[0]
         self._image_tokens = hidden.shape[1]
-        self._parts = 2 if not self._adapter.flux and self._pipeline.do_classifier_free_guidance else 1
-        images, rest = divmod(hidden.shape[0], self._parts)
-        if rest or images % self.settings.group_size:
+        halves = 2 if not self._adapter.flux and self._pipeline.do_classifier_free_guidance else 1
+        images = len(hidden) // halves
+        if images % self.settings.group_size:
             raise PipelineError(
-                f"NegToMe works on whole groups of images: got a batch of {images}, expected a multiple of "
-                f"group_size={self.settings.group_size}. Fill the batch up, or choose another group_size; prune "
-                "candidates after its window only."
+                f"NegToMe: got a batch of {images}, expected a multiple of group_size={self.settings.group_size}. Fill "
+                "the batch up, or choose another group_size; prune candidates after its window only."
             )
 
     def _flux_hooks(self) -> list[Any]:
         """Between attention and its output projection, on image tokens."""
-        hooks = [
-            block.attn.to_out[0].register_forward_pre_hook(self._before_projection)
-            for block in self._model.transformer_blocks
-        ]
+        model = self._model
+        dual = [block.attn.to_out[0] for block in model.transformer_blocks]
         # Single blocks project attention and MLP together; the attention's output is what goes in.
-        return hooks + [
-            block.attn.register_forward_hook(self._after_joint_attention)
-            for block in self._model.single_transformer_blocks
+        single = [block.attn for block in model.single_transformer_blocks]
+        return [
+            *(module.register_forward_pre_hook(self._before_projection) for module in dual),
+            *(module.register_forward_hook(self._after_joint_attention) for module in single),
         ]
 
     def _unet_hooks(self) -> list[Any]:
         """After the output projection of self- and cross-attention in the up blocks."""
-        hooks = []
-        for block in self._model.up_blocks:
-            for transformer in getattr(block, "attentions", None) or ():
-                hooks.append(transformer.register_forward_pre_hook(self._note_size, with_kwargs=True))
-                for inner in transformer.transformer_blocks:
-                    for attention in (inner.attn1, inner.attn2):
-                        if attention is not None:
-                            hooks.append(attention.register_forward_hook(self._after_attention))
-        return hooks
+        towers = [tower for block in self._model.up_blocks for tower in getattr(block, "attentions", None) or ()]
+        blocks = [block for tower in towers for block in tower.transformer_blocks]
+        attentions = [
+            attention for block in blocks for attention in (block.attn1, block.attn2) if attention is not None
+        ]
+        return [
+            *(tower.register_forward_pre_hook(self._note_size, with_kwargs=True) for tower in towers),
+            *(attention.register_forward_hook(self._after_attention) for attention in attentions),
+        ]
 
     def _before_projection(self, module: Any, args: tuple) -> tuple | None:
         return (self._merged(args[0]), *args[1:]) if self._active else None
@@ -255,10 +234,9 @@ class Installed:
 
     def _merged(self, tokens: torch.Tensor) -> torch.Tensor:
         self.merges += 1
-        settings = self.settings
         # Groups are consecutive images, so those of the two guidance halves never mix.
-        alpha, threshold = cast("float", settings.alpha), cast("float", settings.threshold)  # filled in by resolved()
-        return merge(tokens, settings.group_size, alpha, threshold, settings.matching)
+        settings: Any = self.settings
+        return merge(tokens, settings.group_size, settings.alpha, settings.threshold, settings.matching)
 
 
 def merge(

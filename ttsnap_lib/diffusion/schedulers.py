@@ -27,6 +27,15 @@ from ttsnap_lib.errors import PipelineError
 
 History = dict[str, Any]
 
+_FRESH_NOISE = "noise drawn per image: it adds fresh noise at every step"
+# Parts of class names, and what a scheduler of that kind lacks.
+_KNOWN_LACKS = (
+    (("Ancestral", "DDPM", "LCM", "TCD", "SDE"), _FRESH_NOISE),
+    (("Heun", "KDPM2"), "one model evaluation per timestep: it takes two"),
+    (("Singlestep",), "steps that stand alone: it groups several into one"),
+    (("PNDM",), "one timestep per step: it repeats one to warm up"),
+)
+
 
 @dataclass(frozen=True)
 class Schedulable:
@@ -60,9 +69,6 @@ def _converted_x0(scheduler: Any, index: int, model: torch.Tensor, sample: torch
     return scheduler.model_outputs[-1]
 
 
-_FRESH_NOISE = "noise drawn per image: it adds fresh noise at every step"
-
-
 SCHEDULABLE: dict[type, Schedulable] = {
     FlowMatchEulerDiscreteScheduler: Schedulable(
         _flow_x0, refuse=lambda config: _FRESH_NOISE if config.get("stochastic_sampling") else ""
@@ -87,22 +93,8 @@ SCHEDULABLE: dict[type, Schedulable] = {
 """Scheduler classes that can be stopped and continued; a class of the same kind is one more line."""
 
 
-_KNOWN_LACKS = {
-    "EulerAncestral": _FRESH_NOISE,
-    "KDPM2Ancestral": _FRESH_NOISE,
-    "DDPM": _FRESH_NOISE,
-    "LCM": _FRESH_NOISE,
-    "TCD": _FRESH_NOISE,
-    "SDE": _FRESH_NOISE,
-    "Heun": "one model evaluation per timestep: it takes two",
-    "KDPM2": "one model evaluation per timestep: it takes two",
-    "Singlestep": "steps that stand alone: it groups several into one",
-    "PNDM": "one timestep per step: it repeats one to warm up",
-}
-
-
 def schedulable(scheduler: Any) -> Schedulable:
-    """Return what is known of `scheduler`'s class, or raise with what is missing.
+    """Return what is known of `scheduler`'s class, or say what it lacks.
 
     Raises
     ------
@@ -112,14 +104,16 @@ def schedulable(scheduler: Any) -> Schedulable:
     name = type(scheduler).__name__
     known = next((entry for cls, entry in SCHEDULABLE.items() if isinstance(scheduler, cls)), None)
     if known is None:
-        lacks = next((lack for part, lack in _KNOWN_LACKS.items() if part in name), "a rule to read x0 from a step")
+        lacks = next(
+            (lack for parts, lack in _KNOWN_LACKS if any(part in name for part in parts)),
+            "a rule to read x0 from a step",
+        )
     else:
         lacks = known.refuse(scheduler.config)
     if known is None or lacks:
         raise PipelineError(
-            f"scheduler {name} cannot be stopped and continued; what is missing is {lacks}: got {name!r}, expected one "
-            f"of {[cls.__name__ for cls in SCHEDULABLE]}. Load with load_pipeline(..., scheduler='euler'), 'ddim', "
-            "'dpm++' or 'unipc' instead."
+            f"scheduler: got {name}, expected one that can be stopped and continued; this one lacks {lacks}. Load with "
+            "load_pipeline(..., scheduler='euler'), 'ddim', 'dpm++' or 'unipc'."
         )
     if getattr(scheduler.config, "clip_sample", False):
         warnings.warn(
@@ -127,6 +121,10 @@ def schedulable(scheduler: Any) -> Schedulable:
             stacklevel=3,
         )
     return known
+
+
+def _copied(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else value
 
 
 @functools.cache
@@ -232,7 +230,3 @@ def noise_levels(segment: Any) -> tuple[float, ...]:
     alphas.append(float(segment.alphas_cumprod[after] if after >= 0 else segment.final_alpha_cumprod))
     alphas = [max(alpha, 2.0**-24) for alpha in alphas]  # zero terminal SNR, as the Euler scheduler keeps it finite
     return tuple(((1 - alpha) / alpha) ** 0.5 for alpha in alphas)
-
-
-def _copied(value: Any) -> Any:
-    return list(value) if isinstance(value, list) else value
