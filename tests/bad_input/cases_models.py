@@ -130,7 +130,7 @@ CASES.each(
         ("a misspelt reward", "image_rewrd", "image_reward"),
         ("a number", 5, "callable"),
         ("None", None, "callable"),
-        ("a NUL", "a\0b", "NUL"),
+        ("a NUL", "a\0b", "path"),
         ("nothing", "", "path|reward"),
         ("a dot", ".", "reward|model"),
     ],

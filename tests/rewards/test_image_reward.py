@@ -88,18 +88,6 @@ def test_missing_files(tmp_path, bert_folder, med_config):
         build_module(tmp_path / "no.json", bert_folder)
 
 
-def test_nothing_imports_the_package_before_it_is_needed():
-    import subprocess
-    import sys
-
-    code = (
-        "import sys, ttsnap_lib.rewards.loading, ttsnap_lib.rewards.image_reward\n"
-        "print([m for m in ('ImageReward', 'open_clip', 'transformers', 'diffusers', 'peft') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 @pytest.mark.slow
 def test_equals_the_package_at_real_size(bert_folder, med_config, images):
     with torch.random.fork_rng():

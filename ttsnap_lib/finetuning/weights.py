@@ -22,7 +22,7 @@ from ttsnap_lib.files import as_path, atomic_folder, atomic_write, failures_as, 
 from ttsnap_lib.finetuning.config import CurriculumConfig
 from ttsnap_lib.rewards.base import Reward
 from ttsnap_lib.rewards.checkpoints import (
-    check_keys,
+    check_fit,
     is_local,
     keep_base_exact,
     read_curriculum,
@@ -473,23 +473,11 @@ def _fitted(step: int, path: Path, own: Mapping[str, torch.Tensor]) -> dict[str,
     best = max(_PREFIXES, key=lambda prefix: len({k.removeprefix(prefix) for k in given} & own.keys()))
     state = {key.removeprefix(best): value for key, value in given.items()}
     try:
-        check_keys(
-            own.keys() - state.keys(),
-            state.keys() - own.keys(),
-            source=path.name,
-            may_miss=_CONSTANT,
-            may_have=_CONSTANT,
-        )
+        check_fit(own, state, source=path.name, constants=_CONSTANT)
     except RewardError as error:
         raise CheckpointError(
             f"checkpoint of step {step} is of another model: {error} Name the reward that it was made from."
-        ) from error  # fmt: skip
-    for key in state.keys() & own.keys():
-        if state[key].shape != own[key].shape:
-            raise CheckpointError(
-                f"checkpoint of step {step} is of another model: {key}: got {tuple(state[key].shape)!r}, expected "
-                f"shape {tuple(own[key].shape)}. Name the reward that it was made from."
-            )
+        ) from error
     kept = {key: value for key, value in state.items() if key in own and value.is_floating_point()}
     bad = [key for key, value in kept.items() if not torch.isfinite(value).all()]
     if bad:

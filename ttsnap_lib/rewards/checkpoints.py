@@ -1,4 +1,4 @@
-"""Noise-aware weights, one set per denoising step, on one base model: switched, not reloaded."""
+"""Weights of rewards: files of the hub and of the disk, and noise-aware series, switched on one base model."""
 
 from __future__ import annotations
 
@@ -12,157 +12,161 @@ from typing import Any
 
 import torch
 
-from ttsnap_lib.checks import choice, integer
 from ttsnap_lib.errors import CheckpointError, RewardError
 from ttsnap_lib.files import as_path, failures_as, read_json, reason
 
-
-def fetch(repo: str, filename: str, *, revision: str | None = None, what: str = "weights") -> Path:
-    """Return the local path of a file of a hub repository, downloading it when it is not in the cache.
-
-    Raises
-    ------
-    RewardError
-        When it is neither in the cache nor to be had; the message says what to download and where it is looked for.
-    """
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repo, filename, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise offline_error(repo, filename, constants.HF_HUB_CACHE, what, error, revision) from error
+CURRICULUM = "curriculum.json"
+"""What a run folder says about itself: its reward, its steps, how each came out."""
+ADAPTER, FULL = "adapter_model.safetensors", "model.safetensors"
+"""The weights in a step's folder: a LoRA adapter, or the model's own."""
 
 
-def offline_error(
-    repo: str, filename: str | None, cache: str, what: str, error: Exception, revision: str | None = None
-) -> RewardError:
-    """Return the error for something of the hub that cannot be had."""
-    command = " ".join(["hf", "download", repo, *([filename] if filename else [])])
-    if revision:
-        command += f" --revision {revision}"
-    return RewardError(
-        f"{what} of {repo}{'/' + filename if filename else ''} cannot be had ({reason(error)}): got {repo!r}, expected "
-        f"a repository of the hub, in the cache {cache} or reachable, or a local path. Run `{command}` where there is "
-        "a network and copy the cache (HF_HOME), or pass the local path."
-    )
+class StepSeries:
+    """The checkpoints of one run folder, attached to a base module.
 
-
-def read_state(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read a state dict from safetensors or from a `torch.save` file of plain tensors.
-
-    A mapping under the key ``state_dict`` (open_clip's checkpoint format) is taken out; leading ``module.`` of a
-    wrapped model is dropped.
-
-    Returns
-    -------
-    dict
-        Name -> tensor, on the CPU.
-
-    Raises
-    ------
-    RewardError
-        A missing or broken file, or one that holds more than tensors and plain values.
-    """
-    path = as_path("weights file", path, error=RewardError)
-    if not path.is_file():
-        raise RewardError(
-            f"weights file: got {path}, expected an existing file. Check the path, or download the weights."
-        )
-    with failures_as(
-        RewardError,
-        f"weights file cannot be read: got {path}, expected safetensors, or a torch file of tensors and plain values. "
-        "Download it again, or save the state dict alone as safetensors.",
-    ):
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
-    ):
-        raise RewardError(f"weights file: got {path}, expected a mapping from names to tensors. Save a state dict.")
-    if state and all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return dict(state)
-
-
-def check_keys(
-    missing: Iterable[str],
-    unexpected: Iterable[str],
-    *,
-    source: str,
-    may_miss: Iterable[str] = (),
-    may_have: Iterable[str] = (),
-) -> None:
-    """Raise when keys are missing or left over, except those that match a pattern of the short lists.
-
-    Raises
-    ------
-    RewardError
-        With the first of them.
+    LoRA adapters (``adapter_model.safetensors`` with ``adapter_config.json``) all live in the module and are switched;
+    they are injected into it in place, and its own weights stop requiring gradients. Full weights
+    (``model.safetensors``: all keys of the module, or those that were trained) are copied in on a switch and the base
+    values kept on the CPU. `reward_name` is refused when ``curriculum.json`` names another reward.
     """
 
-    def rest(keys: Iterable[str], patterns: Iterable[str]) -> list[str]:
-        patterns = list(patterns)
-        return [key for key in keys if not any(re.fullmatch(pattern, key) for pattern in patterns)]
-
-    missing, unexpected = rest(missing, may_miss), rest(unexpected, may_have)
-    if missing or unexpected:
-        parts = [f"{len(keys)} {kind}" for keys, kind in ((missing, "missing"), (unexpected, "unexpected")) if keys]
-        raise RewardError(
-            f"weights of {source} do not fit the model: {' and '.join(parts)} keys: got "
-            f"{(missing + unexpected)[:6]!r}, expected the model's own keys. Use the checkpoint that belongs to this "
-            "reward."
-        )
-
-
-def load_strict(
-    module: torch.nn.Module,
-    state: Mapping[str, torch.Tensor],
-    *,
-    source: str,
-    may_miss: Iterable[str] = (),
-    may_have: Iterable[str] = (),
-) -> None:
-    """Load `state` into `module`; every key and shape must fit, but for the short lists of patterns.
-
-    Raises
-    ------
-    RewardError
-        A key is missing or left over, or has another shape.
-    """
-    own = module.state_dict()
-    check_keys(
-        own.keys() - state.keys(), state.keys() - own.keys(), source=source, may_miss=may_miss, may_have=may_have
-    )
-    for key, value in state.items():
-        if key in own and own[key].shape != value.shape:
-            raise RewardError(
-                f"weights of {source}: {key}: got {tuple(value.shape)!r}, expected shape {tuple(own[key].shape)}. Use "
-                "the checkpoint that belongs to this reward."
+    def __init__(self, module: torch.nn.Module, folder: str | Path, *, reward_name: str | None = None) -> None:
+        self.folder = Path(folder)
+        trained = read_curriculum(folder).get("reward")
+        if reward_name is not None and isinstance(trained, str) and trained != reward_name:
+            raise CheckpointError(
+                f"checkpoints of {folder} belong to another reward: got {trained!r}, expected {reward_name}. Load the "
+                f"reward {trained} with these adapters, or name the folder of {reward_name}."
             )
-    module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+        self._folders = step_folders(folder)
+        kinds = {(path / ADAPTER).is_file() for path in self._folders.values()}
+        if len(kinds) != 1:
+            raise CheckpointError(
+                f"{'no' if not kinds else 'two kinds of'} checkpoints: got {folder}, expected folders step_NN, all with "
+                f"{ADAPTER} or all with {FULL}. Finish at least one step of ttsnap finetune, and keep runs apart."
+            )
+        self.kind = "lora" if kinds == {True} else "full"
+        self._module = module
+        self._active: int | None = None
+        self._peft: Any = None
+        self._base: dict[str, torch.Tensor] = {}
+        if self.kind == "lora":
+            self._attach_adapters()
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps with weights, ascending."""
+        return tuple(self._folders)
+
+    def fingerprint(self, step: int) -> str:
+        """Return a digest of the weights file of `step`."""
+        with open(self._folders[step] / (ADAPTER if self.kind == "lora" else FULL), "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+    def base_state(self) -> dict[str, torch.Tensor]:
+        """Return the base values of the weights that full checkpoints have replaced so far."""
+        return self._base
+
+    def use(self, step: int | None) -> None:
+        """Make the weights of `step` (None: the base) the active ones."""
+        if step is not None and step not in self._folders:
+            raise CheckpointError(
+                f"no noise-aware weights for step {step} in {self.folder}: got {step!r}, expected one of "
+                f"{list(self._folders)} or None. Use one of those steps, or finetune this one."
+            )
+        if step == self._active:
+            return
+        if self.kind == "full":
+            self._load_full(step)
+        elif step is None:
+            self._peft.base_model.disable_adapter_layers()
+        else:
+            if self._active is None:
+                self._peft.base_model.enable_adapter_layers()
+            self._peft.set_adapter(f"step_{step}", inference_mode=True)
+        self._active = step
+
+    def _attach_adapters(self) -> None:
+        from peft import PeftModel, get_peft_model_state_dict
+        from safetensors import safe_open
+
+        device = next(self._module.parameters()).device
+        for step, path in self._folders.items():
+            name = f"step_{step}"
+            _check_adapter(path)
+            with failures_as(
+                CheckpointError,
+                f"adapter cannot be attached: got {path}, expected a LoRA adapter of this base model. Use the base "
+                "model it was trained on, or train it again.",
+            ):
+                if self._peft is None:
+                    self._peft = PeftModel.from_pretrained(self._module, str(path), adapter_name=name)
+                else:
+                    self._peft.load_adapter(str(path), adapter_name=name, torch_device=str(device))
+                with safe_open(path / ADAPTER, framework="pt") as file:
+                    stored = set(file.keys())
+            wanted = set(get_peft_model_state_dict(self._peft, adapter_name=name))
+            if stored != wanted:
+                raise CheckpointError(
+                    f"adapter of step {step} does not fit: {len(wanted - stored)} missing and {len(stored - wanted)} "
+                    f"unexpected keys: got {sorted(stored ^ wanted)[:4]!r}, expected the keys of its own "
+                    "adapter_config.json on this base model. Use the base model it was trained on, or train it again."
+                )
+        keep_base_exact(self._module)
+        self._peft.eval()
+        self._peft.base_model.disable_adapter_layers()
+
+    def _load_full(self, step: int | None) -> None:
+        from safetensors.torch import load_file
+
+        own = self._module.state_dict()
+        state: dict[str, torch.Tensor] = {}
+        if step is not None:
+            path = self._folders[step] / FULL
+            with failures_as(
+                CheckpointError,
+                f"checkpoint cannot be read: got {path}, expected a whole safetensors file. Train this step again, or "
+                "remove its folder.",
+            ):
+                state = load_file(path)
+            bad = [key for key, value in state.items() if key not in own or own[key].shape != value.shape]
+            if bad or not state:
+                raise CheckpointError(
+                    f"checkpoint of step {step} does not fit the base model: got {bad[:4] or 'no weights'!r}, expected "
+                    "names and shapes of the base model. Use the base model it was trained on, or train it again."
+                )
+        for key in state.keys() - self._base.keys():  # touched for the first time: remember the base
+            self._base[key] = own[key].detach().to("cpu", copy=True)
+        # What this step does not bring comes back from the base, not from the step before.
+        self._module.load_state_dict({**self._base, **state}, strict=False)
 
 
-def sampled_digest(about: str, state: Mapping[str, torch.Tensor]) -> str:
-    """Return a short digest of a text and of at most 511 values of each tensor; no security measure."""
-    digest = hashlib.blake2b(about.encode(), digest_size=8)
-    for key, value in sorted(state.items()):
-        flat = value.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 256)].float().cpu().numpy()
-        digest.update(f"{key} {tuple(value.shape)}".encode() + sample.tobytes())
-    return digest.hexdigest()
+def read_curriculum(folder: str | Path) -> dict[str, Any]:
+    """Return ``curriculum.json`` of a run folder."""
+    path = as_path("run folder", folder, error=CheckpointError) / CURRICULUM
+    remedy = "Check the path; a run folder of `ttsnap finetune` holds step_14 and its like, and curriculum.json."
+    return read_json(path, "curriculum", error=CheckpointError, remedy=remedy)
 
 
-def is_local(source: str | os.PathLike) -> bool:
-    """Whether `source` names something on disk rather than a hub repository."""
-    text = os.fspath(source)
-    return Path(text).exists() or text.startswith((".", "/", "~")) or text.count("/") > 1
+def step_folders(folder: str | Path) -> dict[int, Path]:
+    """Return step -> checkpoint folder, ascending; folders without weights (a run cut short) are left out."""
+    found: dict[int, Path] = {}
+    for path in Path(folder).glob("step_*"):
+        match = re.fullmatch(r"step_(\d+)", path.name)
+        if match and ((path / ADAPTER).is_file() or (path / FULL).is_file()):
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def _check_adapter(folder: Path) -> None:
+    """Refuse what is no plain LoRA adapter: some kinds change the base weights as they are attached."""
+    path = folder / "adapter_config.json"
+    remedy = "Use adapters of ttsnap finetune, or plain LoRA adapters of peft."
+    about = read_json(path, "adapter configuration", error=CheckpointError, remedy=remedy)
+    plain = {"peft_type": ["LORA"], "init_lora_weights": [None, True, False, "gaussian"], "modules_to_save": [None, []]}
+    for key, values in plain.items():
+        if about.get(key) not in values:
+            raise CheckpointError(f"{path}: {key}: got {about.get(key)!r}, expected one of {values}. {remedy}")
 
 
 def keep_base_exact(module: torch.nn.Module) -> None:
@@ -209,197 +213,116 @@ def _exact_class() -> type:
     return ExactAttention
 
 
-_ADAPTER = "adapter_model.safetensors"
+# Files of weights
 
 
-_FULL = "model.safetensors"
+def is_local(source: str | os.PathLike) -> bool:
+    """Whether `source` names something on disk rather than a hub repository."""
+    text = os.fspath(source)
+    return Path(text).exists() or text.startswith((".", "/", "~")) or text.count("/") > 1
 
 
-_MOST_RANK = 1024  # memory is allocated for what the configuration says, before the weights are looked at
+def fetch(repo: str, filename: str, *, revision: str | None = None) -> Path:
+    """Return the local path of a file of a hub repository, downloading it when it is not in the cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, filename, revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise offline_error(repo, "weights", error, revision, filename) from error
 
 
-def read_curriculum(folder: str | Path) -> dict[str, Any]:
-    """Return ``curriculum.json`` of a run folder.
+def offline_error(
+    repo: str, what: str, error: Exception, revision: str | None = None, filename: str | None = None
+) -> RewardError:
+    """Return the error for something of the hub that cannot be had."""
+    from huggingface_hub import constants
 
-    Raises
-    ------
-    CheckpointError
-        When the folder or the file is missing or broken.
+    command = f"hf download {repo}{f' {filename}' if filename else ''}{f' --revision {revision}' if revision else ''}"
+    return RewardError(
+        f"{what} of {repo} cannot be had ({reason(error)}): expected a repository of the hub, in the cache "
+        f"{constants.HF_HUB_CACHE} or reachable, or a local path. Run `{command}` where there is a network and copy the "
+        "cache (HF_HOME), or pass the local path."
+    )
+
+
+def read_state(path: str | Path) -> dict[str, torch.Tensor]:
+    """Return name -> tensor, on the CPU, of a safetensors file or a `torch.save` file of plain tensors.
+
+    A mapping under the key ``state_dict`` (open_clip's checkpoint format) is taken out; leading ``module.`` of a
+    wrapped model is dropped.
     """
-    path = as_path("run folder", folder, error=CheckpointError) / "curriculum.json"
-    remedy = "Check the path; a run folder of `ttsnap finetune` holds step_14 and its like, and curriculum.json."
-    return read_json(path, "curriculum", error=CheckpointError, remedy=remedy)
+    path = as_path("weights file", path, error=RewardError)
+    if not path.is_file():
+        raise RewardError(
+            f"weights file: got {path}, expected an existing file. Check the path, or download the weights."
+        )
+    with failures_as(
+        RewardError,
+        f"weights file cannot be read: got {path}, expected safetensors, or a torch file of tensors and plain values. "
+        "Download it again, or save the state dict alone as safetensors.",
+    ):
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-
-def step_folders(folder: str | Path) -> dict[int, Path]:
-    """Return step -> checkpoint folder, ascending; folders without weights (a run cut short) are left out."""
-    found: dict[int, Path] = {}
-    for path in sorted(Path(folder).glob("step_*")):
-        match = re.fullmatch(r"step_(\d+)", path.name)
-        if match and ((path / _ADAPTER).is_file() or (path / _FULL).is_file()):
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
-
-
-class StepSeries:
-    """The checkpoints of one run folder, attached to a base module.
-
-    LoRA adapters (``adapter_model.safetensors`` with ``adapter_config.json``) all live in the module and are switched;
-    full weights (``model.safetensors``: all keys of the module, or those that were trained) are copied in on a switch
-    and the base values kept on the CPU.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        The base model. Adapters are injected into it in place; its own weights stop requiring gradients then.
-    folder : str or Path
-        The run folder.
-    reward_name : str, optional
-        Refused when ``curriculum.json`` names another reward under ``reward``.
-
-    Raises
-    ------
-    CheckpointError
-        A folder without checkpoints, of another reward, or whose weights do not fit.
-    """
-
-    def __init__(self, module: torch.nn.Module, folder: str | Path, *, reward_name: str | None = None) -> None:
-        self.folder = Path(folder)
-        self.curriculum = read_curriculum(folder)
-        trained = self.curriculum.get("reward")
-        if reward_name is not None and isinstance(trained, str) and trained != reward_name:
-            raise CheckpointError(
-                f"checkpoints of {folder} belong to another reward: got {trained!r}, expected {reward_name}. Load the "
-                f"reward {trained} with these adapters, or name the folder of {reward_name}."
-            )
-        self._folders = step_folders(folder)
-        if not self._folders:
-            raise CheckpointError(
-                f"no checkpoints: got {folder}, expected folders step_NN with adapter_model.safetensors or "
-                "model.safetensors. Finish at least one step of ttsnap finetune."
-            )
-        kinds = {(path / _ADAPTER).is_file() for path in self._folders.values()}
-        if len(kinds) > 1:
-            raise CheckpointError(
-                f"checkpoints of {folder} are of two kinds: got {[path.name for path in self._folders.values()]!r}, "
-                "expected adapters in all of them, or full weights in all of them. Keep the two runs in folders of "
-                "their own."
-            )
-        self.kind = "lora" if kinds == {True} else "full"
-        self._module = module
-        self._active: int | None = None
-        self._peft: Any = None
-        self._base: dict[str, torch.Tensor] = {}
-        if self.kind == "lora":
-            self._attach_adapters()
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """Steps with weights, ascending."""
-        return tuple(self._folders)
-
-    def fingerprint(self, step: int) -> str:
-        """Return a digest of the weights file of `step`."""
-        path = self._folders[step]
-        file = path / (_ADAPTER if self.kind == "lora" else _FULL)
-        with open(file, "rb") as stream:
-            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
-
-    def base_state(self) -> dict[str, torch.Tensor]:
-        """Return the base values of the weights that full checkpoints have replaced so far."""
-        return self._base
-
-    def use(self, step: int | None) -> None:
-        """Make the weights of `step` (None: the base) the active ones."""
-        if step is not None and step not in self._folders:
-            raise CheckpointError(
-                f"no noise-aware weights for step {step} in {self.folder}: got {step!r}, expected one of "
-                f"{list(self._folders)} or None. Use one of those steps, or finetune this one."
-            )
-        if step == self._active:
-            return
-        if self.kind == "full":
-            self._load_full(step)
-        elif step is None:
-            self._peft.base_model.disable_adapter_layers()
+            state: Any = load_file(path)
         else:
-            if self._active is None:
-                self._peft.base_model.enable_adapter_layers()
-            self._peft.set_adapter(_name(step), inference_mode=True)
-        self._active = step
-
-    # -- adapters -----------------------------------------------------------------------------------------------
-
-    def _attach_adapters(self) -> None:
-        from peft import PeftModel, get_peft_model_state_dict
-        from safetensors import safe_open
-
-        device = next(self._module.parameters()).device
-        for step, path in self._folders.items():
-            name = _name(step)
-            _check_adapter(path)
-            with failures_as(
-                CheckpointError,
-                f"adapter cannot be attached: got {path}, expected a LoRA adapter of this base model. Use the base "
-                "model it was trained on, or train it again.",
-            ):
-                if self._peft is None:
-                    self._peft = PeftModel.from_pretrained(self._module, str(path), adapter_name=name)
-                else:
-                    self._peft.load_adapter(str(path), adapter_name=name, torch_device=str(device))
-                with safe_open(path / _ADAPTER, framework="pt") as file:
-                    stored = set(file.keys())
-            wanted = set(get_peft_model_state_dict(self._peft, adapter_name=name))
-            if stored != wanted:
-                raise CheckpointError(
-                    f"adapter of step {step} does not fit: {len(wanted - stored)} missing and {len(stored - wanted)} "
-                    f"unexpected keys: got {sorted(stored ^ wanted)[:4]!r}, expected the keys of its own "
-                    "adapter_config.json on this base model. Use the base model it was trained on, or train it again."
-                )
-        keep_base_exact(self._module)
-        self._peft.eval()
-        self._peft.base_model.disable_adapter_layers()
-
-    # -- full weights -------------------------------------------------------------------------------------------
-
-    def _load_full(self, step: int | None) -> None:
-        from safetensors.torch import load_file
-
-        own = self._module.state_dict()
-        state: dict[str, torch.Tensor] = {}
-        if step is not None:
-            path = self._folders[step] / _FULL
-            with failures_as(
-                CheckpointError,
-                f"checkpoint cannot be read: got {path}, expected a whole safetensors file. Train this step again, or "
-                "remove its folder.",
-            ):
-                state = load_file(path)
-            bad = [key for key, value in state.items() if key not in own or own[key].shape != value.shape]
-            if bad or not state:
-                raise CheckpointError(
-                    f"checkpoint of step {step} does not fit the base model: got {bad[:4] or 'no weights'!r}, expected "
-                    "names and shapes of the base model. Use the base model it was trained on, or train it again."
-                )
-        for key in state.keys() - self._base.keys():  # touched for the first time: remember the base
-            self._base[key] = own[key].detach().to("cpu", copy=True)
-        # What this step does not bring comes back from the base, not from the step before.
-        self._module.load_state_dict({**self._base, **state}, strict=False)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
+        raise RewardError(f"weights file: got {path}, expected a mapping from names to tensors. Save a state dict.")
+    if state and all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return dict(state)
 
 
-def _check_adapter(folder: Path) -> None:
-    """Refuse an adapter_config.json that is no plain LoRA: some kinds change the base weights as they are attached."""
-    path = folder / "adapter_config.json"
-    remedy = "Use adapters of ttsnap finetune, or plain LoRA adapters of peft."
-    about = read_json(path, "adapter configuration", error=CheckpointError, remedy=remedy)
-    choice(f"{path}: peft_type", about.get("peft_type"), ("LORA",), error=CheckpointError)
-    integer(f"{path}: r", about.get("r"), 1, _MOST_RANK, error=CheckpointError)
-    starts = about.get("init_lora_weights", True)
-    choice(f"{path}: init_lora_weights", starts, (True, False, "gaussian"), error=CheckpointError)
-    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "loftq_config"):
-        if about.get(key):
-            raise CheckpointError(f"{path}: {key}: got {about[key]!r}, expected none. {remedy}")
+def load_strict(
+    module: torch.nn.Module, state: Mapping[str, torch.Tensor], *, source: str, constants: Iterable[str] = ()
+) -> None:
+    """Load `state` into `module`; every key and shape must fit, but for the buffers that match a pattern."""
+    own = module.state_dict()
+    check_fit(own, state, source=source, constants=constants)
+    module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
 
 
-def _name(step: int) -> str:
-    return f"step_{step}"
+def check_fit(
+    own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], *, source: str, constants: Iterable[str] = ()
+) -> None:
+    """Raise when `given` has other keys than `own`, but for the buffers that match a pattern, or another shape."""
+    refuse_keys(own.keys() - given.keys(), given.keys() - own.keys(), source=source, constants=constants)
+    for key in own.keys() & given.keys():
+        if own[key].shape != given[key].shape:
+            raise RewardError(
+                f"weights of {source}: {key}: got {tuple(given[key].shape)}, expected shape {tuple(own[key].shape)}. "
+                "Use the checkpoint that belongs to this reward."
+            )
+
+
+def refuse_keys(
+    missing: Iterable[str], unexpected: Iterable[str], *, source: str, constants: Iterable[str] = ()
+) -> None:
+    """Raise when keys are missing or left over, but for those that match a pattern."""
+    missing, unexpected = (
+        sorted(key for key in keys if not any(re.fullmatch(pattern, key) for pattern in constants))
+        for keys in (missing, unexpected)
+    )
+    if missing or unexpected:
+        raise RewardError(
+            f"weights of {source} do not fit the model: {len(missing)} missing and {len(unexpected)} unexpected keys: "
+            f"got {(missing + unexpected)[:6]!r}, expected the model's own keys. Use the checkpoint that belongs to "
+            "this reward."
+        )
+
+
+def sampled_digest(about: str, state: Mapping[str, torch.Tensor]) -> str:
+    """Return a short digest of a text and of at most 511 values of each tensor; no security measure."""
+    digest = hashlib.blake2b(about.encode(), digest_size=8)
+    for key, value in sorted(state.items()):
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 256)].float().cpu().numpy()
+        digest.update(f"{key} {tuple(value.shape)}".encode() + sample.tobytes())
+    return digest.hexdigest()

@@ -17,50 +17,24 @@ from ttsnap_lib.rewards.checkpoints import fetch, is_local, load_strict, offline
 from ttsnap_lib.rewards.pixels import IMAGE_REWARD_PIXELS
 
 _MAX_TOKENS = 35  # the package truncates prompts here
-
-
 _LORA_TARGETS = (
     r"blip\.visual_encoder\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
     r"|blip\.text_encoder\.encoder\.layer\.\d+\.crossattention\.(self\.(query|key|value)|output\.dense)"
 )
-
-
-# The published file lacks nothing that the package computes itself; position_ids is a constant buffer.
-_MAY_MISS = (r"blip\.text_encoder\.embeddings\.position_ids",)
-
-
-_MAY_HAVE = (r"blip\.text_encoder\.embeddings\.position_ids",)
-
-
+_CONSTANTS = (r"blip\.text_encoder\.embeddings\.position_ids",)  # versions of transformers keep it or compute it
 _patching = threading.Lock()
 
 
 class ImageRewardModel(Reward):
     """The raw head output of ImageReward, as the published values are, or the package's standardized score.
 
-    Parameters
-    ----------
-    name : str
-        The name under which scores are kept.
-    module : ImageReward.ImageReward
-        The package's model.
-    standardize : bool
-        True returns ``(x - mean) / std`` with the package's 0.16717 and 1.03334, as its `score` and
-        `inference_rank` do.
-    options : Any
-        Device, dtype and batch_size, as :class:`Reward` takes them.
+    `module` is the package's model. `standardize` returns ``(x - mean) / std`` with the package's 0.16717 and 1.03334,
+    as its `score` and `inference_rank` do.
     """
 
     module: Any
 
-    def __init__(
-        self,
-        name: str,
-        module: Any,
-        *,
-        standardize: bool = False,
-        **options: Any,
-    ) -> None:
+    def __init__(self, name: str, module: Any, *, standardize: bool = False, **options: Any) -> None:
         super().__init__(name, module, preprocessing=IMAGE_REWARD_PIXELS, default_lora_targets=_LORA_TARGETS, **options)
         self.standardize = bool(standardize)
         module.to(device=self.device, dtype=self.dtype).eval()
@@ -91,52 +65,22 @@ class ImageRewardModel(Reward):
 
 
 def load_image_reward(
-    name: str = "image_reward",
+    name: str,
     *,
     weights: str | Path | None = None,
     med_config: str | Path | None = None,
     tokenizer: str | Path | None = None,
-    standardize: bool = False,
     revision: str | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-    batch_size: int = 32,
+    **options: Any,
 ) -> ImageRewardModel:
-    """Load ImageReward.
-
-    Parameters
-    ----------
-    name : str
-        The name under which scores are kept.
-    weights, med_config : str or Path, optional
-        Checkpoint and text configuration; both from `THUDM/ImageReward` on the hub when not given.
-    tokenizer : str or Path, optional
-        Folder of the BERT tokenizer; the package's `bert-base-uncased` of the hub when not given.
-    standardize : bool
-        See :class:`ImageRewardModel`.
-    revision : str, optional
-        Commit, branch or tag on the hub.
-    device, dtype, batch_size
-        As :class:`Reward` takes them.
-
-    Returns
-    -------
-    ImageRewardModel
-    """
+    """Load ImageReward: checkpoint and text configuration of `THUDM/ImageReward`, the package's BERT tokenizer."""
     repo = "THUDM/ImageReward"
     weights = Path(weights) if weights is not None else fetch(repo, "ImageReward.pt", revision=revision)
     med_config = Path(med_config) if med_config is not None else fetch(repo, "med_config.json", revision=revision)
     state = read_state(weights)
     module = build_module(med_config, tokenizer)
-    load_strict(module, state, source=str(weights), may_miss=_MAY_MISS, may_have=_MAY_HAVE)
-    return ImageRewardModel(
-        name,
-        module,
-        standardize=standardize,
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size,
-    )
+    load_strict(module, state, source=str(weights), constants=_CONSTANTS)
+    return ImageRewardModel(name, module, **options)
 
 
 def build_module(med_config: str | Path, tokenizer: str | Path | None = None) -> Any:
@@ -150,9 +94,8 @@ def build_module(med_config: str | Path, tokenizer: str | Path | None = None) ->
             from ImageReward.ImageReward import ImageReward
     except ImportError as error:
         raise RewardError(
-            f"the image-reward package cannot be imported ({error}): got {type(error).__name__!r}, expected an "
-            'installed image-reward 1.5. Run `pip install image-reward clip-anytorch "transformers<4.56" '
-            '"setuptools<81"`.'
+            f"the image-reward package cannot be imported ({error}), expected image-reward 1.5. Run `pip install "
+            'image-reward clip-anytorch "transformers<4.56" "setuptools<81"`.'
         ) from error
     med_config = Path(med_config)
     if not med_config.is_file():
@@ -161,14 +104,11 @@ def build_module(med_config: str | Path, tokenizer: str | Path | None = None) ->
         try:
             return ImageReward(device="cpu", med_config=str(med_config))
         except OSError as error:  # the package asks the hub for its tokenizer
-            from huggingface_hub import constants
-
-            source = str(tokenizer) if tokenizer is not None else "bert-base-uncased"
             if tokenizer is not None and is_local(tokenizer):
                 raise RewardError(
-                    f"tokenizer cannot be loaded: got {source!r}, expected a BERT tokenizer folder. Check the path."
+                    f"tokenizer cannot be loaded: got {tokenizer}, expected a BERT tokenizer folder. Check the path."
                 ) from error
-            raise offline_error(source, None, constants.HF_HUB_CACHE, "tokenizer", error) from error
+            raise offline_error(str(tokenizer or "bert-base-uncased"), "tokenizer", error) from error
 
 
 @contextlib.contextmanager

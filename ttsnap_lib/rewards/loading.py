@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
-from ttsnap_lib.checks import choice, known_keys
+from ttsnap_lib.checks import as_dtype, choice, known_keys
 from ttsnap_lib.errors import CheckpointError, RewardError
 from ttsnap_lib.files import as_path
-from ttsnap_lib.rewards.base import Reward
+from ttsnap_lib.pocket import pocket_folder
+from ttsnap_lib.rewards.base import CallableReward, Reward, import_function
+from ttsnap_lib.rewards.checkpoints import CURRICULUM, is_local, read_curriculum
+from ttsnap_lib.rewards.image_reward import load_image_reward
+from ttsnap_lib.rewards.towers import HPS_FILES, load_clip, load_hpsv2
 
 _CLIP_OPTIONS = ("processor", "weights", "revision", "scale")
-
-
 REWARDS = {
     "image_reward": ("weights", "med_config", "tokenizer", "standardize", "revision"),
     "pickscore": _CLIP_OPTIONS,
@@ -25,16 +27,6 @@ REWARDS = {
     "pocket-clip": _CLIP_OPTIONS,
 }
 """Names that :func:`load_reward` knows, each with the options it takes."""
-
-
-_DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
 
 
 def load_reward(
@@ -91,94 +83,27 @@ def load_reward(
     ConfigError
         An option that this reward does not take.
     """
-    if isinstance(dtype, str):
-        dtype = _DTYPES[choice("dtype", dtype, _DTYPES)]
-    common = {"device": device, "dtype": dtype, "batch_size": batch_size}
+    common = {"device": device, "dtype": as_dtype(dtype), "batch_size": batch_size}
     if isinstance(source, Reward):
         known_keys("reward object", options, ())
         reward = source
-        if name is not None:
-            reward.name = name
-    elif isinstance(source, str | Path) and not as_path("reward", source, error=RewardError).name:
-        raise RewardError(f"reward: got {source}, expected one of {list(REWARDS)}, or a folder. Name one.")
-    elif not isinstance(source, str | Path):
+        reward.name = name or reward.name
+    elif not isinstance(source, str | Path) or _is_function(str(source)):
         known_keys("reward function", options, ("takes",))
-        reward = _function(source, name, device, batch_size, options)
+        function: Any = import_function(source) if isinstance(source, str) else source
+        reward = CallableReward(function, name, device=device, batch_size=batch_size, **options)
     elif str(source) in REWARDS:
         known_keys(f"reward {source}", options, REWARDS[str(source)])
-        reward = _named(str(source), name or str(source), common, options)
-    elif _is_function(str(source)):
-        from ttsnap_lib.rewards.base import import_function
-
-        known_keys("reward function", options, ("takes",))
-        reward = _function(import_function(str(source)), name, device, batch_size, options)
-    elif (Path(source) / "curriculum.json").is_file():
-        reward = _from_run(Path(source), name, common, options)
+        reward = _named(str(source), name or str(source), {**common, **options})
+    elif (as_path("reward", source, error=RewardError) / CURRICULUM).is_file():
+        reward = _from_run(Path(source), name, {**common, **options})
         adapters = source if adapters is None else adapters
     else:
         known_keys(f"reward {source}", options, _CLIP_OPTIONS)
-        reward = _clip(str(source), name, common, options)
+        reward = _clip(str(source), name, {**common, **options})
     if adapters is not None:
         reward.attach_steps(adapters)
     return reward.compile() if compile else reward
-
-
-def _named(source: str, name: str, common: dict[str, Any], options: dict[str, Any]) -> Reward:
-    if source == "image_reward":
-        from ttsnap_lib.rewards.image_reward import load_image_reward
-
-        return load_image_reward(name, **common, **options)
-    if source in ("hpsv2", "hpsv2.1"):
-        from ttsnap_lib.rewards.towers import load_hpsv2
-
-        return load_hpsv2(name, version=source, **common, **options)
-    from ttsnap_lib.rewards.towers import load_clip
-
-    if source == "pickscore":
-        # The model card takes the processor of the model that PickScore was trained from.
-        options = {"processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", **options}
-        return load_clip(name, "yuvalkirstain/PickScore_v1", **common, **options)
-    if source == "clipscore":
-        return load_clip(name, "openai/clip-vit-large-patch14", **common, **{"scale": 1.0, **options})
-    from ttsnap_lib.pocket import pocket_folder
-
-    return load_clip(name, pocket_folder("pocket-clip"), **common, **options)
-
-
-def _clip(source: str, name: str | None, common: dict[str, Any], options: dict[str, Any]) -> Reward:
-    from ttsnap_lib.rewards.checkpoints import is_local
-    from ttsnap_lib.rewards.towers import load_clip
-
-    path = Path(source)
-    looks_like_hub_id = source.count("/") == 1 and not is_local(source)
-    if not path.is_dir() and not looks_like_hub_id:
-        if path.is_file():
-            raise RewardError(
-                f"a weights file alone does not say which model it belongs to: got {source!r}, expected the reward's "
-                'name with weights=<file>. Write for example load_reward("hpsv2", weights=file).'
-            )
-        choice("reward", source, [*REWARDS, "a folder", "a hub id", "module:function"], error=RewardError)
-    return load_clip(name or path.name, source, **common, **options)
-
-
-def _from_run(folder: Path, name: str | None, common: dict[str, Any], options: dict[str, Any]) -> Reward:
-    from ttsnap_lib.rewards.checkpoints import read_curriculum
-
-    base = read_curriculum(folder).get("reward")
-    # A file must not name code to import, nor a run folder, which could name itself.
-    if not isinstance(base, str) or _is_function(base) or (Path(base) / "curriculum.json").exists():
-        raise RewardError(
-            f"curriculum.json of {folder} does not name its base reward: got {base!r}, expected a model under "
-            f'"reward": one of {list(REWARDS)}, a folder of a model, or a hub id. Load the base by name with '
-            "adapters=<this folder>."
-        )
-    return load_reward(base, name=name, **common, **options)
-
-
-def _function(function: Any, name: str | None, device: Any, batch_size: int, options: dict[str, Any]) -> Reward:
-    from ttsnap_lib.rewards.base import CallableReward
-
-    return CallableReward(function, name, device=device, batch_size=batch_size, **options)
 
 
 def _is_function(source: str) -> bool:
@@ -186,26 +111,53 @@ def _is_function(source: str) -> bool:
     return bool(colon) and all(part.isidentifier() for part in (*module.split("."), *attribute.split(".")))
 
 
+def _named(source: str, name: str, options: dict[str, Any]) -> Reward:
+    if source == "image_reward":
+        return load_image_reward(name, **options)
+    if source in HPS_FILES:
+        return load_hpsv2(name, version=source, **options)
+    if source == "pickscore":
+        # The model card takes the processor of the model that PickScore was trained from.
+        options = {"processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", **options}
+        return load_clip(name, "yuvalkirstain/PickScore_v1", **options)
+    if source == "clipscore":
+        return load_clip(name, "openai/clip-vit-large-patch14", **{"scale": 1.0, **options})
+    return load_clip(name, pocket_folder("pocket-clip"), **options)
+
+
+def _clip(source: str, name: str | None, options: dict[str, Any]) -> Reward:
+    path = Path(source)
+    if path.is_file():
+        raise RewardError(
+            f"a weights file alone does not say which model it belongs to: got {source!r}, expected the reward's "
+            'name with weights=<file>. Write for example load_reward("hpsv2", weights=file).'
+        )
+    looks_like_hub_id = source.count("/") == 1 and not is_local(source)
+    if not path.name or not (path.is_dir() or looks_like_hub_id):
+        choice("reward", source, [*REWARDS, "a folder", "a hub id", "module:function"], error=RewardError)
+    return load_clip(name or path.name, source, **options)
+
+
+def _from_run(folder: Path, name: str | None, options: dict[str, Any]) -> Reward:
+    base = read_curriculum(folder).get("reward")
+    # A file must not name code to import, nor a run folder, which could name itself.
+    if not isinstance(base, str) or _is_function(base) or (Path(base) / CURRICULUM).exists():
+        raise RewardError(
+            f"curriculum.json of {folder} does not name its base reward: got {base!r}, expected a model under "
+            f'"reward": one of {list(REWARDS)}, a folder of a model, or a hub id. Load the base by name with '
+            "adapters=<this folder>."
+        )
+    return load_reward(base, name=name, **options)
+
+
 def find_adapters(source: str | Path | None, model: str = "") -> Path | None:
-    """Return the run folder of noise-aware weights that `source` names.
+    """Return the run folder of noise-aware weights that `source` names; empty or None gives None.
 
-    Parameters
-    ----------
-    source : str, Path or None
-        Empty or None gives None. ``"pocket"`` is what ships for pocket-clip on the pocket model `model`, and None for
-        other models. Anything else is a folder of ``ttsnap finetune``.
-    model : str
-        Name of the pipeline.
-
-    Raises
-    ------
-    CheckpointError
-        A folder that is not there.
+    ``"pocket"`` is what ships for pocket-clip on the pocket model `model`, and None for other models. Anything else is
+    a folder of ``ttsnap finetune``; one that is not there raises CheckpointError.
     """
     if not source:
         return None
-    from ttsnap_lib.pocket import pocket_folder
-
     shipped = pocket_folder("pocket-clip").with_name("pocket-clip-noise-aware") / str(model).removeprefix("pocket-")
     folder = shipped if str(source) == "pocket" else Path(source)
     if folder.is_dir():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,95 +14,11 @@ from torch.nn import functional
 
 from ttsnap_lib.errors import RewardError
 
-_PRECISION = 22  # bits of Pillow's fixed-point weights for 8-bit images (32 - 8 - 2)
-
-
-def _bilinear(x: float) -> float:
-    return max(0.0, 1.0 - abs(x))
-
-
-def _bicubic(x: float) -> float:
-    x, a = abs(x), -0.5
-    if x < 1:
-        return ((a + 2) * x - (a + 3)) * x * x + 1
-    return (((x - 5) * x + 8) * x - 4) * a if x < 2 else 0.0
-
-
-_FILTERS = {2: (_bilinear, 1.0), 3: (_bicubic, 2.0)}  # PIL.Image.Resampling value -> filter, its support
-
-
-@functools.lru_cache(maxsize=64)
-def _weights(before: int, after: int, resample: int) -> torch.Tensor:
-    """Return Pillow's integer weights (after, before), float64 on the CPU (libImaging/Resample.c)."""
-    kernel, support = _FILTERS[resample]
-    scale = before / after
-    stretch = max(scale, 1.0)  # when shrinking, the filter covers all pixels that fall into one
-    support *= stretch
-    table = torch.zeros(after, before, dtype=torch.float64)
-    for row in range(after):
-        center = (row + 0.5) * scale
-        first = max(int(center - support + 0.5), 0)
-        last = min(int(center + support + 0.5), before)
-        values = [kernel((x - center + 0.5) / stretch) for x in range(first, last)]
-        total = sum(values)
-        for x, value in zip(range(first, last), values, strict=True):
-            fixed = value / total * (1 << _PRECISION)
-            table[row, x] = math.trunc(fixed + (0.5 if value >= 0 else -0.5))
-    return table
-
-
-def resize_levels(
-    pixels: torch.Tensor, height: int, width: int, *, resample: int = 3, rounded: bool = True
-) -> torch.Tensor:
-    """Resize images with values in [0, 255] as Pillow resizes 8-bit images: rows first, then columns.
-
-    Parameters
-    ----------
-    pixels : Tensor (..., height, width)
-        Whole numbers 0 to 255 when `rounded`.
-    height, width : int
-        The new size.
-    resample : int
-        ``PIL.Image.Resampling.BILINEAR`` or ``BICUBIC``.
-    rounded : bool
-        True gives Pillow's levels to the bit: its fixed-point weights in float64, where every product and sum is
-        exact, rounded and clipped after each direction. False leaves the rounding out, for gradients.
-
-    Returns
-    -------
-    Tensor (..., height, width)
-        float32.
-
-    Raises
-    ------
-    RewardError
-        A filter that is neither bilinear nor bicubic.
-    """
-    if resample not in _FILTERS:
-        raise RewardError(
-            f"tensors cannot be resized with this resampling: got {resample!r}, expected 2 (bilinear) or 3 (bicubic). "
-            "Pass PIL images instead."
-        )
-    dtype = torch.float64 if rounded else torch.float32
-    pixels = pixels.to(dtype)
-    for axis, size in ((-1, width), (-2, height)):
-        if pixels.shape[axis] == size:
-            continue
-        table = (_weights(pixels.shape[axis], size, resample) / (1 << _PRECISION)).to(pixels.device, dtype)
-        pixels = pixels @ table.mT if axis == -1 else table @ pixels
-        if rounded:
-            pixels = (pixels + 0.5).floor()
-        pixels = pixels.clamp(0, 255)
-    return pixels.to(torch.float32)
-
-
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-
-
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-
 _LEVELS = 255.0
+_PRECISION = 22  # bits of Pillow's fixed-point weights for 8-bit images (32 - 8 - 2)
 
 
 @dataclass(frozen=True)
@@ -143,8 +59,6 @@ class Preprocessing:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
-    # -- public -------------------------------------------------------------------------------------------------
-
     def image(self, image: Image.Image) -> torch.Tensor:
         """Return one PIL image as a float32 tensor (3, size, size) on the CPU."""
         if not self.levels:
@@ -160,22 +74,12 @@ class Preprocessing:
         return self._normalize(_to_tensor(image.convert("RGB"))[None])[0]
 
     def tensor(self, pixels: torch.Tensor, *, differentiable: bool = False) -> torch.Tensor:
-        """Return a batch of float images in [0, 1] as model input, on the device where they are.
+        """Return float images (n, 3, height, width) in [0, 1] as model input, float32, on the device where they are.
 
-        Parameters
-        ----------
-        pixels : Tensor (n, 3, height, width)
-            Float images in [0, 1].
-        differentiable : bool
-            False rounds the images to 256 levels first, as writing a PNG does, and resizes to the same levels as
-            Pillow does, so that a tensor and the file written from it give the same pixels: equal to the bit for
-            the families that resize 8-bit images, within 2e-6 for those that resize floats (HPSv2). True leaves out
-            every rounding, so that gradients reach the images; then up to 2 of 255 levels of difference.
-
-        Returns
-        -------
-        Tensor (n, 3, size, size)
-            float32.
+        They are rounded to 256 levels first, as writing a PNG does, and resized to the levels that Pillow gives: a
+        tensor and the file written from it give the same pixels, to the bit for the families that resize 8-bit images,
+        within 2e-6 for those that resize floats (HPSv2). `differentiable` leaves out every rounding, so that gradients
+        reach the images; then up to 2 of 255 levels of difference.
         """
         pixels = pixels.to(torch.float32)
         if not len(pixels):
@@ -199,7 +103,7 @@ class Preprocessing:
             pixels = pixels[..., top : top + self.size, left : left + self.size]
         return self._normalize(pixels)
 
-    # -- geometry -----------------------------------------------------------------------------------------------
+    # Geometry
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """Return (height, width) after resizing."""
@@ -232,9 +136,7 @@ class Preprocessing:
             if rounded:
                 levels = levels.round()  # the division above left whole numbers but for the last bit
             return resize_levels(levels, height, width, resample=self.resample, rounded=rounded) / _LEVELS
-        mode = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}[
-            Image.Resampling(self.resample)
-        ]
+        mode = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}[self.resample]
         return functional.interpolate(pixels, size=(height, width), mode=mode, antialias=True, align_corners=False)
 
     def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -254,55 +156,27 @@ antialiasing; this follows its code on current versions.)"""
 
 
 def from_clip_processor(processor: Any, source: str) -> Preprocessing:
-    """Read the settings of a `transformers.CLIPImageProcessor`.
-
-    Returns
-    -------
-    Preprocessing
-
-    Raises
-    ------
-    RewardError
-        When the processor does something that :class:`Preprocessing` does not know.
-    """
-
-    def refuse(what: str, value: object, bound: str) -> RewardError:
-        return RewardError(
-            f"image processor of {source}: {what}: got {value!r}, expected {bound}. Save a CLIPImageProcessor with "
-            "such settings beside the model."
-        )
-
-    if not type(processor).__name__.startswith("CLIPImageProcessor"):
-        raise refuse("class", type(processor).__name__, "CLIPImageProcessor")
-    if not processor.do_rescale or abs(processor.rescale_factor - 1 / 255) > 1e-9:
-        raise refuse("rescale_factor", processor.rescale_factor, "1/255")
-    if not processor.do_normalize:
-        raise refuse("do_normalize", False, "True")
+    """Return what a `transformers.CLIPImageProcessor` does, or raise when :class:`Preprocessing` cannot say it."""
     size, crop = dict(processor.size or {}), dict(processor.crop_size or {})
-    if processor.do_center_crop:
-        side = {crop.get("height"), crop.get("width")}
-    elif {"height", "width"} <= set(size):
-        side = {size["height"], size["width"]}
-    else:
-        raise refuse("do_center_crop", False, "True, or a size with height and width")
-    if len(side) != 1 or None in side:
-        raise refuse("input size", crop or size, "a square")
-    edge = int(cast("int", side.pop()))
-    resize_to: int | None = None
-    if not processor.do_resize:
-        fit = "none"
-    elif "shortest_edge" in size:
-        fit, resize_to = "shortest", int(size["shortest_edge"])
-    elif size.get("height") == size.get("width") == edge:
-        fit = "stretch"
-    else:
-        raise refuse("size", size, "a shortest_edge, or height and width equal to the crop")
-    if resize_to is not None and resize_to < edge:
-        raise refuse("shortest_edge", resize_to, f"at least the crop's {edge}")
+    edge = (crop if processor.do_center_crop else size).get("height")
+    resize_to = size.get("shortest_edge") if processor.do_resize else None
+    fit = "none" if not processor.do_resize else "stretch" if resize_to is None else "shortest"
+    known = type(processor).__name__.startswith("CLIPImageProcessor")
+    known = known and processor.do_rescale and abs(processor.rescale_factor - 1 / 255) < 1e-9 and processor.do_normalize
+    known = known and edge is not None and edge == (crop if processor.do_center_crop else size).get("width")
+    known = known and (fit != "stretch" or size.get("height") == size.get("width") == edge)
+    if not known or (resize_to is not None and resize_to < edge):
+        named = ("do_rescale", "rescale_factor", "do_normalize", "do_resize", "size", "do_center_crop", "crop_size")
+        raise RewardError(
+            f"image processor of {source}: got {type(processor).__name__} with "
+            f"{', '.join(f'{name} {getattr(processor, name)}' for name in named)}, expected a CLIPImageProcessor that "
+            "resizes the shortest edge and crops a square not larger than it, or stretches to a square, rescales by "
+            "1/255 and normalizes. Save one with such settings beside the model."
+        )
     return Preprocessing(
-        size=edge,
+        size=int(edge),
         fit=fit,
-        resize_to=None if resize_to == edge else resize_to,
+        resize_to=None if resize_to in (None, edge) else int(resize_to),
         resample=int(processor.resample),
         centre="floor",
         mean=tuple(processor.image_mean),
@@ -313,3 +187,66 @@ def from_clip_processor(processor: Any, source: str) -> Preprocessing:
 def _to_tensor(image: Image.Image) -> torch.Tensor:
     """Return an RGB image as float32 (3, height, width) in [0, 1]."""
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32) / _LEVELS
+
+
+# Resizing as Pillow does, on any device
+
+
+def _bilinear(x: float) -> float:
+    return max(0.0, 1.0 - abs(x))
+
+
+def _bicubic(x: float) -> float:
+    x, a = abs(x), -0.5
+    if x < 1:
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+    return (((x - 5) * x + 8) * x - 4) * a if x < 2 else 0.0
+
+
+_FILTERS = {2: (_bilinear, 1.0), 3: (_bicubic, 2.0)}  # PIL.Image.Resampling value -> filter, its support
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(before: int, after: int, resample: int) -> torch.Tensor:
+    """Return Pillow's integer weights (after, before), float64 on the CPU (libImaging/Resample.c)."""
+    kernel, support = _FILTERS[resample]
+    scale = before / after
+    stretch = max(scale, 1.0)  # when shrinking, the filter covers all pixels that fall into one
+    support *= stretch
+    table = torch.zeros(after, before, dtype=torch.float64)
+    for row in range(after):
+        center = (row + 0.5) * scale
+        first = max(int(center - support + 0.5), 0)
+        last = min(int(center + support + 0.5), before)
+        values = [kernel((x - center + 0.5) / stretch) for x in range(first, last)]
+        total = sum(values)
+        for x, value in zip(range(first, last), values, strict=True):
+            fixed = value / total * (1 << _PRECISION)
+            table[row, x] = math.trunc(fixed + (0.5 if value >= 0 else -0.5))
+    return table
+
+
+def resize_levels(
+    pixels: torch.Tensor, height: int, width: int, *, resample: int = 3, rounded: bool = True
+) -> torch.Tensor:
+    """Resize images (..., height, width) with values in [0, 255] as Pillow resizes 8-bit images, float32.
+
+    `rounded` gives the levels of Pillow to the bit for whole numbers: its fixed-point weights in float64, where every
+    product and sum is exact, rounded and clipped after each direction. False leaves the rounding out, for gradients.
+    """
+    if resample not in _FILTERS:
+        raise RewardError(
+            f"tensors cannot be resized with this resampling: got {resample!r}, expected 2 (bilinear) or 3 (bicubic). "
+            "Pass PIL images instead."
+        )
+    dtype = torch.float64 if rounded else torch.float32
+    pixels = pixels.to(dtype)
+    for axis, size in ((-1, width), (-2, height)):
+        if pixels.shape[axis] == size:
+            continue
+        table = (_weights(pixels.shape[axis], size, resample) / (1 << _PRECISION)).to(pixels.device, dtype)
+        pixels = pixels @ table.mT if axis == -1 else table @ pixels
+        if rounded:
+            pixels = (pixels + 0.5).floor()
+        pixels = pixels.clamp(0, 255)
+    return pixels.to(torch.float32)

@@ -1,4 +1,4 @@
-"""HPSv2 and HPSv2.1: an open_clip ViT-H-14 with the checkpoints of `xswu/HPSv2`."""
+"""Rewards with an image and a text tower: CLIP models (PickScore, CLIPScore, pocket-clip) and open_clip's (HPSv2)."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ttsnap_lib.checks import choice, real
+from ttsnap_lib.checks import real
 from ttsnap_lib.errors import RewardError
 from ttsnap_lib.files import reason
 from ttsnap_lib.rewards.base import Reward, TextBatch
-from ttsnap_lib.rewards.checkpoints import check_keys, fetch, is_local, load_strict, offline_error, read_state
+from ttsnap_lib.rewards.checkpoints import fetch, is_local, load_strict, offline_error, read_state, refuse_keys
 from ttsnap_lib.rewards.pixels import HPS_PIXELS, Preprocessing, from_clip_processor
+
+HPS_FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
+"""Checkpoint files of the repository `xswu/HPSv2`."""
+
+_CLIP_LORA_TARGETS = r".*vision_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+_OPEN_CLIP_LORA_TARGETS = r"visual\.transformer\.resblocks\.\d+\.(attn|mlp\.(c_fc|c_proj))"
+# Buffers that some versions of the libraries wrote and others compute.
+_CLIP_CONSTANTS = (r"(text|vision)_model\.embeddings\.position_ids",)
+_OPEN_CLIP_CONSTANTS = (r"(.*\.)?attn_mask",)
 
 
 class CosineReward(Reward):
-    """A two-tower reward: families fill in how their towers are called.
-
-    Attributes
-    ----------
-    module : Any
-        A model of the family's own class; its library is imported when one is loaded.
-    """
+    """A two-tower reward: families fill in how their towers are called. `module` is of the family's own class."""
 
     module: Any
 
@@ -52,13 +55,6 @@ class CosineReward(Reward):
         return (image * text.expand(len(pixels)).tensors["features"]).sum(-1) * self.factor()
 
 
-_CLIP_LORA_TARGETS = r".*vision_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
-
-
-# Buffers that older versions of transformers wrote and newer ones compute.
-_CLIP_MAY_HAVE = (r"(text|vision)_model\.embeddings\.position_ids",)
-
-
 class ClipReward(CosineReward):
     """``scale`` times the cosine similarity of the image's and the prompt's embedding.
 
@@ -76,11 +72,6 @@ class ClipReward(CosineReward):
         cosine (the image-reward package's CLIPScore).
     options : Any
         Device, dtype and batch_size, as :class:`Reward` takes them.
-
-    Raises
-    ------
-    RewardError
-        The processor and the model disagree on the image size.
     """
 
     def __init__(
@@ -96,9 +87,8 @@ class ClipReward(CosineReward):
         super().__init__(name, module, preprocessing=preprocessing, default_lora_targets=_CLIP_LORA_TARGETS, **options)
         if preprocessing.size != module.config.vision_config.image_size:
             raise RewardError(
-                f"processor of {name} and its model disagree on the image size: got {preprocessing.size!r}, expected "
-                f"{module.config.vision_config.image_size!s}. Save the processor that belongs to the model beside "
-                "it."
+                f"processor of {name} and its model disagree on the image size: got {preprocessing.size}, expected "
+                f"{module.config.vision_config.image_size}. Save the processor that belongs to the model beside it."
             )
         self.tokenizer = tokenizer
         self.scale = "logit" if scale == "logit" else real("scale", scale, error=RewardError)
@@ -124,126 +114,11 @@ class ClipReward(CosineReward):
         return self.module.logit_scale.float().exp() if isinstance(self.scale, str) else self.scale
 
 
-def load_clip(
-    name: str,
-    source: str | Path,
-    *,
-    processor: str | Path | None = None,
-    weights: str | Path | None = None,
-    revision: str | None = None,
-    scale: str | float = "logit",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-    batch_size: int = 32,
-) -> ClipReward:
-    """Load a `CLIPModel` reward from a folder or a hub id.
-
-    Parameters
-    ----------
-    name : str
-        Name of the reward.
-    source : str or Path
-        Folder or hub id of the model.
-    processor : str or Path, optional
-        Folder or hub id of the tokenizer and image processor; `source` when not given.
-    weights : str or Path, optional
-        A file of weights to put into the model's architecture instead of its own.
-    revision : str, optional
-        Commit, branch or tag on the hub.
-    scale
-        As :class:`ClipReward` takes it.
-    device, dtype, batch_size
-        As :class:`Reward` takes them.
-
-    Returns
-    -------
-    ClipReward
-    """
-    from transformers import CLIPConfig, CLIPModel
-
-    source = str(source)
-    processor = str(processor) if processor is not None else source
-    if weights is None:
-        module, info = _pretrained(
-            CLIPModel.from_pretrained, source, "model", revision, output_loading_info=True, torch_dtype=torch.float32
-        )
-        check_keys(info["missing_keys"], info["unexpected_keys"], source=source, may_have=_CLIP_MAY_HAVE)
-    else:
-        from ttsnap_lib.rewards.checkpoints import load_strict
-
-        module = CLIPModel(_pretrained(CLIPConfig.from_pretrained, source, "config", revision))
-        load_strict(module, read_state(weights), source=str(weights), may_have=_CLIP_MAY_HAVE)
-    processor_revision = revision if processor == source else None
-    tokenizer, preprocessing = load_processor(processor, processor_revision)
-    return ClipReward(
-        name,
-        module,
-        tokenizer,
-        preprocessing,
-        scale=scale,
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size,
-    )
-
-
-def load_processor(source: str, revision: str | None = None) -> tuple[Any, Preprocessing]:
-    """Return the tokenizer and the preprocessing kept in a folder or hub repository."""
-    from transformers import AutoTokenizer, CLIPImageProcessor
-
-    tokenizer = _pretrained(AutoTokenizer.from_pretrained, source, "tokenizer", revision)
-    images = _pretrained(CLIPImageProcessor.from_pretrained, source, "image processor", revision)
-    return tokenizer, from_clip_processor(images, source)
-
-
-def _pretrained(load: Any, source: str, what: str, revision: str | None, **options: Any) -> Any:
-    """Call a `from_pretrained` and turn its many errors into one that says what to do."""
-    from huggingface_hub import constants
-
-    local = is_local(source)
-    try:
-        # Unless told so, transformers asks on the terminal whether to run code that stands in the folder.
-        trust = {"trust_remote_code": False} if what == "tokenizer" else {}
-        return load(source, **({} if local else {"revision": revision or "main"}), **trust, **options)
-    except Exception as error:  # OSError, ValueError, JSON and safetensors errors, all for one bad folder
-        if local:
-            raise RewardError(
-                f"{what} cannot be loaded ({reason(error)}): got {source!r}, expected a folder with a CLIPModel, its "
-                "tokenizer and its CLIPImageProcessor. Save model and processor into it with save_pretrained(), or "
-                "check the path."
-            ) from error
-        raise offline_error(source, None, constants.HF_HUB_CACHE, what, error, revision) from error
-
-
-HPS_FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
-"""Checkpoint files of the repository `xswu/HPSv2`."""
-
-
-_OPEN_CLIP_LORA_TARGETS = r"visual\.transformer\.resblocks\.\d+\.(attn|mlp\.(c_fc|c_proj))"
-
-
-# Constant masks that some versions of open_clip kept in the state.
-_OPEN_CLIP_MAY_HAVE = (r"(.*\.)?attn_mask",)
-
-
 class OpenClipReward(CosineReward):
     """Cosine similarity of an open_clip model's embeddings, times `scale`.
 
-    HPSv2 is the plain cosine, without the logit scale (about 0.2 to 0.3; often shown times 100).
-
-    Parameters
-    ----------
-    name : str
-        The name under which scores are kept.
-    module : open_clip.CLIP
-        The model.
-    tokenizer : callable
-        ``tokenizer(prompts) -> LongTensor (n, 77)``, as `open_clip.get_tokenizer` returns; it truncates.
-    preprocessing : Preprocessing
-    scale : float
-        What the cosine is multiplied with.
-    options : Any
-        Device, dtype and batch_size, as :class:`Reward` takes them.
+    HPSv2 is the plain cosine, without the logit scale (about 0.2 to 0.3; often shown times 100). The tokenizer is that
+    of `open_clip.get_tokenizer`, ``tokenizer(prompts) -> LongTensor (n, 77)``; it truncates.
     """
 
     def __init__(
@@ -256,9 +131,8 @@ class OpenClipReward(CosineReward):
         scale: float = 1.0,
         **options: Any,
     ) -> None:
-        super().__init__(
-            name, module, preprocessing=preprocessing, default_lora_targets=_OPEN_CLIP_LORA_TARGETS, **options
-        )
+        targets = _OPEN_CLIP_LORA_TARGETS
+        super().__init__(name, module, preprocessing=preprocessing, default_lora_targets=targets, **options)
         self.tokenizer = tokenizer
         self.scale = real("scale", scale, error=RewardError)
         module.to(device=self.device, dtype=self.dtype).eval()
@@ -276,36 +150,62 @@ class OpenClipReward(CosineReward):
         return self.scale
 
 
+def load_clip(
+    name: str,
+    source: str | Path,
+    *,
+    processor: str | Path | None = None,
+    weights: str | Path | None = None,
+    revision: str | None = None,
+    **options: Any,
+) -> ClipReward:
+    """Load a `CLIPModel` from a folder or hub id; `processor` is another one, `weights` a file for its architecture."""
+    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    source = str(source)
+    if weights is None:
+        load, plain = CLIPModel.from_pretrained, {"output_loading_info": True, "torch_dtype": torch.float32}
+        module, info = _pretrained(load, source, "model", revision, **plain)
+        refuse_keys(info["missing_keys"], info["unexpected_keys"], source=source, constants=_CLIP_CONSTANTS)
+    else:
+        module = CLIPModel(_pretrained(CLIPConfig.from_pretrained, source, "config", revision))
+        load_strict(module, read_state(weights), source=str(weights), constants=_CLIP_CONSTANTS)
+    if processor is not None and str(processor) != source:
+        source, revision = str(processor), None
+    # Unless told so, transformers asks on the terminal whether to run code that stands in the folder.
+    tokenizer = _pretrained(AutoTokenizer.from_pretrained, source, "tokenizer", revision, trust_remote_code=False)
+    images = _pretrained(CLIPImageProcessor.from_pretrained, source, "image processor", revision)
+    return ClipReward(name, module, tokenizer, from_clip_processor(images, source), **options)
+
+
+def _pretrained(load: Any, source: str, what: str, revision: str | None, **options: Any) -> Any:
+    """Call a `from_pretrained` and turn its many errors into one that says what to do."""
+    local = is_local(source)
+    try:
+        return load(source, **({} if local else {"revision": revision or "main"}), **options)
+    except Exception as error:  # OSError, ValueError, JSON and safetensors errors, all for one bad folder
+        if local:
+            raise RewardError(
+                f"{what} cannot be loaded ({reason(error)}): got {source!r}, expected a folder with a CLIPModel, its "
+                "tokenizer and its CLIPImageProcessor. Save model and processor into it with save_pretrained(), or "
+                "check the path."
+            ) from error
+        raise offline_error(source, what, error, revision) from error
+
+
 def load_hpsv2(
-    name: str = "hpsv2",
+    name: str,
     *,
     version: str = "hpsv2",
     weights: str | Path | None = None,
     revision: str | None = None,
-    scale: float = 1.0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-    batch_size: int = 32,
+    **options: Any,
 ) -> OpenClipReward:
-    """Load HPSv2 (or v2.1) from a checkpoint file, or from the hub when none is given.
-
-    Returns
-    -------
-    OpenClipReward
-    """
+    """Load HPSv2 (or v2.1) from a checkpoint file, or from the hub when none is given."""
     import open_clip
 
-    choice("version", version, HPS_FILES, error=RewardError)
     path = Path(weights) if weights is not None else fetch("xswu/HPSv2", HPS_FILES[version], revision=revision)
     state = read_state(path)
     module = open_clip.create_model("ViT-H-14", pretrained=None, precision="fp32", device="cpu")
-    load_strict(module, state, source=str(path), may_have=_OPEN_CLIP_MAY_HAVE)
-    return OpenClipReward(
-        name,
-        module,
-        open_clip.get_tokenizer("ViT-H-14"),
-        scale=scale,
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size,
-    )
+    load_strict(module, state, source=str(path), constants=_OPEN_CLIP_CONSTANTS)
+    return OpenClipReward(name, module, open_clip.get_tokenizer("ViT-H-14"), **options)

@@ -145,11 +145,11 @@ def test_input_size_without_resizing():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"do_rescale": False}, "rescale_factor"),
-        ({"do_normalize": False}, "do_normalize"),
-        ({"crop_size": {"height": 224, "width": 112}}, "input size"),
-        ({"size": {"shortest_edge": 112}}, "shortest_edge"),
-        ({"do_center_crop": False}, "do_center_crop"),
+        ({"do_rescale": False}, "do_rescale False"),
+        ({"do_normalize": False}, "do_normalize False"),
+        ({"crop_size": {"height": 224, "width": 112}}, "'width': 112"),
+        ({"size": {"shortest_edge": 112}}, "'shortest_edge': 112"),
+        ({"do_center_crop": False}, "do_center_crop False"),
     ],
 )
 def test_unknown_processors_are_refused(change, message):

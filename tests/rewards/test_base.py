@@ -1,0 +1,113 @@
+"""What every reward does alike: images and prompts as a caller gives them, encoded prompts, functions as rewards."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.worlds import PROMPTS, as_tensor
+from ttsnap_lib.errors import RewardError
+from ttsnap_lib.rewards.loading import load_reward
+
+
+@pytest.fixture
+def reward(clip_folder):
+    return load_reward(clip_folder, device="cpu")
+
+
+def test_prompts_and_images_in_every_form(reward, images, tmp_path):
+    expected = reward.score(PROMPTS, images)
+    assert expected.dtype == np.float32 and expected.shape == (7,)
+    assert np.array_equal(reward.score(PROMPTS, as_tensor(images)), expected)
+    paths = [tmp_path / f"{i}.png" for i in range(7)]
+    for path, image in zip(paths, images, strict=True):
+        image.save(path)
+    assert np.array_equal(reward.score(PROMPTS, paths), expected)
+    assert np.array_equal(reward.score_pixels(PROMPTS, reward.preprocess(images)), expected)
+    together = reward.score(PROMPTS[0], images)
+    np.testing.assert_allclose(together, reward.score([PROMPTS[0]] * 7, images), rtol=1e-6)
+    np.testing.assert_allclose(together[2], reward.score(PROMPTS[0], images[2])[0], rtol=1e-5)
+    assert reward.score(PROMPTS[0], []).shape == (0,)
+
+
+def test_each_distinct_prompt_is_encoded_once(reward, images, monkeypatch):
+    seen: list[str] = []
+    encode = reward.encode_text
+    monkeypatch.setattr(reward, "encode_text", lambda prompts: (seen.extend(prompts), encode(prompts))[1])
+    first = reward.score(PROMPTS, images, batch_size=2)
+    reward.score(PROMPTS[::-1], images)
+    assert sorted(seen) == sorted(set(PROMPTS))
+    # An in-place update of the weights makes the kept encodings stale.
+    with torch.no_grad():
+        reward.module.text_projection.weight.mul_(-1)
+    np.testing.assert_allclose(reward.score(PROMPTS, images), -first, rtol=1e-4)
+
+
+def test_scoring_leaves_training_mode_as_it_was(reward, images):
+    reward.module.train()
+    reward.module.vision_model.eval()
+    reward.score(PROMPTS, images)
+    assert reward.module.training and not reward.module.vision_model.training
+
+
+def test_bad_inputs(reward, images):
+    with pytest.raises(RewardError, match="2 prompts, 7 images"):
+        reward.score(PROMPTS[:2], images)
+    with pytest.raises(RewardError, match=r"uint8"):
+        reward.score(PROMPTS[0], torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(RewardError, match="PIL images"):
+        reward.score(PROMPTS[0], [np.zeros((3, 3))])
+    with torch.no_grad():
+        reward.module.visual_projection.weight.fill_(float("nan"))
+    with pytest.raises(RewardError, match="not finite for image 0"):
+        reward.score(PROMPTS, images)
+    assert np.isnan(reward.score(PROMPTS, images, check=False)).all()
+
+
+@pytest.mark.slow
+def test_compiled_forward_agrees(clip_folder, reward, images):
+    compiled = load_reward(clip_folder, device="cpu", compile=True)
+    found = compiled.score("a red circle", images, batch_size=4)
+    np.testing.assert_allclose(found, reward.score("a red circle", images), rtol=1e-4)
+
+
+# Functions
+
+
+def redness(prompts, images):
+    """Return the mean of the red channel plus the prompt's length."""
+    return [np.asarray(image)[..., 0].mean() + len(prompt) for prompt, image in zip(prompts, images, strict=True)]
+
+
+def test_functions_of_pictures(images):
+    reward = load_reward(redness, device="cpu")
+    assert reward.name == "redness"
+    expected = np.array(redness(PROMPTS, images), np.float32)
+    for given in (images, as_tensor(images)):
+        for batch_size in (1, 3, 32):
+            assert np.array_equal(reward.score(PROMPTS, given, batch_size=batch_size), expected)
+    named = load_reward("tests.rewards.test_base:redness", name="red")
+    assert named.name == "red" and np.array_equal(named.score(PROMPTS, images), expected)
+
+
+def test_functions_of_tensors(images):
+    reward = load_reward(lambda prompts, x: x.mean((1, 2, 3)), name="mean", takes="tensor", device="cpu")
+    np.testing.assert_allclose(reward.score("x", images), as_tensor(images).mean((1, 2, 3)).numpy(), rtol=1e-6)
+    with pytest.raises(RewardError, match="differ in size"):
+        reward.score("x", [*images, Image.new("RGB", (5, 5))])
+    assert reward.score("x", [images[0], Image.new("RGB", (5, 5))], batch_size=1).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda prompts, images: torch.zeros(len(images), 1), "wrong shape"),
+        (lambda prompts, images: ["high"] * len(images), "not numbers"),
+        (lambda prompts, images: [float("inf")] * len(images), "not finite"),
+    ],
+)
+def test_bad_functions(function, message, images):
+    with pytest.raises(RewardError, match=message):
+        load_reward(function, name="bad").score("x", images)
