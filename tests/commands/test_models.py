@@ -66,7 +66,7 @@ def test_shards_of_the_command_line(call, tmp_path):
     [
         (("--images", 0), "--images"),
         (("--size", 30), "multiple of"),
-        (("--prompts", "none.txt"), "does not exist"),
+        (("--prompts", "none.txt"), "cannot be read"),
         (("--model", "pocket-fluxx"), "pocket-flux"),
         (("--shard", "2/2"), "shard"),
         (("--seed", 9), "seed: 0 there, 9 now"),

@@ -236,7 +236,7 @@ def broken(tmp_path):
 
 def test_a_damaged_picture(broken, tmp_path):
     out = tmp_path / "r.zarr"
-    with pytest.raises(TrajectoryError, match=r"p0001/id001/s02\.png is truncated"):
+    with pytest.raises(TrajectoryError, match=r"p0001/id001/s02\.png is damaged"):
         score(broken, brightness, out, batch_size=4)
     assert open_rewards(out)["status"].values.tolist() == ["scored", "pending", "pending"]
     report = score(broken, brightness, out, batch_size=4, on_error="skip")

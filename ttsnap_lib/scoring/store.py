@@ -32,10 +32,7 @@ if TYPE_CHECKING:
     import xarray as xr
     import zarr
 
-
 PENDING, PARTIAL, SCORED = "pending", "partial", "scored"
-
-
 _ATTRIBUTE = "scores"  # reward -> {"weights": fingerprint, "noise_aware": {step: fingerprint}}
 
 
@@ -46,139 +43,6 @@ class RewardPlan:
     name: str
     weights: str
     noise_aware: Mapping[int, str] = field(default_factory=dict)
-
-
-def planned(
-    old: xr.Dataset | None,
-    path: Path,
-    rewards: Sequence[RewardPlan],
-    prompts: list[str],
-    n_images: int,
-    steps: list[int],
-    attributes: dict[str, Any],
-) -> xr.Dataset:
-    """Return the tensor as it has to stand before scoring begins."""
-    names = [plan.name for plan in rewards]
-    scores: dict[str, Any] = {}
-    if old is not None:
-        _check_same(old, path, rewards, prompts, attributes)
-        scores = {name: dict(entry) for name, entry in _scores(old, path).items()}
-        names = [str(name) for name in old["reward"].values]
-        names += [plan.name for plan in rewards if plan.name not in names]
-        texts = [str(value) for value in old["prompt_text"].values] if "prompt_text" in old.coords else []
-        prompts = max(texts, prompts, key=len)
-        n_images = max(n_images, old.sizes["image"])
-        steps = sorted({*steps, *(int(step) for step in old["step"].values)})
-    shape = (len(names), len(prompts), n_images, len(steps))
-    new = make_rewards(
-        np.full(shape, np.nan, np.float32),
-        rewards=names,
-        prompt_text=prompts,
-        steps=steps,
-        attributes=attributes if old is None else {**attributes, **old.attrs},
-    )
-    new["status"][:] = PENDING
-    source = np.full((len(names), len(steps)), COPIED, dtype=f"<U{len(COPIED)}")
-    columns = {step: k for k, step in enumerate(steps)}
-    if old is not None:
-        index = {
-            "reward": np.array([names.index(str(name)) for name in old["reward"].values]),
-            "step": np.array([columns[int(step)] for step in old["step"].values]),
-        }
-        block = np.ix_(index["reward"], old["prompt"].values, old["image"].values, index["step"])
-        for variable in ("base", "noise_aware"):
-            new[variable].values[block] = old[variable].transpose(*DIMS).values
-        source[np.ix_(index["reward"], index["step"])] = old["noise_aware_source"].transpose("reward", "step").values
-        new["status"].values[old["prompt"].values] = old["status"].values
-        if shape != tuple(old["base"].transpose(*DIMS).shape):
-            whole = new["status"].values == SCORED
-            new["status"].values[whole] = PARTIAL
-    for plan in rewards:
-        row = names.index(plan.name)
-        entry = scores.setdefault(plan.name, {"weights": plan.weights, "noise_aware": {}})
-        for step, digest in plan.noise_aware.items():
-            entry["noise_aware"] = {**entry["noise_aware"], str(step): digest}
-            if step in columns and source[row, columns[step]] != FINETUNED:
-                source[row, columns[step]] = FINETUNED
-                new["noise_aware"].values[row, :, :, columns[step]] = np.nan
-                new["status"].values[new["status"].values == SCORED] = PARTIAL
-    new["noise_aware_source"] = (("reward", "step"), source.astype(object))
-    new.attrs[_ATTRIBUTE] = scores
-    return new
-
-
-def _check_same(
-    old: xr.Dataset, path: Path, rewards: Sequence[RewardPlan], prompts: list[str], attributes: dict[str, Any]
-) -> None:
-    other = "Choose another --out, or remove the tensor."
-    for dim in ("prompt", "image"):
-        if not np.array_equal(old[dim].values, np.arange(old.sizes[dim])):
-            raise TensorError(
-                f"{path} holds a selection of a tensor: got {old[dim].values.tolist()!r}, expected {dim} 0 to "
-                f"{old.sizes[dim] - 1}. {other}"
-            )
-    texts = [str(value) for value in old["prompt_text"].values] if "prompt_text" in old.coords else None
-    if texts is None:
-        raise TensorError(
-            f"{path} does not say which prompts it holds: got {path}, expected a tensor with prompt_text. {other}"
-        )
-    for index, (there, here) in enumerate(zip(texts, prompts, strict=False)):
-        if there != here:
-            raise TensorError(f"{path}: prompt {index} is another one: got {here!r}, expected {there!r}. {other}")
-    was, now = old.attrs.get("trajectories"), attributes.get("trajectories")
-    if now is not None and was != now:
-        raise TensorError(
-            f"{path} was scored from other trajectories: got {attributes.get('model')!r}, expected those of "
-            f"{old.attrs.get('model')} ({was}). {other}"
-        )
-    scores = _scores(old, path)
-    for plan in rewards:
-        if plan.name not in [str(name) for name in old["reward"].values]:
-            continue
-        remedy = f"Choose another --out, or another name for {plan.name} (name=)."
-        entry = scores.get(plan.name)
-        if entry is None or entry.get("weights") != plan.weights:
-            raise TensorError(
-                f"{path} holds scores of {plan.name} by other weights: got {plan.weights!r}, expected "
-                f"{str(entry.get('weights')) if entry else 'scores that this program made'}. {remedy}"
-            )
-        for step, digest in plan.noise_aware.items():
-            known = entry["noise_aware"].get(str(step), digest)
-            if known != digest:
-                raise TensorError(
-                    f"{path} holds noise-aware scores of {plan.name} at step {step} by other weights: got {digest!r}, "
-                    f"expected {known}. {remedy}"
-                )
-
-
-def _scores(old: xr.Dataset, path: Path) -> dict[str, dict[str, Any]]:
-    """Return what the tensor says about the weights behind its scores."""
-    found = old.attrs.get(_ATTRIBUTE, {})
-    entries = list(found.values()) if isinstance(found, Mapping) else [None]
-    whole = all(isinstance(entry, Mapping) and isinstance(entry.get("noise_aware"), Mapping) for entry in entries)
-    if not whole or not {"noise_aware_source", "status"} <= set(old.variables):
-        raise TensorError(
-            f"{path} does not say how it was scored: got {found!r}, expected noise_aware_source, status, and the "
-            "weights of each reward, as `ttsnap score` writes them. Choose another --out, or remove the tensor."
-        )
-    return dict(found)
-
-
-def write_store(dataset: xr.Dataset, path: Path) -> None:
-    """Write the whole store beside and rename."""
-    check_rewards(dataset)
-    dataset = dataset.copy()
-    sizes = dataset.sizes
-    for name in ("reward", "status", "prompt_text", "noise_aware_source"):
-        dataset[name] = dataset[name].astype(str)
-    dataset["status"] = dataset["status"].astype(f"<U{len(PENDING)}")
-    dataset["noise_aware_source"] = dataset["noise_aware_source"].astype(f"<U{len(COPIED)}")
-    for variable in dataset.variables.values():
-        variable.encoding = {}
-    prompts = min(PROMPT_CHUNK, sizes["prompt"])
-    values = {"chunks": (1, prompts, sizes["image"], sizes["step"]), "dtype": "float32"}
-    encoding = {"base": values, "noise_aware": values, "status": {"chunks": (prompts,)}}
-    write_zarr(dataset, path, encoding)
 
 
 @contextlib.contextmanager
@@ -194,19 +58,9 @@ def open_store(
 ) -> Iterator[RewardStore]:
     """Create the tensor at `path`, or widen the one that is there, and hold this shard of it.
 
-    Rewards, prompts, images and steps that the tensor lacks are added; values that it has stay. Steps of a
-    noise-aware series that were copies of the base value become open again.
-
-    Yields
-    ------
-    RewardStore
-
-    Raises
-    ------
-    TensorError
-        A tensor of other prompts, other trajectories or other weights.
-    DiskError
-        Another process writes this shard.
+    Rewards, prompts, images and steps that the tensor lacks are added; values that it has stay. Steps of a noise-aware
+    series that were copies of the base value become open again. A TensorError for a tensor of other prompts,
+    trajectories or weights, a DiskError when another process writes this shard.
     """
     path = Path(path)
     # Locks and their like stand beside the store: it is replaced as a whole when it is widened.
@@ -215,15 +69,14 @@ def open_store(
         with shard_lock(beside, shard) as held:
             tidy(path.parent, glob.escape(path.name))
             old = open_rewards(path).load() if path.exists() else None
-            new = planned(old, path, rewards, list(prompts), n_images, sorted(steps), dict(attributes or {}))
+            new = _planned(old, path, rewards, list(prompts), n_images, sorted(steps), dict(attributes or {}))
             if old is None or not old.identical(new):
                 if shard[1] > 1 and old is not None and others_at_work(beside, shard):
                     raise TensorError(
-                        f"{path} cannot be widened while other shards write it: got {path}, expected one process while "
-                        "rewards, prompts, images or steps are added. Wait for them to end, or start all shards with "
-                        "the same settings."
+                        f"{path} cannot be widened by rewards, prompts, images or steps while other shards write it. "
+                        "Wait for them to end, or start all shards with the same settings."
                     )
-                write_store(new, path)
+                _write_store(new, path)
             elif not others_at_work(beside, shard):
                 for leftover in path.rglob("*.partial"):  # a chunk that was being written when a process ended
                     leftover.unlink()
@@ -269,15 +122,9 @@ class RewardStore:
         return open_steps[0], open_steps[1]
 
     def write(self, prompt: int, values: Mapping[tuple[str, str], np.ndarray]) -> None:
-        """Write scores of one prompt.
+        """Write scores of one prompt: (reward, ``"base"`` or ``"noise_aware"``) -> (image, step) of the whole tensor.
 
-        Parameters
-        ----------
-        prompt : int
-            Its index.
-        values : mapping
-            (reward, ``"base"`` or ``"noise_aware"``) -> (image, step) over all images and steps of the tensor; NaN
-            leaves what is there. Copies of base values are kept up here.
+        NaN leaves what is there. Copies of base values are kept up here.
         """
         for reward in dict.fromkeys(name for name, _ in values):
             row = self.rewards.index(reward)
@@ -304,3 +151,120 @@ class RewardStore:
 
     def _array(self, name: str) -> zarr.Array:
         return cast("zarr.Array", self._group[name])
+
+
+# The tensor as it has to stand before scoring begins
+
+
+def _planned(
+    old: xr.Dataset | None,
+    path: Path,
+    rewards: Sequence[RewardPlan],
+    prompts: list[str],
+    n_images: int,
+    steps: list[int],
+    attributes: dict[str, Any],
+) -> xr.Dataset:
+    """Return the tensor as it has to stand before scoring begins."""
+    names = [plan.name for plan in rewards]
+    scores: dict[str, Any] = {}
+    if old is not None:
+        scores = _check_same(old, path, rewards, prompts, attributes)
+        names = [str(name) for name in old["reward"].values]
+        names += [plan.name for plan in rewards if plan.name not in names]
+        prompts = max([str(text) for text in old["prompt_text"].values], prompts, key=len)
+        n_images = max(n_images, old.sizes["image"])
+        steps = sorted({*steps, *(int(step) for step in old["step"].values)})
+    shape = (len(names), len(prompts), n_images, len(steps))
+    new = make_rewards(
+        np.full(shape, np.nan, np.float32),
+        rewards=names,
+        prompt_text=prompts,
+        steps=steps,
+        attributes=attributes if old is None else {**attributes, **old.attrs},
+    )
+    new["status"][:] = PENDING
+    source = np.full((len(names), len(steps)), COPIED, dtype=f"<U{len(COPIED)}")
+    columns = {step: k for k, step in enumerate(steps)}
+    if old is not None:
+        old = old.transpose(*DIMS, ...)
+        at = [columns[int(step)] for step in old["step"].values]
+        was = range(old.sizes["reward"])  # new rewards come after those that are there
+        for variable in ("base", "noise_aware"):
+            new[variable].values[np.ix_(was, old["prompt"].values, old["image"].values, at)] = old[variable].values
+        source[np.ix_(was, at)] = old["noise_aware_source"].values
+        new["status"].values[old["prompt"].values] = old["status"].values
+        if shape != old["base"].shape:
+            new["status"].values[new["status"].values == SCORED] = PARTIAL
+    for plan in rewards:
+        row = names.index(plan.name)
+        entry = scores.setdefault(plan.name, {"weights": plan.weights, "noise_aware": {}})
+        for step, digest in plan.noise_aware.items():
+            entry["noise_aware"] = {**entry["noise_aware"], str(step): digest}
+            if step in columns and source[row, columns[step]] != FINETUNED:
+                source[row, columns[step]] = FINETUNED
+                new["noise_aware"].values[row, :, :, columns[step]] = np.nan
+                new["status"].values[new["status"].values == SCORED] = PARTIAL
+    new["noise_aware_source"] = (("reward", "step"), source.astype(object))
+    new.attrs[_ATTRIBUTE] = scores
+    return new
+
+
+def _check_same(
+    old: xr.Dataset, path: Path, rewards: Sequence[RewardPlan], prompts: list[str], attributes: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what the tensor says about the weights behind its scores; refuse one of other pictures or weights."""
+    other = "Choose another --out, or remove the tensor."
+    scores = old.attrs.get(_ATTRIBUTE, {})
+    if not {"noise_aware_source", "status", "prompt_text"} <= set(old.variables) or not isinstance(scores, Mapping):
+        raise TensorError(
+            f"{path} does not say how it was scored: expected prompt_text, noise_aware_source, status and the weights "
+            f"of each reward, as `ttsnap score` writes them. {other}"
+        )
+    for dim in ("prompt", "image"):
+        if not np.array_equal(old[dim].values, np.arange(old.sizes[dim])):
+            raise TensorError(
+                f"{path} holds a selection of a tensor, expected every {dim} from 0 to {old.sizes[dim] - 1}. {other}"
+            )
+    for index, (there, here) in enumerate(zip(old["prompt_text"].values, prompts, strict=False)):
+        if str(there) != here:
+            raise TensorError(f"{path}: prompt {index} is another one: got {here!r}, expected {str(there)!r}. {other}")
+    was, now = old.attrs.get("trajectories"), attributes.get("trajectories")
+    if now is not None and was != now:
+        raise TensorError(
+            f"{path} was scored from other trajectories: got {now} of {attributes.get('model')}, expected {was} of "
+            f"{old.attrs.get('model')}. {other}"
+        )
+    names = [str(name) for name in old["reward"].values]
+    for plan in rewards:
+        if plan.name not in names:
+            continue
+        entry = scores.get(plan.name, {"weights": "scores of `ttsnap score`", "noise_aware": {}})
+        known = {"scores": entry["weights"]}
+        known |= {f"noise-aware scores at step {step}": digest for step, digest in entry["noise_aware"].items()}
+        given = {"scores": plan.weights}
+        given |= {f"noise-aware scores at step {step}": digest for step, digest in plan.noise_aware.items()}
+        for what, digest in given.items():
+            if known.get(what, digest) != digest:
+                raise TensorError(
+                    f"{path}: {plan.name}: {what} by other weights: got {digest!r}, expected {known[what]!r}. Choose "
+                    f"another --out, or another name for {plan.name} (name=)."
+                )
+    return {name: dict(entry) for name, entry in scores.items()}
+
+
+def _write_store(dataset: xr.Dataset, path: Path) -> None:
+    """Write the whole store beside and rename."""
+    check_rewards(dataset)
+    dataset = dataset.copy()
+    sizes = dataset.sizes
+    for name in ("reward", "status", "prompt_text", "noise_aware_source"):
+        dataset[name] = dataset[name].astype(str)
+    dataset["status"] = dataset["status"].astype(f"<U{len(PENDING)}")
+    dataset["noise_aware_source"] = dataset["noise_aware_source"].astype(f"<U{len(COPIED)}")
+    for variable in dataset.variables.values():
+        variable.encoding = {}
+    prompts = min(PROMPT_CHUNK, sizes["prompt"])
+    values = {"chunks": (1, prompts, sizes["image"], sizes["step"]), "dtype": "float32"}
+    encoding = {"base": values, "noise_aware": values, "status": {"chunks": (prompts,)}}
+    write_zarr(dataset, path, encoding)
