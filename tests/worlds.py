@@ -54,6 +54,34 @@ PROMPTS = [
 CAPTIONS = ["a red ring", "blue square left", "green dot"]
 PROMPT = "a red circle above the cat"
 
+# a trajectory folder
+FOLDER_STEPS, PICTURE = 4, (24, 32)
+IDENTITY = {
+    "n_steps": FOLDER_STEPS,
+    "height": PICTURE[0],
+    "width": PICTURE[1],
+    "image_format": "png",
+    "seed": 0,
+    "model": "tiny",
+}
+
+# a finetuning run of a second
+SMALL_CURRICULUM = {
+    "steps": (2, 0),
+    "batch_size": 8,
+    "group_size": 4,
+    "learning_rate": 3e-3,
+    "centered_mse": 1.0,
+    "lora_rank": 4,
+    "lora_alpha": 8.0,
+    "validation_prompts": 0,
+}
+
+# a live search
+COST = CostModel(step=1.0, verify=0.25, decode=0.5, preview_decode=0.125, per_prompt=0.0625, n_steps=N_STEPS)
+FULL = dataclasses.replace(COST, preview_decode=None)  # without a tiny decoder
+SCHEDULE = Schedule((1, 3), (0.5, 0.5))
+
 
 def make_images(n: int, width: int = 40, height: int = 30, seed: int = 0) -> list[Image.Image]:
     """Return smooth colored pictures with sharp edges and some noise: resizing errors show on each."""
@@ -275,17 +303,6 @@ def randomize_image_reward(module: torch.nn.Module) -> None:
             parameter.data = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
 
 
-FOLDER_STEPS, PICTURE = 4, (24, 32)
-IDENTITY = {
-    "n_steps": FOLDER_STEPS,
-    "height": PICTURE[0],
-    "width": PICTURE[1],
-    "image_format": "png",
-    "seed": 0,
-    "model": "tiny",
-}
-
-
 def prompts_of(n: int) -> list[str]:
     """Return n distinct prompts of words that the tiny tokenizer knows."""
     return [f"{PROMPTS[k % len(PROMPTS)]} and the cat" + " red" * (k // len(PROMPTS)) for k in range(n)]
@@ -315,18 +332,6 @@ def brightness(prompts: list[str], images: list) -> list[float]:
     return [np.asarray(image).mean() for image in images]
 
 
-SMALL_CURRICULUM = {
-    "steps": (2, 0),
-    "batch_size": 8,
-    "group_size": 4,
-    "learning_rate": 3e-3,
-    "centered_mse": 1.0,
-    "lora_rank": 4,
-    "lora_alpha": 8.0,
-    "validation_prompts": 0,
-}
-
-
 def make_bank(n_prompts: int = 6, n_images: int = 4, n_steps: int = 4, seed: int = 0) -> ImageBank:
     """Return pictures of random blocks whose early steps are mostly noise."""
     rng = np.random.default_rng(seed)
@@ -341,11 +346,6 @@ def make_bank(n_prompts: int = 6, n_images: int = 4, n_steps: int = 4, seed: int
 def small_config(clip: Path, **changes: object) -> CurriculumConfig:
     """Return settings for a run of a second."""
     return CurriculumConfig(reward=str(clip), **{**SMALL_CURRICULUM, **changes})
-
-
-COST = CostModel(step=1.0, verify=0.25, decode=0.5, preview_decode=0.125, per_prompt=0.0625, n_steps=N_STEPS)
-FULL = dataclasses.replace(COST, preview_decode=None)  # without a tiny decoder
-SCHEDULE = Schedule((1, 3), (0.5, 0.5))
 
 
 def tiny_search(pipeline: Any, reward: Any, **options: Any) -> SearchResult:
