@@ -129,10 +129,10 @@ def trajectories(folder: Path) -> Path:
 
 
 CASES.add("trajectory folder", "no folder", lambda folder: Trajectories(folder / "none"), "no trajectory folder")
-CASES.add("trajectory folder", "a step out of range", lambda f: Trajectories(trajectories(f)).batches([2]), "steps")
 CASES.add(
-    "trajectory folder", "a prompt out of range", lambda f: Trajectories(trajectories(f)).batches(prompts=[1]), "prom"
+    "trajectory folder", "a step out of range", lambda f: Trajectories(trajectories(f)).pictures(0, steps=[2]), "steps"
 )
+CASES.add("trajectory folder", "a prompt out of range", lambda f: Trajectories(trajectories(f)).pictures(1), "prom")
 
 
 def broken_journal(folder: Path) -> bool:

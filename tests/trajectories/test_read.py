@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.worlds import FOLDER_STEPS, IDENTITY, PICTURE, fill, picture, prompts_of
+from tests.worlds import FOLDER_STEPS, IDENTITY, PICTURE, fill, picture
 from ttsnap_lib.errors import ConfigError, TrajectoryError
 from ttsnap_lib.files import HIDDEN
 from ttsnap_lib.trajectories.read import Trajectories, folder_diversity, pairwise_distances, verify
@@ -19,10 +19,6 @@ from ttsnap_lib.trajectories.read import Trajectories, folder_diversity, pairwis
 @pytest.fixture
 def folder(tmp_path):
     return fill(tmp_path / "set", n_prompts=2)
-
-
-def batches(folder, **options):
-    return list(Trajectories(folder).batches(**options))
 
 
 @pytest.mark.parametrize("image_format", ["png", "webp"])
@@ -36,38 +32,22 @@ def test_what_is_written_is_read_back_to_the_last_bit(tmp_path, image_format):
     assert verify(found.folder).ok
 
 
-def test_batches_come_in_order_and_never_mix_prompts(folder):
-    found = batches(folder, batch_size=5)
-    assert [(batch.prompt, len(batch.pixels)) for batch in found] == [(0, 5), (0, 5), (0, 2), (1, 5), (1, 5), (1, 2)]
-    keys = [(b.prompt, i, s) for b in found for i, s in zip(b.image.tolist(), b.step.tolist(), strict=True)]
-    assert keys == [(p, i, s) for p in range(2) for i in range(3) for s in range(FOLDER_STEPS)]
-    np.testing.assert_array_equal(found[3].pixels[1], picture(1, 0, 1))
-    assert found[3].text == prompts_of(2)[1]
-    assert found[3].pil()[0].size == PICTURE[::-1]
-
-
-def test_batches_of_a_choice(folder):
-    (batch,) = batches(folder, steps=[-1, 0], prompts=[1], images=[2, 0], batch_size=99)
-    assert batch.image.tolist() == [2, 2, 0, 0]
-    assert batch.step.tolist() == [3, 0, 3, 0]
-    for options in ({"steps": [4]}, {"prompts": [2]}, {"images": [3]}, {"batch_size": 0}, {"on_missing": "x"}):
+def test_pictures_of_a_choice(folder):
+    found = Trajectories(folder)
+    whole = found.pictures(1)
+    assert whole.shape == (3, FOLDER_STEPS, *PICTURE, 3)
+    np.testing.assert_array_equal(whole[1, 2], picture(1, 1, 2))
+    np.testing.assert_array_equal(found.pictures(1, images=[2, 0], steps=[-1, 0]), whole[[2, 0]][:, [-1, 0]])
+    for choice in ({"prompt": 2}, {"prompt": 0, "steps": [4]}, {"prompt": 0, "images": [3]}):
         with pytest.raises(ConfigError):
-            batches(folder, **options)
+            found.pictures(**choice)
 
 
-def test_a_consumer_may_stop_early(folder):
-    reader = Trajectories(folder).batches(batch_size=1)
-    next(reader)
-    reader.close()
-
-
-def test_missing_images_are_named_or_skipped(folder):
-    shutil.rmtree(folder / "p0001" / "id001")
+def test_missing_images_are_named(folder):
     os.unlink(folder / "p0000" / "id002" / "s01.png")
     with pytest.raises(TrajectoryError, match=r"id002/s01\.png is missing"):
-        batches(folder)
-    images = {(b.prompt, i) for b in batches(folder, on_missing="skip") for i in b.image.tolist()}
-    assert images == {(0, 0), (0, 1), (1, 0), (1, 2)}
+        Trajectories(folder).pictures(0)
+    Trajectories(folder).pictures(0, images=[0, 1])
 
 
 DAMAGE = {
@@ -89,7 +69,7 @@ def test_damaged_files_are_found_and_refused(folder, damage, with_checksums):
     assert [(finding.kind, finding.path) for finding in report.findings] == [("damaged", "p0001/id001/s02.png")]
     assert report.repairs() == {(1, 1): [2]}
     with pytest.raises(TrajectoryError, match=r"p0001/id001/s02\.png"):
-        batches(folder)
+        Trajectories(folder).pictures(1)
 
 
 def test_a_picture_from_elsewhere_is_found_by_its_checksum(folder):

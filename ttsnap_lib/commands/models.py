@@ -1,8 +1,9 @@
-"""``ttsnap import-published``: the authors' YAML folders in, a reward tensor out."""
+"""Pictures and tensors: ``ttsnap generate``, ``verify``, ``score``, and tensors in and out as the authors' YAML."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,106 +20,18 @@ from ttsnap_lib.commands.options import (
     settings,
 )
 
+_SHOWN = 20  # findings of `ttsnap verify`, and scores that were skipped
 
-def add_score(commands: Any) -> None:
+
+def add(commands: Any) -> None:
     """Register the commands with argparse's subparsers."""
-    score = commands.add_parser(
-        "score",
-        help="score a trajectory folder into a reward tensor",
-        description="Score the pictures of a trajectory folder. The same command goes on where it stopped; other rewards, "
-        "steps, or a noise-aware series are added to the tensor.",
-    )
-    score.add_argument("folder", type=Path, help="trajectory folder of `ttsnap generate`")
-    add_reward_arguments(score)
-    score.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the accelerator when there is one)")
-    score.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
-    score.add_argument("--compile", action="store_true", help="compile the reward with torch.compile")
-    score.add_argument(
-        "-o", "--out", type=Path, help="the tensor, a Zarr folder (default: beside FOLDER, as FOLDER.zarr)"
-    )
-    score.add_argument("--steps", type=int, nargs="+", metavar="STEP", help="steps to score (default: all)")
-    score.add_argument("--batch-size", type=int, default=32, help="pictures per forward pass (default: %(default)s)")
-    score.add_argument("--shard", metavar="I/N", help="score every N-th chunk of 25 prompts, from the I-th (from 0)")
-    score.add_argument(
-        "--on-error",
-        choices=("raise", "skip"),
-        default="raise",
-        help="a damaged picture or a score that is not finite: stop, or leave NaN and list it (default: %(default)s)",
-    )
-    score.add_argument("--workers", type=int, default=4, help="reading threads (default: %(default)s)")
-    score.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
-    score.set_defaults(func=_score)
-
-    export = commands.add_parser(
-        "export",
-        help="write a reward tensor in the authors' YAML layouts",
-        description="Write reward values per step (published) or the clean images' rewards (ground-truth), exactly.",
-    )
-    export.add_argument("tensor", type=Path, help="Zarr folder")
-    export.add_argument("-o", "--out", type=Path, required=True, help="folder (published) or file (ground-truth)")
-    export.add_argument("--layout", choices=("published", "ground-truth"), default="published")
-    export.add_argument("--model", help="first part of the published folder names, such as flux")
-    export.add_argument("--reward", action="append", metavar="NAME", help="rewards to export (default: all)")
-    export.set_defaults(func=_export)
+    _add_generate(commands)
+    _add_verify(commands)
+    _add_score(commands)
+    _add_import_and_export(commands)
 
 
-def _score(arguments: argparse.Namespace) -> int:
-    import sys
-
-    from ttsnap_lib.scoring.score import score
-    from ttsnap_lib.style import progress_bar
-    from ttsnap_lib.trajectories.read import Trajectories
-
-    Trajectories(arguments.folder)  # a wrong folder is told before a model is loaded
-    out = arguments.out or arguments.folder.absolute().with_name(arguments.folder.absolute().name + ".zarr")
-    report = score(
-        arguments.folder,
-        given_rewards(arguments, device=arguments.device, dtype=arguments.dtype, compile=arguments.compile),
-        out,
-        steps=arguments.steps,
-        batch_size=arguments.batch_size,
-        shard=arguments.shard,
-        on_error=arguments.on_error,
-        workers=arguments.workers,
-        progress=progress_bar("pictures", quiet=arguments.quiet),
-    )
-    print(report)
-    for skipped in report.skipped[:20]:
-        print(
-            f"skipped: {skipped.reward} ({skipped.variant}), prompt {skipped.prompt}, image {skipped.image}, "
-            f"step {skipped.step}: {skipped.reason}",
-            file=sys.stderr,
-        )
-    if len(report.skipped) > 20:
-        print(f"... {len(report.skipped) - 20} more in {report.path}.skipped.json", file=sys.stderr)
-    print(f"next: ttsnap run simulate -p tensor {out} -p cost COST{' -p missing drop' if report.skipped else ''}")
-    print("(COST: a preset or a file of `ttsnap cost`; few images a prompt allow small budgets only: -p multiples)")
-    return 0
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    from ttsnap_lib.errors import ConfigError
-    from ttsnap_lib.tensors.published import export_ground_truth, export_published
-    from ttsnap_lib.tensors.tensor import open_rewards
-
-    dataset = open_rewards(arguments.tensor)
-    rewards = arguments.reward
-    if arguments.layout == "ground-truth":
-        if rewards and len(rewards) > 1:
-            raise ConfigError(f"--reward: got {rewards!r}, expected one. Export one file per reward.")
-        print(export_ground_truth(dataset, arguments.out, reward=rewards[0] if rewards else None))
-        return 0
-    model = arguments.model or str(dataset.attrs.get("model", "")).rpartition("/")[2] or "model"
-    files = export_published(dataset, arguments.out, model, rewards=rewards)
-    print(f"{arguments.out}: {len(files)} files\nnext: ttsnap import-published {arguments.out} --model {model}")
-    return 0
-
-
-_SHOWN = 20
-
-
-def add_generate(commands: Any) -> None:
-    """Register the commands with argparse's subparsers."""
+def _add_generate(commands: Any) -> None:
     generate = commands.add_parser(
         "generate",
         help="generate images with their x0 estimate at every step",
@@ -151,18 +64,6 @@ def add_generate(commands: Any) -> None:
     _run_arguments(generate, "pocket-flux")
     generate.set_defaults(func=_generate)
 
-    verify = commands.add_parser(
-        "verify",
-        help="check a trajectory folder, and mend it",
-        description="Find missing, damaged, changed and foreign files. Exit status 1 when there are any. "
-        "--repair makes missing and damaged pictures again, and nothing else; foreign files stay.",
-        formatter_class=Defaults,
-    )
-    verify.add_argument("folder")
-    verify.add_argument("--repair", action="store_true", help="make what is missing or damaged again")
-    _run_arguments(verify, None)
-    verify.set_defaults(func=_verify)
-
 
 def _run_arguments(parser: argparse.ArgumentParser, model: str | None) -> None:
     add_model_arguments(
@@ -183,15 +84,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     prompts = read_prompts(arguments.prompts, limit=arguments.limit)
     integer("--images", arguments.images, 1, MAX_IMAGES)
     if not arguments.out and not arguments.score:
-        raise ConfigError(
-            "neither --out nor --score: got None, expected one of them. Say where the images go, or where their "
-            "rewards go."
-        )
+        raise ConfigError("neither --out nor --score: say where the images go, or where their rewards go.")
     if not arguments.score and (arguments.reward or arguments.reward_option or arguments.noise_aware):
         raise ConfigError(
-            "--reward, --reward-option or --noise-aware without --score: got "
-            f"{[*arguments.reward, *arguments.reward_option, *arguments.noise_aware]!r}, expected rewards with --score "
-            "alone. Add --score TENSOR.zarr, or run `ttsnap score` on the folder afterwards."
+            "--reward, --reward-option or --noise-aware without --score. Add --score TENSOR.zarr, or run `ttsnap score` "
+            "on the folder afterwards."
         )
 
     from ttsnap_lib.diffusion.pipelines import load_pipeline
@@ -230,6 +127,20 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_verify(commands: Any) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="check a trajectory folder, and mend it",
+        description="Find missing, damaged, changed and foreign files. Exit status 1 when there are any. "
+        "--repair makes missing and damaged pictures again, and nothing else; foreign files stay.",
+        formatter_class=Defaults,
+    )
+    verify.add_argument("folder")
+    verify.add_argument("--repair", action="store_true", help="make what is missing or damaged again")
+    _run_arguments(verify, None)
+    verify.set_defaults(func=_verify)
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.style import progress_bar
     from ttsnap_lib.trajectories.read import verify
@@ -263,8 +174,69 @@ def _show(report: Any) -> None:
     print(report)
 
 
-def add_published(commands: Any) -> None:
-    """Register the command with argparse's subparsers."""
+def _add_score(commands: Any) -> None:
+    score = commands.add_parser(
+        "score",
+        help="score a trajectory folder into a reward tensor",
+        description="Score the pictures of a trajectory folder. The same command goes on where it stopped; other rewards, "
+        "steps, or a noise-aware series are added to the tensor.",
+        formatter_class=Defaults,
+    )
+    score.add_argument("folder", type=Path, help="trajectory folder of `ttsnap generate`")
+    add_reward_arguments(score)
+    score.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the accelerator when there is one)")
+    score.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    score.add_argument("--compile", action="store_true", help="compile the reward with torch.compile")
+    score.add_argument(
+        "-o", "--out", type=Path, help="the tensor, a Zarr folder (default: beside FOLDER, as FOLDER.zarr)"
+    )
+    score.add_argument("--steps", type=int, nargs="+", metavar="STEP", help="steps to score (default: all)")
+    score.add_argument("--batch-size", type=int, default=32, help="pictures per forward pass")
+    score.add_argument("--shard", metavar="I/N", help="score every N-th chunk of 25 prompts, from the I-th (from 0)")
+    score.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="a damaged picture or a score that is not finite: stop, or leave NaN and list it",
+    )
+    score.add_argument("--workers", type=int, default=4, help="reading threads")
+    score.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    score.set_defaults(func=_score)
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from ttsnap_lib.scoring.score import score
+    from ttsnap_lib.style import progress_bar
+    from ttsnap_lib.trajectories.read import Trajectories
+
+    Trajectories(arguments.folder)  # a wrong folder is told before a model is loaded
+    out = arguments.out or arguments.folder.absolute().with_name(arguments.folder.absolute().name + ".zarr")
+    report = score(
+        arguments.folder,
+        given_rewards(arguments, device=arguments.device, dtype=arguments.dtype, compile=arguments.compile),
+        out,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        shard=arguments.shard,
+        on_error=arguments.on_error,
+        workers=arguments.workers,
+        progress=progress_bar("pictures", quiet=arguments.quiet),
+    )
+    print(report)
+    for skipped in report.skipped[:_SHOWN]:
+        print(
+            f"skipped: {skipped.reward} ({skipped.variant}), prompt {skipped.prompt}, image {skipped.image}, "
+            f"step {skipped.step}: {skipped.reason}",
+            file=sys.stderr,
+        )
+    if len(report.skipped) > _SHOWN:
+        print(f"... {len(report.skipped) - _SHOWN} more in {report.path}.skipped.json", file=sys.stderr)
+    print(f"next: ttsnap run simulate -p tensor {out} -p cost COST{' -p missing drop' if report.skipped else ''}")
+    print("(COST: a preset or a file of `ttsnap cost`; few images a prompt allow small budgets only: -p multiples)")
+    return 0
+
+
+def _add_import_and_export(commands: Any) -> None:
     parser = commands.add_parser(
         "import-published",
         help="import published YAML reward values into a reward tensor",
@@ -280,6 +252,18 @@ def add_published(commands: Any) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tensor")
     parser.set_defaults(func=_import)
+
+    export = commands.add_parser(
+        "export",
+        help="write a reward tensor in the authors' YAML layouts",
+        description="Write reward values per step (published) or the clean images' rewards (ground-truth), exactly.",
+    )
+    export.add_argument("tensor", type=Path, help="Zarr folder")
+    export.add_argument("-o", "--out", type=Path, required=True, help="folder (published) or file (ground-truth)")
+    export.add_argument("--layout", choices=("published", "ground-truth"), default="published")
+    export.add_argument("--model", help="first part of the published folder names, such as flux")
+    export.add_argument("--reward", action="append", metavar="NAME", help="rewards to export (default: all)")
+    export.set_defaults(func=_export)
 
 
 def _import(arguments: argparse.Namespace) -> int:
@@ -308,8 +292,19 @@ def _import(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add(subparsers) -> None:
-    """Add the commands of this group."""
-    add_generate(subparsers)
-    add_score(subparsers)
-    add_published(subparsers)
+def _export(arguments: argparse.Namespace) -> int:
+    from ttsnap_lib.errors import ConfigError
+    from ttsnap_lib.tensors.published import export_ground_truth, export_published
+    from ttsnap_lib.tensors.tensor import open_rewards
+
+    dataset = open_rewards(arguments.tensor)
+    rewards = arguments.reward
+    if arguments.layout == "ground-truth":
+        if rewards and len(rewards) > 1:
+            raise ConfigError(f"--reward: got {rewards!r}, expected one. Export one file per reward.")
+        print(export_ground_truth(dataset, arguments.out, reward=rewards[0] if rewards else None))
+        return 0
+    model = arguments.model or str(dataset.attrs.get("model", "")).rpartition("/")[2] or "model"
+    files = export_published(dataset, arguments.out, model, rewards=rewards)
+    print(f"{arguments.out}: {len(files)} files\nnext: ttsnap import-published {arguments.out} --model {model}")
+    return 0

@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ttsnap_lib.checks import choice
+from ttsnap_lib.errors import ConfigError
+
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     """Append the default to an option's help where there is one and the help does not tell it."""
@@ -23,7 +26,7 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, model: str | None, *, threads: str) -> None:
-    """Add the arguments that say which pipeline is loaded and how; `ttsnap search` and `cost` take the same."""
+    """Add the arguments that say which pipeline is loaded and how."""
     shown = "" if model else ", for --repair (default: the folder's)"
     parser.add_argument("--model", default=model, help=f"pocket-flux, pocket-sdxl, a folder or a hub id{shown}")
     parser.add_argument("--revision", help="commit, branch or tag of a hub id")
@@ -77,10 +80,10 @@ def add_negtome_argument(parser: argparse.ArgumentParser) -> None:
 
 def negtome(arguments: argparse.Namespace) -> Any:
     """Return the Negative Token Merging that the command line asks for, or None."""
-    from ttsnap_lib.diffusion.negtome import NegToMe
-
     if arguments.negtome is None:
         return None
+    from ttsnap_lib.diffusion.negtome import NegToMe
+
     return NegToMe(arguments.negtome) if arguments.negtome else NegToMe()
 
 
@@ -99,7 +102,7 @@ def picture_size(text: str) -> tuple[int, int]:
 
 
 def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that :func:`given_rewards` reads; `ttsnap generate --score` takes the same."""
+    """Add the arguments that :func:`given_rewards` reads."""
     parser.add_argument(
         "--reward", action="append", default=[], metavar="[NAME=]SOURCE",
         help="image_reward, pickscore, hpsv2, hpsv2.1, clipscore, pocket-clip, a folder, a hub id, or module:function; "
@@ -117,55 +120,37 @@ def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
 
 def given_rewards(arguments: argparse.Namespace, **common: Any) -> list[Any]:
     """Return the rewards that the command line asks for, loaded with `common`, with their noise-aware series."""
-    from ttsnap_lib.errors import ConfigError
     from ttsnap_lib.rewards.loading import load_reward
     from ttsnap_lib.scoring.score import load_rewards
 
     sources: dict[str, str] = {}
     for entry in arguments.reward or ["pocket-clip"]:
-        name, source = _split(entry)
-        name = name or (source.rpartition(":")[2] if ":" in source else Path(source).name)
+        *named, source = entry.split("=", 1)
+        name = named[0] if named else source.rpartition(":")[2] if ":" in source else Path(source).name
         if name in sources:
             raise ConfigError(
                 f"--reward: got {name!r}, expected each name once. Write another name: --reward other={source}."
             )
         sources[name] = source
+
+    def of(name: str, what: str) -> str:
+        if not name and len(sources) > 1:
+            raise ConfigError(f"{what}: say for which reward it is, one of {list(sources)}.")
+        return choice(what, name, sources) if name else next(iter(sources))
+
     options: dict[str, dict[str, Any]] = {name: {} for name in sources}
     for entry in arguments.reward_option:
-        key, value = _pair("--reward-option", entry)
-        name, dot, option = key.rpartition(".")
-        options[_of(name if dot else "", sources, "--reward-option")][option] = _value(value)
-    models = {name: load_reward(source, name=name, **common, **options[name]) for name, source in sources.items()}
+        key, equals, value = entry.partition("=")
+        if not equals:
+            raise ConfigError(f"--reward-option: got {entry!r}, expected KEY=VALUE. Write for example scale=2.5.")
+        name, _, option = key.rpartition(".")
+        options[of(name, "--reward-option")][option] = _value(value)
     series = {}
     for entry in arguments.noise_aware:
-        name, folder = _split(entry)
-        series[_of(name or "", sources, "--noise-aware")] = folder
-    return load_rewards(list(models.values()), series or None)
-
-
-def _split(entry: str) -> tuple[str | None, str]:
-    name, equals, value = entry.partition("=")
-    return (name, value) if equals else (None, entry)
-
-
-def _pair(what: str, entry: str) -> tuple[str, str]:
-    from ttsnap_lib.errors import ConfigError
-
-    key, equals, value = entry.partition("=")
-    if not equals:
-        raise ConfigError(f"{what}: got {entry!r}, expected KEY=VALUE. Write for example scale=2.5.")
-    return key, value
-
-
-def _of(name: str, sources: dict[str, str], what: str) -> str:
-    from ttsnap_lib.checks import choice
-    from ttsnap_lib.errors import ConfigError
-
-    if name:
-        return choice(what, name, sources)
-    if len(sources) > 1:
-        raise ConfigError(f"{what}: got 'no name', expected one of {list(sources)}. Say for which reward it is.")
-    return next(iter(sources))
+        *named, folder = entry.split("=", 1)
+        series[of(named[0] if named else "", "--noise-aware")] = folder
+    models = [load_reward(source, name=name, **common, **options[name]) for name, source in sources.items()]
+    return load_rewards(models, series or None)
 
 
 def _value(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""Reward tensors in, matplotlib Axes out: distributions per step, rank correlations, best and worst images."""
+"""What a reward tensor holds, as tables and figures: distributions per step, rank correlations, best and worst images."""
 
 from __future__ import annotations
 
@@ -56,23 +56,8 @@ def rank_correlation(dataset: xr.Dataset, *, variant: str = "base", every: int =
 
     Prompts with a missing value, or where a reward is the same for all images, do not count for the pairs concerned.
 
-    Parameters
-    ----------
-    dataset : xarray.Dataset
-        A reward tensor.
-    variant : {"base", "noise_aware"}
-    every : int
-        Take every so many-th step, and the last one.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Square, symmetric; rows and columns indexed by (reward, step).
-
-    Raises
-    ------
-    TensorError
-        Fewer than two images per prompt.
+    It takes `every` so many-th step, and the last one. The frame is square and symmetric, its rows and columns indexed by
+    (reward, step). At least two images per prompt are needed.
     """
     import pandas as pd
     from scipy.stats import rankdata
@@ -104,10 +89,7 @@ def rank_correlation(dataset: xr.Dataset, *, variant: str = "base", every: int =
 def best_and_worst(dataset: xr.Dataset, prompt: int, *, reward: str | None = None, n: int = 4) -> pd.DataFrame:
     """Return the `n` best and the `n` worst final images of a prompt by the base reward.
 
-    Returns
-    -------
-    pandas.DataFrame
-        Columns ``which`` (best or worst), ``place`` (from 1), ``image``, ``value``; the lower index first among equals.
+    Columns are ``which`` (best or worst), ``place`` (from 1), ``image`` and ``value``; of equals the lower index first.
     """
     import pandas as pd
 
@@ -136,16 +118,10 @@ def pocket_trajectories(
     from ttsnap_lib.trajectories.layout import MANIFEST
 
     path = Path(folder) if folder is not None else data_cache() / "trajectories" / f"{model}-{prompts}x{images}"
-    if not (path / MANIFEST).exists() or not _whole(path):
+    found = Trajectories(path) if (path / MANIFEST).exists() else None
+    if found is None or any(len(found.state(prompt).whole) < found.images_per_prompt for prompt in range(prompts)):
         generate(load_pipeline(model), pocket_prompts(n=prompts), path, images_per_prompt=images)
     return path
-
-
-def _whole(path: Path) -> bool:
-    from ttsnap_lib.trajectories.read import Trajectories
-
-    found = Trajectories(path)
-    return all(len(found.state(prompt).whole) >= found.images_per_prompt for prompt in range(len(found.prompts)))
 
 
 def reward_histograms(
@@ -209,18 +185,7 @@ def _histogram_column(axes: Sequence[Axes], chosen: xr.Dataset, bins: int | None
 
 
 def correlation_heatmap(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the rank correlation between rewards and steps.
-
-    Parameters
-    ----------
-    frame : pandas.DataFrame
-        As :func:`ttsnap_lib.score_report.rank_correlation` returns it.
-    ax : matplotlib Axes, optional
-
-    Returns
-    -------
-    Axes
-    """
+    """Draw the rank correlation between rewards and steps: a frame of :func:`rank_correlation`."""
     import seaborn as sns
 
     steps = [str(step) for _, step in frame.index]
@@ -253,22 +218,8 @@ def extreme_images(
 ) -> Figure:
     """Draw the best images of a prompt above the worst ones, each with its reward.
 
-    Parameters
-    ----------
-    folder : str, Path or Trajectories
-        The trajectory folder that was scored.
-    extremes : pandas.DataFrame
-        As :func:`ttsnap_lib.score_report.best_and_worst` returns it.
-    prompt : int
-        Its index.
-    step : int
-        Which estimate to draw; the final image by default.
-    title : str
-        Stands before the prompt.
-
-    Returns
-    -------
-    Figure
+    `folder` is the trajectory folder that was scored and `extremes` a frame of :func:`best_and_worst`; `step` says which
+    estimate is drawn (the final image by default), and `title` stands before the prompt.
     """
     from matplotlib import pyplot as plt
 

@@ -451,7 +451,8 @@ def read_portions(found: Trajectories, works: Sequence[Work], batch_size: int, w
 
     def load(job: tuple[Work, list[tuple[int, int]]]) -> Portion:
         work, slots = job
-        prepared, failed = [], {}
+        prepared: list[dict[Any, Any]] = []
+        failed: dict[int, TrajectoryError] = {}
         for row, (step, image) in enumerate(slots):
             try:
                 pixels = found.read(work.prompt, image, step)

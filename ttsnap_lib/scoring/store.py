@@ -188,8 +188,8 @@ def _planned(
     columns = {step: k for k, step in enumerate(steps)}
     if old is not None:
         old = old.transpose(*DIMS, ...)
-        at = [columns[int(step)] for step in old["step"].values]
-        was = range(old.sizes["reward"])  # new rewards come after those that are there
+        at = np.array([columns[int(step)] for step in old["step"].values])
+        was = np.arange(old.sizes["reward"])  # new rewards come after those that are there
         for variable in ("base", "noise_aware"):
             new[variable].values[np.ix_(was, old["prompt"].values, old["image"].values, at)] = old[variable].values
         source[np.ix_(was, at)] = old["noise_aware_source"].values

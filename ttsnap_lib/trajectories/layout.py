@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,11 +178,6 @@ def read_journals(folder: Path) -> dict[tuple[int, int, int], set[int]]:
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
     return known
-
-
-def checksum(content: bytes) -> int:
-    """Return the CRC-32 of a file's content."""
-    return zlib.crc32(content)
 
 
 # The manifest

@@ -16,10 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-
 _CELL_INCHES = 0.62
-
-
 _GAP = 0.06  # between pictures, as a share of their size
 
 
@@ -34,28 +31,13 @@ def contact_sheet(
 ) -> Axes:
     """Draw the estimates of one prompt: steps across, seeds down.
 
-    Parameters
-    ----------
-    folder : str, Path or Trajectories
-        The trajectory folder.
-    prompt : int
-        Which prompt.
-    images, steps : iterable of int, optional
-        Which ones; all of them when not given.
-    max_pixels : int
-        Larger pictures are shown with every k-th pixel only.
-    ax : matplotlib Axes, optional
-
-    Returns
-    -------
-    Axes
+    `images` and `steps` say which ones (all by default). Of pictures larger than `max_pixels` every k-th pixel is shown.
     """
     found = folder if isinstance(folder, Trajectories) else Trajectories(folder)
     rows = list(range(found.images_per_prompt) if images is None else images)
     columns = list(range(found.n_steps) if steps is None else steps)
     columns = [range(found.n_steps)[step] for step in columns]
-    batches = found.batches(columns, len(columns), prompts=[prompt], images=rows)
-    pixels = np.stack([batch.pixels for batch in batches])  # (images, steps, height, width, 3)
+    pixels = found.pictures(prompt, rows, columns)
     thin = -(-max(pixels.shape[2:4]) // max_pixels)
     pixels = pixels[:, :, ::thin, ::thin]
     height, width = pixels.shape[2:4]
@@ -81,17 +63,7 @@ def contact_sheet(
 def diversity_bars(frame: pd.DataFrame, *, label: str = "mean pairwise pixel distance", ax: Axes | None = None) -> Axes:
     """Draw the mean distance within a prompt for each setting, one bar per setting and a dot per prompt.
 
-    Parameters
-    ----------
-    frame : pandas.DataFrame
-        As :func:`ttsnap_lib.diversity.folder_diversity` returns it.
-    label : str
-        What the distance is.
-    ax : matplotlib Axes, optional
-
-    Returns
-    -------
-    Axes
+    `frame` is one of :func:`ttsnap_lib.trajectories.read.folder_diversity`; `label` says what the distance is.
     """
     import seaborn as sns
 

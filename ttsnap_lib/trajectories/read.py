@@ -1,23 +1,24 @@
-"""A trajectory folder for reading: its pictures in batches, whether it is whole, how different its images are."""
+"""A trajectory folder for reading: its pictures, whether it is whole, how different its images are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+import zlib
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ttsnap_lib.checks import choice, integer
+from ttsnap_lib.checks import integer
 from ttsnap_lib.errors import TrajectoryError
 from ttsnap_lib.files import prefetch
 from ttsnap_lib.trajectories.layout import (
     MANIFEST,
     Manifest,
     PromptState,
-    checksum,
     file_name,
     image_name,
     prompt_name,
@@ -28,26 +29,6 @@ from ttsnap_lib.trajectories.layout import (
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images of one prompt, ready to be scored."""
-
-    prompt: int
-    text: str
-    image: np.ndarray
-    """Image indices, int64 (n,)."""
-    step: np.ndarray
-    """Steps, int64 (n,)."""
-    pixels: np.ndarray
-    """uint8 (n, height, width, 3)."""
-
-    def pil(self) -> list[Any]:
-        """Return the pictures as PIL images."""
-        from PIL import Image
-
-        return [Image.fromarray(pixels) for pixels in self.pixels]
 
 
 class Trajectories:
@@ -102,68 +83,23 @@ class Trajectories:
         """Return one picture as uint8 (height, width, 3); negative steps count from the end."""
         return read_image(self.path(prompt, image, range(self.n_steps)[step]), self.manifest.size)
 
-    def batches(
-        self,
-        steps: Iterable[int] | None = None,
-        batch_size: int = 32,
-        *,
-        prompts: Iterable[int] | None = None,
-        images: Iterable[int] | None = None,
-        on_missing: str = "raise",
-        workers: int = 4,
-    ) -> Iterator[Batch]:
-        """Read the pictures in batches, ahead of use.
+    def pictures(
+        self, prompt: int, images: Iterable[int] | None = None, steps: Iterable[int] | None = None, *, workers: int = 4
+    ) -> np.ndarray:
+        """Return pictures of a prompt, read by several threads: uint8 (image, step, height, width, 3).
 
-        A batch never mixes prompts; within a prompt the order is image by image, step by step, so that the
-        composition of the batches is the same in every run.
-
-        Parameters
-        ----------
-        steps, prompts, images : iterable of int, optional
-            Which ones, in this order; all of them when not given. Negative steps count from the end.
-        batch_size : int
-            Pictures per batch; the last of a prompt may be smaller.
-        on_missing : {"raise", "skip"}
-            What to do about an image that is not there.
-        workers : int
-            Reading threads.
-
-        Raises
-        ------
-        TrajectoryError
-            When an image is missing, or a file is truncated, damaged or of another size; the file is named.
+        `images` and `steps` say which ones, in this order; all of them when not given. Negative steps count from the
+        end. A TrajectoryError names the file that is missing or damaged.
         """
-        batch_size, workers = integer("batch_size", batch_size, 1), integer("workers", workers, 1)
-        choice("on_missing", on_missing, ("raise", "skip"))
-        chosen_steps = _indices("steps", steps, self.n_steps)
-        chosen_prompts = _indices("prompts", prompts, len(self.manifest.prompts))
-        chosen_images = _indices("images", images, self.images_per_prompt)
-
-        def jobs() -> Iterator[tuple[int, list[tuple[int, int]]]]:
-            for prompt in chosen_prompts:
-                there = chosen_images
-                if on_missing == "raise":
-                    self.require_whole(prompt, there)
-                else:
-                    whole = self.state(prompt).whole
-                    there = [image for image in there if image in whole]
-                wanted = [(image, step) for image in there for step in chosen_steps]
-                for start in range(0, len(wanted), batch_size):
-                    yield prompt, wanted[start : start + batch_size]
-
-        def read(job: tuple[int, list[tuple[int, int]]]) -> Batch:
-            prompt, wanted = job
-            image, step = np.array(wanted, dtype=np.int64).T
-            pixels = np.stack([self.read(prompt, *item) for item in wanted])
-            return Batch(prompt, self.manifest.prompts[prompt], image, step, pixels)
-
-        return prefetch(read, jobs(), workers=workers)
-
-
-def _indices(name: str, given: Iterable[int] | None, n: int) -> list[int]:
-    if given is None:
-        return list(range(n))
-    return [integer(name, value, -n if name == "steps" else 0, n - 1) % n for value in given]
+        n_prompts, n_images, n_steps = len(self.manifest.prompts), self.images_per_prompt, self.n_steps
+        integer("prompt", prompt, 0, n_prompts - 1)
+        rows = [integer("images", image, 0, n_images - 1) for image in (range(n_images) if images is None else images)]
+        columns = [
+            integer("steps", step, -n_steps, n_steps - 1) for step in (range(n_steps) if steps is None else steps)
+        ]
+        self.require_whole(prompt, rows)
+        found = prefetch(lambda slot: self.read(prompt, *slot), itertools.product(rows, columns), workers=workers)
+        return np.stack(list(found)).reshape(len(rows), len(columns), *self.manifest.size, 3)
 
 
 @dataclass(frozen=True)
@@ -234,7 +170,7 @@ def verify(folder: str | Path, *, workers: int = 4, progress: Callable[[int, int
         path = folder / name
         try:
             content = path.read_bytes()
-            if checksum(content) in checksums.get(item, ()):  # what was written: no need to decode it
+            if zlib.crc32(content) in checksums.get(item, ()):  # what was written: no need to decode it
                 return None
             read_image(path, manifest.size, content)
         except (TrajectoryError, OSError) as error:
@@ -320,7 +256,7 @@ def folder_diversity(
             raise TrajectoryError(
                 f"diversity of {folder}: got {n} image per prompt, expected two or more. Generate more."
             )
-        for batch in found.batches([step], n, prompts=chosen):
-            distances = pairwise_distances(batch.pixels, embed)
-            rows.append({"setting": setting, "prompt": batch.prompt, "images": n, "distance": distances.mean()})
+        for prompt in range(len(found.prompts)) if chosen is None else chosen:
+            distances = pairwise_distances(found.pictures(prompt, steps=[step])[:, 0], embed)
+            rows.append({"setting": setting, "prompt": prompt, "images": n, "distance": distances.mean()})
     return pd.DataFrame(rows)

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import threading
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 
 from ttsnap_lib.errors import DiskError
 from ttsnap_lib.files import atomic_write, typed_disk_errors
-from ttsnap_lib.trajectories.layout import Journal, checksum, encode_image, image_name, prompt_name, step_name
+from ttsnap_lib.trajectories.layout import Journal, encode_image, image_name, prompt_name, step_name
 
 
 class ImageWriter:
@@ -101,7 +102,7 @@ class ImageWriter:
             with typed_disk_errors(entry.folder), open(entry.part / name, "wb") as file:
                 file.write(content)
         with self._lock, typed_disk_errors(entry.folder):
-            entry.checksums[step] = checksum(content)
+            entry.checksums[step] = zlib.crc32(content)
             self.bytes_written += len(content)
             entry.left.discard(step)
             if not entry.left:
