@@ -181,32 +181,6 @@ CASES.add("unwritable place", "a folder below a file", folder_below_a_file, "can
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
-for ending, files in {
-    ".json": [
-        ("a mapping with ids that climb", '{"../../x": "a cat"}', "list"),
-        ("a list with a number", '["a cat", 5]', "prompt 1"),
-        ("a list with null", "[null]", "prompt 0"),
-        ("a list in a list", '[["a cat"]]', "prompt 0"),
-        ("an empty list", "[]", "no prompt"),
-        ("deep nesting", "[" * 100_000, "JSON"),
-    ],
-    ".txt": [
-        ("a blank line between", "a cat\n\na dog\n", "prompt 1"),
-        ("nothing but line ends", "\n\n\n", "no prompt"),
-        ("an empty file", "", "no prompt"),
-        ("Latin-1", "caf\xe9\n".encode("latin-1"), "UTF-8"),
-        ("UTF-16", "a cat\n".encode("utf-16"), "UTF-8"),
-    ],
-    ".csv": [
-        ("an open quote", 'prompt\n"a cat\n', "csv"),
-        ("two text columns", "first,second\na,b\n", "expected one named prompt"),
-        ("no header", "a small red ring on a green field\na cat\n", "first line"),
-        ("no rows", "prompt\n", "no prompt"),
-    ],
-    ".parquet": [("no Parquet", "PAR1 not really PAR1", "parquet"), ("cut off", b"PAR1", "parquet")],
-    ".exe": [("an unknown ending", "a cat\n", "ending of the prompt file")],
-}.items():
-    CASES.files("prompts", f"prompts{ending}", read_prompts, files)
 CASES.each(
     "prompts",
     read_prompts,

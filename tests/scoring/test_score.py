@@ -10,15 +10,19 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from tests import worlds
 from tests.launch import environment, launcher
 from tests.worlds import IDENTITY, PICTURE, brightness, fill, make_images, prompts_of, save_clip, write_adapters
 from ttsnap_lib import Schedule, open_rewards, simulate
+from ttsnap_lib.diffusion.denoise import Settings
 from ttsnap_lib.errors import CheckpointError, ConfigError, DiskError, RewardError, TensorError, TrajectoryError
 from ttsnap_lib.rewards.loading import load_reward
-from ttsnap_lib.scoring.score import score
+from ttsnap_lib.scoring.score import InlineScorer, generate_scores, score
 from ttsnap_lib.tensors.tensor import drop_missing
+from ttsnap_lib.trajectories.generate import generate
 from ttsnap_lib.trajectories.read import Trajectories
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -258,7 +262,7 @@ def test_what_was_skipped_is_listed_by_the_simulation_or_dropped_on_demand(broke
     score(broken, brightness, tmp_path / "r.zarr", on_error="skip")
     tensor = open_rewards(tmp_path / "r.zarr")
     schedule = Schedule((2,), (0.5,))
-    with pytest.raises(TensorError, match=r"1 scores are missing.*brightness: prompt 1, image 1, step 2.*drop_missing"):
+    with pytest.raises(TensorError, match=r"brightness: prompt 1, image 1, step 2.*drop_missing"):
         simulate(tensor, "ttsp", n=2, schedule=schedule)
     kept = drop_missing(tensor)
     assert kept["image"].values.tolist() == [0, 2]
@@ -281,22 +285,6 @@ def test_a_missing_picture_stops_before_any_work(broken, tmp_path):
     assert not calls
     report = score(broken, brightness, tmp_path / "s.zarr", on_error="skip")
     assert {(s.prompt, s.image, s.step) for s in report.skipped} == {(1, 1, 2), (2, 2, 1)}
-
-
-def test_simulation_refuses_the_gaps_or_drops_them(broken, tmp_path):
-    from ttsnap_lib import CostModel, simulate
-    from ttsnap_lib.tensors.tensor import drop_missing
-
-    score(broken, brightness, tmp_path / "r.zarr", on_error="skip")
-    tensor = open_rewards(tmp_path / "r.zarr").load()
-    tensor["base"].values[0, 1, 1, 3] = np.nan
-    tensor["noise_aware"].values[0, 1, 1, 3] = np.nan
-    options = {"budget": 12.0, "cost": CostModel(step=1.0, verify=0.0, n_steps=4), "rng": np.random.default_rng(0)}
-    with pytest.raises(TensorError):
-        simulate(tensor, "best_of_n", **options)
-    whole = drop_missing(tensor)
-    assert whole["image"].values.tolist() == [0, 2]
-    assert np.isfinite(simulate(whole, "best_of_n", **{**options, "budget": 8.0}).mean).all()
 
 
 @pytest.mark.parametrize(
@@ -341,13 +329,8 @@ def test_other_prompts_trajectories_or_weights_are_refused(folder, clip, adapter
     assert store_hash(out) == before
 
 
-def test_bad_settings(folder, clip, adapters, tmp_path):
+def test_rewards_and_series_that_do_not_fit(folder, clip, adapters, tmp_path):
     out = tmp_path / "r.zarr"
-    for options in ({"batch_size": 0}, {"on_error": "ignore"}, {"steps": [4]}, {"steps": []}, {"shard": "2/2"}):
-        with pytest.raises(ConfigError):
-            score(folder, brightness, out, **options)
-    with pytest.raises(TrajectoryError, match="no trajectory folder"):
-        score(tmp_path, brightness, out)
     with pytest.raises(ConfigError, match="distinct names"):
         score(folder, [brightness, brightness], out)
     with pytest.raises(ConfigError, match="reward=folder"):
@@ -355,4 +338,98 @@ def test_bad_settings(folder, clip, adapters, tmp_path):
     late = write_adapters(clip, tmp_path / "late", steps=(14,))
     with pytest.raises(CheckpointError, match="for other trajectories"):
         score(folder, clip, out, device="cpu", noise_aware=late)
+    with pytest.raises(ConfigError, match="steps"):
+        score(folder, clip, out, device="cpu", steps=[])
     assert not out.exists()
+
+
+# -- while images are generated: the values of generating into a folder and scoring that ------------------------------
+
+
+TEXTS = ["a red circle", "the cat", "a blue square"]
+OPTIONS = {
+    "settings": Settings(n_steps=3, height=32, width=32),
+    "images_per_prompt": 3,
+    "batch_size": 4,
+    "seed": 7,
+    "cpu_threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """Tiny SDXL pipeline."""
+    return worlds.build("sdxl")
+
+
+@pytest.fixture(scope="module")
+def scored_folder(pipeline, clip, tmp_path_factory):
+    """Tensor scored from a folder, with a noise-aware series at step 1."""
+    root = tmp_path_factory.mktemp("scored")
+    generate(pipeline, TEXTS, root / "set", **OPTIONS)
+    series = write_adapters(clip, root / "run", steps=(1,))
+    rewards = [load_reward(clip, device="cpu", adapters=series), brightness]
+    score(root / "set", rewards, root / "r.zarr")
+    return root
+
+
+def test_inline_scores_equal_scoring_the_folder(pipeline, clip, scored_folder, tmp_path):
+    rewards = [load_reward(clip, device="cpu", adapters=scored_folder / "run"), brightness]
+    report = generate_scores(pipeline, TEXTS, tmp_path / "r.zarr", rewards, **OPTIONS)
+    assert report.pictures == 27 and report.scores == 27 * 2 + 9
+    ours, theirs = open_rewards(tmp_path / "r.zarr"), open_rewards(scored_folder / "r.zarr")
+    for variable in ("base", "noise_aware"):
+        values, expected = ours[variable].values, theirs[variable].values
+        np.testing.assert_allclose(values[0], expected[0], rtol=1e-4, atol=1e-4)  # batches differ
+        assert np.array_equal(values[1], expected[1])  # the very same pixels
+    assert np.array_equal(ours["noise_aware_source"].values, theirs["noise_aware_source"].values)
+    assert set(ours["status"].values) == {"scored"}
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_inline_scoring_goes_on_by_whole_prompts(pipeline, tmp_path):
+    out = tmp_path / "r.zarr"
+
+    def stop(done, total):
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate_scores(pipeline, TEXTS, out, brightness, progress=stop, **OPTIONS)
+    left = open_rewards(out)["status"].values.tolist()
+    assert left.count("scored") in (1, 2) and "pending" in left
+    again = generate_scores(pipeline, TEXTS, out, brightness, **OPTIONS)
+    assert again.pictures == 9 * left.count("pending")
+    quiet = tmp_path / "quiet.zarr"
+    generate_scores(pipeline, TEXTS, quiet, brightness, **OPTIONS)
+    assert np.array_equal(open_rewards(out)["base"].values, open_rewards(quiet)["base"].values)
+    assert generate_scores(pipeline, TEXTS, out, brightness, **OPTIONS).pictures == 0
+
+
+def test_inline_scoring_of_some_steps_decodes_no_others(pipeline, tmp_path):
+    report = generate_scores(pipeline, TEXTS, tmp_path / "r.zarr", brightness, steps=[-1], **OPTIONS)
+    assert report.pictures == 9 and open_rewards(tmp_path / "r.zarr")["step"].values.tolist() == [2]
+
+
+def test_inline_scoring_refuses(pipeline, tmp_path):
+    out = tmp_path / "r.zarr"
+    with pytest.raises(ConfigError, match="score the folder"):
+        generate_scores(pipeline, TEXTS, out, brightness, folder=tmp_path, **OPTIONS)
+    bad = load_reward(lambda prompts, images: [float("nan")] * len(images), name="bad")
+    with pytest.raises(RewardError, match="prompt 0, image 0, step 0"):
+        generate_scores(pipeline, TEXTS, out, bad, **OPTIONS)
+    generate_scores(pipeline, TEXTS, tmp_path / "s.zarr", brightness, **OPTIONS)
+    with pytest.raises(TensorError, match="other trajectories"):
+        generate_scores(pipeline, TEXTS, tmp_path / "s.zarr", brightness, **{**OPTIONS, "seed": 8})
+
+
+def test_shards_of_inline_scoring_take_whole_chunks(tmp_path):
+    prompts = [f"prompt {k}" for k in range(30)]
+    pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for shard, expected in (("0/2", range(25)), ("1/2", range(25, 30))):
+        with InlineScorer(tmp_path / "r.zarr", brightness, prompts, 2, 1, shard=shard) as scorer:
+            assert scorer.only == [(prompt, image) for prompt in expected for image in range(2)]
+            for prompt in expected:
+                scorer(prompt, [0, 1], 0, pixels)
+            assert scorer.only == []
+    assert set(open_rewards(tmp_path / "r.zarr")["status"].values) == {"scored"}

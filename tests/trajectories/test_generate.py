@@ -3,12 +3,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
-import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -159,24 +157,6 @@ def test_a_small_decoder_makes_the_estimates_and_not_the_final_image(whole, pipe
     assert small.manifest.identity["decoder"].startswith("AutoencoderTiny")
 
 
-def test_webp_holds_the_same_pixels(whole, pipeline, tmp_path):
-    generate(pipeline, PROMPTS, tmp_path, image_format="webp", **OPTIONS)
-    one, other = Trajectories(whole), Trajectories(tmp_path)
-    assert other.path(1, 2, 0).suffix == ".webp"
-    np.testing.assert_array_equal(one.read(1, 2, 0), other.read(1, 2, 0))
-
-
-def test_progress_counts_images(pipeline, tmp_path):
-    calls = []
-    generate(pipeline, PROMPTS, tmp_path, progress=lambda *call: calls.append(call), **OPTIONS)
-    assert calls[0] == (0, N_IMAGES)
-    assert calls[-1] == (N_IMAGES, N_IMAGES)
-    calls.clear()
-    report = generate(pipeline, PROMPTS, tmp_path, progress=lambda *call: calls.append(call), **OPTIONS)
-    assert calls == [(N_IMAGES, N_IMAGES)]
-    assert (report.made, report.found) == (0, N_IMAGES)
-
-
 # -- same bytes however it is done ----------------------------------------------------------------------------
 
 
@@ -208,8 +188,10 @@ def test_an_interrupt_keeps_whole_images_and_the_next_run_goes_on(whole, pipelin
     with pytest.raises(KeyboardInterrupt):
         generate(pipeline, PROMPTS, tmp_path, progress=stop, **OPTIONS)
     assert not list(tmp_path.glob("p*/.*"))
-    report = generate(pipeline, PROMPTS, tmp_path, **OPTIONS)
+    calls = []
+    report = generate(pipeline, PROMPTS, tmp_path, progress=lambda *call: calls.append(call), **OPTIONS)
     assert report.found + report.made == N_IMAGES
+    assert (calls[0], calls[-1]) == ((report.found, N_IMAGES), (N_IMAGES, N_IMAGES))
     assert digests(tmp_path) == digests(whole)
 
 
@@ -252,12 +234,6 @@ def test_repair_makes_only_what_is_wrong(whole, copy, pipeline):
     assert digests(copy) == digests(whole)
     assert {path: path.stat().st_mtime_ns for path in good} == good
     assert repair(pipeline, copy).ok
-
-
-def test_repair_with_another_model_is_refused(copy):
-    (copy / "p0000" / "id001" / "s00.png").unlink()
-    with pytest.raises(TrajectoryError, match="weights"):
-        repair(worlds.build("sdxl", seed=3), copy)
 
 
 def test_a_step_that_is_missing_is_made_again_by_generate_too(whole, copy, pipeline):
@@ -322,11 +298,6 @@ def test_bad_arguments_change_nothing(whole, pipeline, change, error, says):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_nowhere_to_put_pictures(pipeline):
-    with pytest.raises(ConfigError, match="folder and on_batch"):
-        generate(pipeline, PROMPTS)
-
-
 @pytest.mark.parametrize("stray", ["p0001/id001/mine.txt", "p0001/mine.txt", "p0001/id1/s00.png"])
 def test_a_stray_file_stops_it_before_anything_is_written(copy, pipeline, stray):
     shutil.rmtree(copy / "p0001" / "id002")
@@ -336,14 +307,6 @@ def test_a_stray_file_stops_it_before_anything_is_written(copy, pipeline, stray)
         generate(pipeline, PROMPTS, copy, **OPTIONS)
     assert (copy / stray).read_text() == "mine"
     assert not (copy / "p0001" / "id002").exists()
-
-
-def test_a_folder_of_other_images_is_refused(pipeline, tmp_path):
-    (tmp_path / "p0000" / "id000").mkdir(parents=True)
-    (tmp_path / "p0000" / "id000" / "s00.png").write_text("mine")
-    with pytest.raises(TrajectoryError, match="no manifest"):
-        generate(pipeline, PROMPTS, tmp_path, **OPTIONS)
-    assert (tmp_path / "p0000" / "id000" / "s00.png").read_text() == "mine"
 
 
 def test_a_file_where_the_folder_should_be(pipeline, tmp_path):
@@ -383,23 +346,6 @@ def test_a_disk_that_fills_up_keeps_whole_images(whole, pipeline, tmp_path, monk
     assert there.items() <= digests(whole).items()
 
 
-def test_a_folder_that_cannot_be_written(pipeline):
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o555)
-        root = os.geteuid() == 0
-        if root:  # root may write anywhere
-            os.seteuid(65534)
-        try:
-            with pytest.raises(DiskError, match="cannot write"):
-                generate(pipeline, PROMPTS, folder, **OPTIONS)
-            with pytest.raises(DiskError, match="cannot write"):
-                generate(pipeline, PROMPTS, folder / "deeper", **OPTIONS)
-        finally:
-            if root:
-                os.seteuid(0)
-
-
 def test_two_processes_on_one_shard_are_refused(pipeline, copy):
     shutil.rmtree(copy / "p0001")
     with shard_lock(copy, (0, 2)) as held:
@@ -412,10 +358,3 @@ def test_two_processes_on_one_shard_are_refused(pipeline, copy):
         generate(pipeline, PROMPTS, copy, shard=(1, 2), **OPTIONS)
     generate(pipeline, PROMPTS, copy, shard=(0, 2), **OPTIONS)
     assert verify(copy).ok
-
-
-def test_model_named_otherwise_but_with_the_same_weights_goes_on(copy, pipeline):
-    content = json.loads((copy / MANIFEST).read_text())
-    content["identity"]["model"] = "/elsewhere"
-    (copy / MANIFEST).write_text(json.dumps(content))
-    assert generate(pipeline, PROMPTS, copy, **OPTIONS).made == 0
