@@ -45,7 +45,7 @@ bench: $(STAMP)  ## The benchmarks, one table
 	$(BIN)/python -m tests.benchmarks
 
 pocket: $(STAMP) ## Train the pocket models again (about two hours on two cores)
-	$(BIN)/python -m ttsnap_lib.pocket.train --all
+	$(BIN)/python -m ttsnap_lib.pocket.training.train --all
 
 lab: $(STAMP)    ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks

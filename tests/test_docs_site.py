@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import pkgutil
+import re
 import subprocess
 import sys
 
@@ -11,6 +11,7 @@ import pytest
 
 import ttsnap_lib
 from tests.conftest import ROOT
+from tests.test_rooms import FLOORS, MODULES
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 
@@ -65,26 +66,29 @@ def test_every_option_of_every_command_is_in_the_reference(site, tools):
 
 
 def test_every_public_name_is_in_the_reference(site, tools):
-    text = "".join(path.read_text("utf-8") for path in (site / "api").rglob("*.html"))
-    for module in (name for names in tools["api"].GROUPS.values() for name in names):
-        for target in tools["api"].shown(module).values():
-            if target.startswith(f"ttsnap_lib.{module}."):
-                assert f'id="{target}"' in text or f'.{target.rpartition(".")[2]}"' in text, target
-    for name, module in ttsnap_lib._NAMES.items():
-        assert f'id="{tools["api"].shown(module)[name]}"' in text
+    api = tools["api"]
+    for room in api.rooms():
+        text = read(site, f"api/{room}")
+        for module in api.modules(room):
+            for name in api.shown(module):
+                assert f'id="ttsnap_lib.{module}.{name}"' in text, f"{module}.{name}"
+    for name, module in ttsnap_lib._HOME.items():
+        assert name in api.shown(module), name
 
 
-def test_every_module_has_a_page_or_is_internal(tools):
-    found = {info.name for info in pkgutil.iter_modules(ttsnap_lib.__path__) if not info.name.startswith("_")}
-    shown = [name for names in tools["api"].GROUPS.values() for name in names]
-    assert len(shown) == len(set(shown))
-    assert found == {*shown, *tools["api"].INTERNAL}
+def test_the_page_of_the_rooms_shows_every_room_and_every_file(site):
+    text = read(site, "rooms")
+    for room, (_, job) in FLOORS.items():
+        assert f'href="#{room}"' in text and f'id="{room}"' in text and job.replace(">", "&gt;") in text
+    for module in MODULES:
+        if module not in ("", *FLOORS) and not module.startswith("pocket.training"):
+            assert f"<code>{module.rpartition('.')[2]}</code>" in text, module
 
 
 def test_no_marker_is_left(site):
     for path in site.rglob("*.html"):
         text = path.read_text("utf-8")
-        assert "<!-- parameters:" not in text and "<!-- estimates:" not in text and ":func:`" not in text, path
+        assert not re.search(r"<!-- (parameters|estimates|rooms):|:(func|class|data):`", text), path
 
 
 def test_weights_are_those_of_the_real_architectures(tools):

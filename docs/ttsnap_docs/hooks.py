@@ -13,11 +13,11 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # the package and the tools of this checkout
 
-from ttsnap_docs import api, commands, estimates, parameters
+from ttsnap_docs import api, commands, estimates, parameters, rooms
 
 OPTIONAL = {"faults.md": "Fault drill", "bad-input.md": "Bad input", "coverage.md": "Coverage"}
 """Pages that are in the navigation when they exist."""
-TABLES = {"parameters": parameters.table, "estimates": estimates.table}
+TABLES = {"parameters": parameters.table, "estimates": estimates.table, "rooms": rooms.table}
 """``<!-- KIND: NAME -->`` in a page is replaced by the table."""
 _MARKER = re.compile(r"<!-- (\w+): ([\w-]+) -->")
 
@@ -70,7 +70,7 @@ def on_config(config: Any) -> Any:
     pocket = [f"pocket/{page.name}" for page in sorted((docs / "pocket").glob("*.md"), key=_index_first)]
     extra = [{title: name} for name, title in OPTIONAL.items() if (docs / name).exists()]
     reference = [{"Python interface": "api/index.md"}]
-    reference += [{title: f"api/{api.slug(title)}.md"} for title in api.GROUPS]
+    reference += [{api.title(room): f"api/{room}.md"} for room in api.rooms()]
     for section in config.nav:
         if "Background" in section:
             section["Background"] += [*pocket, *extra]

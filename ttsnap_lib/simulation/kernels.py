@@ -128,6 +128,8 @@ def _lowest(bits):
 def multi_reward(mode, ranks, scores, valid, labels, subsets, counts, values, winners, sums, fault):
     """Prune by several rewards jointly: sum of within-set ranks, or mean of within-set z-scores.
 
+    What is not named here is as in :func:`single_reward`.
+
     Parameters
     ----------
     mode : int
@@ -140,8 +142,6 @@ def multi_reward(mode, ranks, scores, valid, labels, subsets, counts, values, wi
         Number of images with a value.
     labels : int32 (prompt, position)
         Image that each position of a subset stands for.
-
-    The other parameters are those of :func:`single_reward`.
     """
     n_prompts, n_levels, n_rewards, pool = ranks.shape
     n_words = (pool + 63) // 64

@@ -17,21 +17,10 @@ from scipy import stats
 from ttsnap_lib.files import atomic_write, write_json
 from ttsnap_lib.pocket.oracle import oracle_score
 from ttsnap_lib.pocket.training.clip import clip_scores
-from ttsnap_lib.pocket.training.sample import sample_steps
+from ttsnap_lib.pocket.training.pictures import sample_steps
 from ttsnap_lib.pocket.world import pocket_prompts
 
-_STAGES = (
-    "text",
-    "vae",
-    "decoder",
-    "tiny",
-    "flux",
-    "flux_mislabeled",
-    "sdxl",
-    "sdxl_mislabeled",
-    "clip",
-    "preferences",
-)
+_SHOWN_STEPS = (0, 2, 4, 6, 8, 11, 14, 17)
 
 
 def load_pocket(name: str, models: Path | None = None) -> Any:
@@ -72,16 +61,7 @@ def rank_agreement(first: np.ndarray, second: np.ndarray, how: str = "spearman")
 def measure(
     name: str, clip: Any, prompts: Sequence[str], images: int, models: Path | None = None, base_seed: int = 7
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Measure one pipeline on held-out captions.
-
-    Returns
-    -------
-    dict
-        Oracle mean and within-prompt deviation, Spearman of pocket-clip with the oracle, Kendall tau of its score of
-        each step's estimate with that of the picture, seconds per image (denoising with every estimate decoded).
-    numpy.ndarray
-        The pictures, uint8 (prompt, image, step, 32, 32, 3).
-    """
+    """Measure one pipeline on held-out captions; return the figures and the pictures (prompt, image, step, 32, 32, 3)."""
     pipeline = load_pocket(name, models)
     started = time.perf_counter()
     pictures = sample_steps(pipeline, prompts, images, base_seed=base_seed)
@@ -110,36 +90,26 @@ def measure(
     return figures, pictures
 
 
-def write_report(plan: Any, scratch: Path, models: Path, docs: Path, log: Callable[[str], None] = print) -> dict:
-    """Write losses, sheets and figures below `docs`; return the figures."""
-    prompts = pocket_prompts("evaluation", plan.report_prompts)
+def write_report(
+    logs: dict[str, list], n_prompts: int, images: int, models: Path, docs: Path, log: Callable[[str], None] = print
+) -> None:
+    """Write losses (of each stage), sheets and figures below `docs`."""
+    prompts = pocket_prompts("evaluation", n_prompts)
     clip = load_pocket("pocket-clip", models)
-    figures: dict[str, Any] = {"prompts": len(prompts), "images_per_prompt": plan.report_images}
+    figures: dict[str, Any] = {"prompts": n_prompts, "images_per_prompt": images}
     for name in ("pocket-flux", "pocket-sdxl"):
-        figures[name], pictures = measure(name, clip, prompts, plan.report_images, models)
+        figures[name], pictures = measure(name, clip, prompts, images, models)
         log(f"{name}: {json.dumps(figures[name])}")
-        shown = min(12, len(prompts))
-        columns = min(12, plan.report_images)
-        _picture(docs / f"{name}.png", sheet(pictures[:shown, :columns, -1]))
-        _picture(docs / f"{name}-steps.png", sheet(pictures[:shown, 0]))
+        for file, shown in ((f"{name}.png", pictures[:12, :12, -1]), (f"{name}-steps.png", pictures[:12, 0])):
+            with atomic_write(docs / file) as handle:
+                sheet(shown).save(handle, format="PNG", optimize=True)
     figures["bytes"] = {folder.name: sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
                         for folder in sorted(models.iterdir()) if folder.is_dir()}  # fmt: skip
-    logs = {stage: json.loads((scratch / f"{stage}.json").read_text()) for stage in _STAGES}
     figures["training"] = {stage: {"seconds": rows[-1]["elapsed_s"], **rows[-1]} for stage, rows in logs.items()}
     write_json(docs / "losses.json", logs)
     write_json(docs / "figures.json", figures)
-    _text(docs / "index.md", _page(figures, prompts[:12]))
-    return figures
-
-
-def _picture(path: Path, picture: Image.Image) -> None:
-    with atomic_write(path) as file:
-        picture.save(file, format="PNG", optimize=True)
-
-
-def _text(path: Path, content: str) -> None:
-    with atomic_write(path, "w") as file:
-        file.write(content)
+    with atomic_write(docs / "index.md", "w") as file:
+        file.write(_page(figures, prompts[:12]))
 
 
 def _page(figures: dict[str, Any], prompts: Sequence[str]) -> str:
@@ -158,7 +128,7 @@ def _page(figures: dict[str, Any], prompts: Sequence[str]) -> str:
         "# The pocket models",
         "",
         (
-            "Written by `python -m ttsnap_lib.pocket.train --stage report`. Held-out captions of the evaluation split: "
+            "Written by `python -m ttsnap_lib.pocket.training.train --stage report`. Held-out captions of the evaluation split: "
             f"{figures['prompts']} captions, {figures['images_per_prompt']} images each, "
             f"{figures[names[0]]['threads']} thread(s). [How the shipped weights came about](training.md); "
             "[what noise-aware finetuning wins](finetuning.md)."
@@ -197,6 +167,3 @@ def _page(figures: dict[str, Any], prompts: Sequence[str]) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-_SHOWN_STEPS = (0, 2, 4, 6, 8, 11, 14, 17)
