@@ -30,7 +30,7 @@ def pipelines():
     return {name: worlds.build(name) for name in ("flux", "sdxl")}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def flux(pipelines):
     return pipelines["flux"]
 

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
-from tests import worlds
-from tests.worlds import N_STEPS, SCHEDULE, load_clip, save_clip, settings
+from tests.worlds import N_STEPS, SCHEDULE, settings
 from ttsnap_lib import CostModel, Schedule
-from ttsnap_lib.__main__ import main
-from ttsnap_lib.errors import CheckpointError, ConfigError, DiskError, SearchError
+from ttsnap_lib.errors import ConfigError, DiskError, SearchError
 from ttsnap_lib.files import shard_lock
 from ttsnap_lib.live.many import collect, compare, search_many
 from ttsnap_lib.live.record import SearchRecord
-from ttsnap_lib.rewards.loading import find_adapters, load_reward
+from ttsnap_lib.rewards.loading import load_reward
 
 PROMPTS = ["a red circle", "the cat", "a blue square above a green circle", "circle"]
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def flux():
-    return worlds.flux()
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return load_clip(save_clip(tmp_path_factory.mktemp("clip") / "one"))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +95,7 @@ def test_other_settings_are_refused_and_other_prompts_searched_again(search_all,
         {"schedule": Schedule((1,), (0.5,))},
         {"cost": CostModel(1, 1, n_steps=5)},
     ):
-        with pytest.raises(SearchError, match=f"other settings .*{next(iter(change))}"):
+        with pytest.raises(SearchError, match=f"other settings: .*{next(iter(change))}"):
             search_all(tmp_path, **change)
     with pytest.raises(SearchError, match="rewards"):
         search_all(tmp_path, reward=load_reward(lambda p, images: [0.0] * len(images), name="clip"))
@@ -172,78 +157,6 @@ def test_compare_is_paired():
         compare({"ttsnap": base}, "reward")
 
 
-# -- command line, on the pocket models -----------------------------------------------------------------------------
-
-POCKET = ["--steps", "4", "--quiet", "--threads", "1"]
-
-
-@pytest.fixture(scope="module")
-def cost_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cost") / "cost.json"
-    options = ["--tiny", "pocket-tiny", "--batch-sizes", "2", "1", "--repeats", "1", "-o", str(path)]
-    assert main(["cost", *POCKET, *options]) == 0
-    return path
-
-
-@pytest.fixture
-def schedule_file(tmp_path):
-    path = tmp_path / "schedule.yaml"
-    path.write_text(Schedule((1,), (0.5,)).to_yaml())
-    return path
-
-
-def test_cost_then_search(cost_file, schedule_file, tmp_path, capsys):
-    costs = CostModel.load(cost_file)
-    budget = costs.total(4, Schedule((1,), (0.5,)))
-    out = tmp_path / "out"
-    arguments = ["--budget", str(budget), "--cost", str(cost_file), "--schedule", str(schedule_file), "-o", str(out)]
-    assert main(["search", "a small red ring", *POCKET, *arguments, "--tiny", "pocket-tiny"]) == 0
-    said = capsys.readouterr().out
-    record = SearchRecord.load(out)
-    assert len(record.seeds) == 4 and record.method == "ttsp" and record.checks == [1, 3]
-    assert json.loads((out / "record.json").read_text())["cost"] == pytest.approx(budget)
-    assert str(record.seeds[record.winner]) in said and "gallery.png" in said and " cost: " in said
-    assert "stopped:" not in said  # it was not
-    for name in ("image.png", "gallery.png"):
-        with Image.open(out / name) as picture:
-            picture.verify()
-
-
-def test_search_a_file_twice(tmp_path, capsys):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red ring\na blue disk\na green star\n")
-    arguments = ["search", "--prompts", str(prompts), "--limit", "2", *POCKET, "--candidates", "2", "-o",
-                 str(tmp_path / "out")]  # fmt: skip
-    assert main(arguments) == 0
-    assert main(arguments) == 0
-    frame = pd.read_csv(tmp_path / "out" / "results.csv")
-    assert frame["prompt"].tolist() == ["a red ring", "a blue disk"] and "results.csv" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--candidates", "2"], "exactly one"),
-        (["a ring", "--prompts", "x.txt", "--candidates", "2"], "exactly one"),
-        (["a ring"], "either budget or candidates"),
-        (["a ring", "--budget", "1"], "ttsnap cost"),
-        (["a ring", "--budget", "1", "--cost", "flux-512+hpsv2"], "the cost of one candidate"),
-        (["a ring", "--budget", "1", "--cost", "nowhere.json"], "cannot be read"),
-        (["a ring", "--candidates", "2", "--schedule", "nowhere.yaml"], "schedule file cannot be read"),
-        (["--prompts", "nowhere.txt", "--candidates", "2"], "nowhere.txt"),
-        (["a ring", "--candidates", "2", "--model", "nowhere"], "nowhere"),
-        (["a ring", "--candidates", "2", "--tiny", "/nowhere"], "tiny decoder"),
-    ],
-)
-def test_mistakes_on_the_command_line(arguments, says, tmp_path, capsys):
-    assert main(["search", *arguments, "--quiet", "-o", str(tmp_path / "out")]) == 1
-    assert says in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-# -- what the notebook uses -----------------------------------------------------------------------------------------
-
-
 def test_without_a_folder_only_the_table_stays(whole, search_all):
     _same(search_all(None), whole[1])
 
@@ -260,10 +173,3 @@ def test_pictures_of_a_comparison(whole):
     np.testing.assert_allclose(drawn["TTSnap"][1:], frame["clip"][1:] + 1)
     assert np.isnan(drawn["TTSnap"][0])
     plt.close(ax.figure)
-
-
-def test_noise_aware_weights_by_name(tmp_path):
-    assert find_adapters("", "pocket-flux") is None and find_adapters("pocket", "some/model") is None
-    assert find_adapters(str(tmp_path)) == tmp_path
-    with pytest.raises(CheckpointError, match="nowhere"):
-        find_adapters("nowhere", "pocket-flux")

@@ -9,8 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.worlds import N_STEPS, PROMPT, SCHEDULE, settings, tiny_search
-from ttsnap_lib import search
+from tests.worlds import N_STEPS, PROMPT, SCHEDULE, tiny_search
 from ttsnap_lib.errors import SearchError
 from ttsnap_lib.live.plots import LiveGallery, gallery, winners
 from ttsnap_lib.live.record import SearchRecord
@@ -93,7 +92,3 @@ def test_the_display_and_the_progress_follow_the_run(flux, clip, capsys):
     total = 8 * 2 + 4 * 2 + 2
     assert [done for done, _ in seen] == sorted(done for done, _ in seen) and seen[-1] == (total, total)
     assert all(done < total for done, _ in seen[:-1])  # it ends when everything is scored
-
-
-def test_the_module_is_the_function(flux, clip):
-    assert search(flux, PROMPT, clip, candidates=1, settings=settings(n_steps=N_STEPS)).complete

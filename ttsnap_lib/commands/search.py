@@ -64,8 +64,8 @@ def add(commands: Any) -> None:
     cost = commands.add_parser(
         "cost",
         help="measure FLOPs and seconds of a step, a decode and a check on this machine",
-        description="Measure FLOPs and seconds of a step, a decode and a check, and write a cost file that search, simulate and "
-        "optimize read as --cost.",
+        description="Measure FLOPs and seconds of a step, a decode and a check, and write a cost file that search, "
+        "simulate and optimize read as --cost.",
         formatter_class=Defaults,
     )
     cost.add_argument("--reward", nargs="+", action="extend", help="reward models of a check (default: pocket-clip)")
@@ -84,12 +84,62 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
 
-def _schedule(source: str | None) -> Any:
+def _search(arguments: argparse.Namespace) -> int:
+    from ttsnap_lib.diffusion.pipelines import load_decoder
+    from ttsnap_lib.errors import ConfigError
+    from ttsnap_lib.files import shard_lock
+    from ttsnap_lib.live.run import planned, search
+    from ttsnap_lib.rewards.loading import find_adapters, load_reward
     from ttsnap_lib.schedule import Schedule
+    from ttsnap_lib.style import progress_bar
 
-    if not source:
-        return None
-    return Schedule.from_yaml(source if source.lstrip().startswith("{") else Path(source))
+    # What costs nothing to check comes before any model is loaded.
+    if (arguments.prompt is None) == (arguments.prompts is None):
+        raise ConfigError("prompt: give exactly one of a prompt and --prompts FILE.")
+    given = arguments.schedule
+    plan = {
+        "schedule": Schedule.from_yaml(given if given.lstrip().startswith("{") else Path(given)) if given else None,
+        "budget": arguments.budget, "candidates": arguments.candidates, "cost": arguments.cost,
+        "method": arguments.method, "settings": settings(arguments), "negtome": negtome(arguments),
+        "batch_size": arguments.batch_size,
+    }  # fmt: skip
+    planned(**plan)
+    if arguments.prompts is not None:
+        from ttsnap_lib.trajectories.prompts import read_prompts
+
+        prompts = read_prompts(arguments.prompts, limit=arguments.limit)
+
+    adapters, names = find_adapters(arguments.adapters, arguments.model), arguments.reward or ["pocket-clip"]
+    rewards = [
+        load_reward(name, adapters=adapters if k == 0 else None, device=reward_device(arguments))
+        for k, name in enumerate([*names, *arguments.report])
+    ]
+    pipeline = _pipeline(arguments)
+    options: dict[str, Any] = {
+        **plan, "seed": arguments.seed, "combine": arguments.combine, "weights": arguments.weights,
+        "report": [one.name for one in rewards[len(names) :]], "deadline_s": arguments.deadline,
+        "decoder": load_decoder(arguments.tiny, pipeline),
+    }  # fmt: skip
+    if arguments.prompts is not None:
+        from ttsnap_lib.live.many import search_many
+
+        bar = progress_bar("prompts", quiet=arguments.quiet)
+        frame = search_many(pipeline, prompts, rewards, arguments.out, shard=arguments.shard, progress=bar, **options)
+        print(frame.drop(columns="prompt").round(4).to_string(index=False))
+        print(f"{arguments.out}: results.csv, results.parquet, one folder a prompt")
+        return 0
+    with shard_lock(Path(arguments.out), (0, 1)) as held:
+        pass
+    with held:
+        bar = progress_bar("candidate steps", quiet=arguments.quiet)
+        result = search(pipeline, arguments.prompt, rewards, progress=bar, **options)
+        result.save(arguments.out)
+        _picture(result, Path(arguments.out))
+    for key, value in result.summary().items():
+        if value not in (None, ""):  # no cost model, not cut short
+            print(f"{key:>14}: {value}")
+    print(f"{arguments.out}: image.png, record.json, candidates.parquet, gallery.png")
+    return 130 if result.record.stopped == "interrupt" else 0
 
 
 def _pipeline(arguments: argparse.Namespace) -> Any:
@@ -101,73 +151,6 @@ def _pipeline(arguments: argparse.Namespace) -> Any:
 
         torch.set_num_threads(integer("--threads", arguments.threads, 1))
     return load_pipeline(arguments.model, **loading(arguments))
-
-
-def _search(arguments: argparse.Namespace) -> int:
-    from ttsnap_lib.costs import CostModel
-    from ttsnap_lib.diffusion.pipelines import load_decoder
-    from ttsnap_lib.files import shard_lock
-    from ttsnap_lib.live.many import check_one_source, search_many
-    from ttsnap_lib.live.run import candidates_for, check_schedule
-    from ttsnap_lib.rewards.loading import find_adapters
-    from ttsnap_lib.trajectories.prompts import read_prompts
-
-    # What costs nothing to check comes before any model is loaded.
-    check_one_source(arguments.prompt, arguments.prompts)
-    prompts = read_prompts(arguments.prompts, limit=arguments.limit) if arguments.prompts else [arguments.prompt]
-    schedule = _schedule(arguments.schedule)
-    cost = CostModel.load(arguments.cost) if arguments.cost else None
-    run = settings(arguments)
-    merging = negtome(arguments)
-    pruning = check_schedule(None if arguments.method == "best_of_n" else schedule, run.n_steps)
-    group = 1 if merging is None else merging.group_size
-    candidates_for(arguments.budget, arguments.candidates, cost, pruning, run.n_steps, group)
-
-    from ttsnap_lib.live.run import search
-    from ttsnap_lib.rewards.loading import load_reward
-    from ttsnap_lib.style import progress_bar
-
-    device = reward_device(arguments)
-    names = arguments.reward or ["pocket-clip"]
-    adapters = find_adapters(arguments.adapters, arguments.model)
-    rewards = [
-        load_reward(name, adapters=adapters if k == 0 else None, device=device)
-        for k, name in enumerate([*names, *arguments.report])
-    ]
-    options = {
-        "schedule": schedule, "budget": arguments.budget, "candidates": arguments.candidates, "cost": cost,
-        "seed": arguments.seed, "method": arguments.method, "settings": run, "combine": arguments.combine,
-        "weights": arguments.weights, "report": [one.name for one in rewards[len(names) :]],
-        "batch_size": arguments.batch_size, "deadline_s": arguments.deadline,
-        "negtome": merging,
-    }  # fmt: skip
-    pipeline = _pipeline(arguments)
-    options["decoder"] = load_decoder(arguments.tiny, pipeline)
-    if arguments.prompts is None:
-        with shard_lock(Path(arguments.out), (0, 1)) as held:
-            pass
-        with held:
-            result = search(
-                pipeline,
-                prompts[0],
-                rewards,
-                progress=progress_bar("candidate steps", quiet=arguments.quiet),
-                **options,
-            )
-            result.save(arguments.out)
-            _picture(result, Path(arguments.out))
-        for key, value in result.summary().items():
-            if value not in (None, ""):  # no cost model, not cut short
-                print(f"{key:>14}: {value}")
-        print(f"{arguments.out}: image.png, record.json, candidates.parquet, gallery.png")
-        return 130 if result.record.stopped == "interrupt" else 0
-    frame = search_many(
-        pipeline, prompts, rewards, arguments.out, shard=arguments.shard,
-        progress=progress_bar("prompts", quiet=arguments.quiet), **options,
-    )  # fmt: skip
-    print(frame.drop(columns="prompt").round(4).to_string(index=False))
-    print(f"{arguments.out}: results.csv, results.parquet, one folder a prompt")
-    return 0
 
 
 def _picture(result: Any, folder: Path) -> None:

@@ -296,7 +296,7 @@ class Denoiser:
                 f"each of {self.settings.n_steps} steps. Change n_steps or the scheduler's timestep_spacing."
             )
 
-    # -- facts --------------------------------------------------------------------------------------------------
+    # Facts
 
     @property
     def device(self) -> torch.device:
@@ -318,7 +318,12 @@ class Denoiser:
         """Whether the x0 estimate of the last step is the image: the schedule ends at sigma 0."""
         return self.sigmas[-1] == 0
 
-    # -- work ---------------------------------------------------------------------------------------------------
+    def wait(self) -> None:
+        """Return when the device has done all that it was given: before reading a clock."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # Work
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -422,7 +427,7 @@ class Denoiser:
         self.pipeline.maybe_free_model_hooks()
         return images
 
-    # -- inside -------------------------------------------------------------------------------------------------
+    # Inside
 
     def _pixels(self, latents: torch.Tensor, decoder: Any) -> torch.Tensor:
         vae = decoder if decoder is not None else self.pipeline.vae

@@ -173,7 +173,7 @@ class Installed:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    # -- hooks --------------------------------------------------------------------------------------------------
+    # Hooks
 
     def _begin(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before each run of the model: is this timestep in the window, and how is the batch made up."""

@@ -9,14 +9,29 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttsnap_lib.errors import ConfigError, SearchError
-from ttsnap_lib.files import HIDDEN, atomic_write, lock, parse_shard, read_if_whole, read_json, shard_lock, write_json
+from ttsnap_lib.checks import choice
+from ttsnap_lib.costs import CostModel
+from ttsnap_lib.diffusion.denoise import Settings
+from ttsnap_lib.diffusion.pipelines import load_decoder
+from ttsnap_lib.errors import SearchError
+from ttsnap_lib.files import (
+    HIDDEN,
+    atomic_write,
+    lock,
+    parse_shard,
+    read_if_whole,
+    read_json,
+    refuse_other,
+    shard_lock,
+    write_json,
+)
 from ttsnap_lib.live.run import search
 from ttsnap_lib.rewards.loading import load_reward
+from ttsnap_lib.simulation.metrics import bootstrap_means
+from ttsnap_lib.trajectories.generate import decoder_digest, weights_digest
 
 if TYPE_CHECKING:
     import pandas as pd
-
 
 _NOT_IDENTITY = ("on_check", "progress", "batch_size", "preview_px")  # these do not decide the results
 
@@ -69,6 +84,8 @@ def search_many(
     KeyboardInterrupt
         Ctrl-C; the best so far of the prompt at work is saved, and searched again next time.
     """
+    import pandas as pd
+
     index, of = parse_shard(shard)
     rewards = [load_reward(one) for one in (reward if isinstance(reward, list | tuple) else [reward])]
     mine = range(index, len(prompts), of)
@@ -96,14 +113,12 @@ def search_many(
                 progress(done + 1, len(mine))
 
     if folder is None:
-        import pandas as pd
-
         work(None)
         frame = pd.DataFrame(rows)
     else:
         folder = Path(folder)
         with shard_lock(folder, (index, of)) as held:
-            _check_identity(folder, {**_identity(pipeline, rewards, options), **(identity or {})})
+            _claim(folder, {**_identity(pipeline, rewards, options), **(identity or {})})
         with held:
             try:
                 work(folder)
@@ -111,9 +126,9 @@ def search_many(
                 frame = collect(folder)
     if failed:
         raise SearchError(
-            f"{len(failed)} of {len(mine)} prompts failed: got {list(failed)!r}, expected every prompt. The others are "
-            f"done; run again for these. The first said: {next(iter(failed.values()))}"
-        )  # fmt: skip
+            f"{len(failed)} of {len(mine)} prompts failed: {list(failed)}. The others are done; run again for these. The "
+            f"first said: {next(iter(failed.values()))}"
+        )
     return frame
 
 
@@ -122,8 +137,6 @@ def collect(folder: str | Path) -> pd.DataFrame:
 
     Prompts that were interrupted are left out; those that a deadline ended are told by ``stopped``.
     """
-    import io
-
     import pandas as pd
 
     folder = Path(folder)
@@ -137,14 +150,10 @@ def collect(folder: str | Path) -> pd.DataFrame:
         frame = pd.DataFrame(rows).drop(columns="prompt_sha256", errors="ignore")
         if len(frame):
             frame = frame.sort_values("prompt_index", ignore_index=True)
-            buffer = io.BytesIO()
-            frame.to_parquet(buffer)
-            for name, content in (
-                ("results.csv", frame.to_csv(index=False).encode()),
-                ("results.parquet", buffer.getvalue()),
-            ):
-                with atomic_write(folder / name) as file:
-                    file.write(content)
+            with atomic_write(folder / "results.csv") as file:
+                frame.to_csv(file, index=False)
+            with atomic_write(folder / "results.parquet") as file:
+                frame.to_parquet(file)
     return frame
 
 
@@ -167,9 +176,6 @@ def compare(
     import numpy as np
     import pandas as pd
 
-    from ttsnap_lib.checks import choice
-    from ttsnap_lib.simulation.metrics import bootstrap_means
-
     choice("baseline", baseline, frames)
     ours = {name: frame.set_index("prompt_index") for name, frame in frames.items()}
     rows = []
@@ -188,15 +194,6 @@ def compare(
     return pd.DataFrame(rows)
 
 
-def check_one_source(prompt: str | None, prompts: str | None) -> None:
-    """Refuse a command that names both a prompt and a prompt file, or neither."""
-    if (prompt is None) == (prompts is None):
-        raise ConfigError(
-            f"prompt: got { {'prompt': prompt, 'prompts': prompts}!r}, expected one prompt, or --prompts FILE. Give "
-            "exactly one of them."
-        )  # fmt: skip
-
-
 def _finished(target: Path, digest: str) -> bool:
     summary = read_if_whole(target / "summary.json") or {}
     return bool(summary) and summary.get("stopped") != "interrupt" and summary.get("prompt_sha256") == digest
@@ -204,18 +201,11 @@ def _finished(target: Path, digest: str) -> bool:
 
 def _identity(pipeline: Any, rewards: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides the results, as plain values: models by their weights, options by their content."""
-    from ttsnap_lib.costs import CostModel
-    from ttsnap_lib.diffusion.denoise import Settings
-    from ttsnap_lib.diffusion.pipelines import load_decoder
-    from ttsnap_lib.trajectories.generate import decoder_digest, weights_digest
-
     plain = {key: value for key, value in options.items() if key not in _NOT_IDENTITY}
     if isinstance(plain.get("cost"), str | Path):
         plain["cost"] = CostModel.load(plain["cost"])
-    for key in ("schedule", "cost", "settings", "negtome"):
-        if hasattr(plain.get(key), "to_dict"):
-            plain[key] = plain[key].to_dict()
-    plain.setdefault("settings", Settings().to_dict())
+    plain.setdefault("settings", Settings())
+    plain = {key: value.to_dict() if hasattr(value, "to_dict") else value for key, value in plain.items()}
     return {
         **plain,
         "pipeline": [type(pipeline).__name__, type(pipeline.scheduler).__name__, weights_digest(pipeline)],
@@ -227,17 +217,12 @@ def _identity(pipeline: Any, rewards: Sequence[Any], options: Mapping[str, Any])
     }
 
 
-def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
-    path = folder / "search.json"
-    plain = json.loads(json.dumps(identity, default=str))
+def _claim(folder: Path, identity: dict[str, Any]) -> None:
+    """Note in a new folder what decides its results; refuse one that was filled with other settings."""
+    path, plain = folder / "search.json", json.loads(json.dumps(identity, default=str))
+    remedy = "Choose another output folder, or the same settings."
     if not path.exists():
         write_json(path, plain)
-        return
-    before = read_json(path, "record of an earlier search", error=SearchError, remedy="Choose another output folder.")
-    if before != plain:
-        keys = [key for key in {**before, **plain} if before.get(key) != plain.get(key)]
-        raise SearchError(
-            f"{folder} holds results of other settings ({', '.join(keys)}): got "
-            f"{ {key: plain.get(key) for key in keys}!r}, expected { {key: before.get(key) for key in keys}!s}. "
-            "Choose another output folder, or the same settings."
-        )
+    else:
+        before = read_json(path, "record of an earlier search", error=SearchError, remedy=remedy)
+        refuse_other(folder, before, plain, SearchError, remedy)

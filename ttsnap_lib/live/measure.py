@@ -10,14 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
 from ttsnap_lib.checks import choice, integer
 from ttsnap_lib.costs import CostModel
-from ttsnap_lib.diffusion.pipelines import pipeline_facts
+from ttsnap_lib.diffusion.denoise import Denoiser, image_generator
+from ttsnap_lib.diffusion.pipelines import load_decoder, pipeline_facts
 from ttsnap_lib.errors import ConfigError
+from ttsnap_lib.files import write_json
+from ttsnap_lib.provenance import versions
+from ttsnap_lib.rewards.loading import load_reward
 
 if TYPE_CHECKING:
     import pandas as pd
-
 
 _SPAN = 5  # denoising steps timed in one go
 
@@ -47,8 +54,6 @@ class Measurement:
 
     def save(self, path: str | Path, unit: str = "TFLOPs") -> Path:
         """Write JSON that :meth:`CostModel.load` reads: the model in `unit` under ``cost``, and everything else."""
-        from ttsnap_lib.files import write_json
-
         content = {
             "cost": self.cost(unit).to_dict(),
             "tflops": self.tflops.to_dict(),
@@ -58,21 +63,6 @@ class Measurement:
         }
         write_json(path, content)
         return Path(path)
-
-
-def count_tflops(function: Callable[[], Any]) -> float:
-    """Return the TFLOPs of one call, two per multiply-add.
-
-    Torch's counter sees matrix products, convolutions and attention, not elementwise work.
-    """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    # The counter knows no fused attention of the CPU; as plain products it is the same work.
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        function()
-    return counter.get_total_flops() / 1e12
 
 
 def measure_costs(
@@ -112,16 +102,10 @@ def measure_costs(
         No batch size, or a number out of its range.
     """
     import pandas as pd
-    import torch
-
-    from ttsnap_lib.diffusion.denoise import Denoiser, image_generator
-    from ttsnap_lib.diffusion.pipelines import load_decoder
-    from ttsnap_lib.provenance import versions
-    from ttsnap_lib.rewards.loading import load_reward
 
     sizes = sorted({integer("batch_sizes", size, 1) for size in batch_sizes})
     if not sizes:
-        raise ConfigError(f"batch_sizes: got {sizes!r}, expected at least one. Name one batch size or more.")
+        raise ConfigError("batch_sizes: got none, expected at least one.")
     repeats = integer("repeats", repeats, 1)
     rewards = [load_reward(one) for one in (reward if isinstance(reward, list | tuple) else [reward])]
     denoiser = Denoiser(pipeline, settings)
@@ -148,10 +132,10 @@ def measure_costs(
     def seconds(function: Callable[[], Any], units: int) -> list[float]:
         times = []
         for _ in range(repeats + 1):
-            _synchronize(denoiser.device)
+            denoiser.wait()
             begin = time.perf_counter()
             function()
-            _synchronize(denoiser.device)
+            denoiser.wait()
             times.append((time.perf_counter() - begin) / units)
         return times[1:]
 
@@ -191,8 +175,13 @@ def measure_costs(
     )
 
 
-def _synchronize(device: Any) -> None:
-    import torch
+def count_tflops(function: Callable[[], Any]) -> float:
+    """Return the TFLOPs of one call, two per multiply-add.
 
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    Torch's counter sees matrix products, convolutions and attention, not elementwise work.
+    """
+    counter = FlopCounterMode(display=False)
+    # The counter knows no fused attention of the CPU; as plain products it is the same work.
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        function()
+    return counter.get_total_flops() / 1e12

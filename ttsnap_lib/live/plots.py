@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ttsnap_lib.style import METHOD_LABELS, method_style, reward_label
+from ttsnap_lib.style import METHOD_LABELS, axes_or_new, method_style, reward_label
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,16 +74,14 @@ def gallery(record: SearchRecord, *, columns: int = 16, tile_in: float = 0.8) ->
 
 
 def _headline(record: SearchRecord, selecting: int) -> str:
-    method = METHOD_LABELS.get(record.method, record.method)
     prompt = record.prompt if len(record.prompt) <= 70 else record.prompt[:67] + "..."
-    if record.winner < 0:
-        return f"{method}: {prompt}"
-    seen = np.flatnonzero(~np.isnan(record.scores[record.winner, :, selecting]))
+    line = f"{METHOD_LABELS.get(record.method, record.method)}: {prompt}"
+    seen = [] if record.winner < 0 else np.flatnonzero(~np.isnan(record.scores[record.winner, :, selecting]))
     if not len(seen):
-        return f"{method}: {prompt}"
+        return line
     best = record.scores[record.winner, seen[-1], selecting]
     what = "winner" if seen[-1] == len(record.checks) - 1 else "best so far"
-    return f"{method}: {prompt}\n{what}: candidate {record.winner}, {record.rewards[selecting]} {best:.3f}"
+    return f"{line}\n{what}: candidate {record.winner}, {record.rewards[selecting]} {best:.3f}"
 
 
 class LiveGallery:
@@ -140,7 +138,7 @@ def per_prompt(frames: Mapping[str, pd.DataFrame], reward: str, *, ax: Axes | No
     Parameters
     ----------
     frames : dict
-        Method to the table of :func:`ttsnap_lib.search_many.search_many`.
+        Method to the table of :func:`ttsnap_lib.live.many.search_many`.
     reward : str
         Column to plot.
     ax : matplotlib Axes, optional
@@ -149,10 +147,7 @@ def per_prompt(frames: Mapping[str, pd.DataFrame], reward: str, *, ax: Axes | No
     -------
     Axes
     """
-    import matplotlib.pyplot as plt
-
-    if ax is None:
-        ax = plt.subplots(figsize=(6.4, 3.2), layout="constrained")[1]
+    ax = axes_or_new(ax, (6.4, 3.2))
     values = {method: frame.set_index("prompt_index")[reward].astype(float) for method, frame in frames.items()}
     prompts = sorted(set().union(*(series.index for series in values.values())))
     table = np.array([series.reindex(prompts).to_numpy() for series in values.values()])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -12,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ttsnap_lib.checks import known_keys
-from ttsnap_lib.costs import CostModel
 from ttsnap_lib.errors import SearchError
 from ttsnap_lib.files import atomic_write, failures_as, read_json, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
     from PIL.Image import Image
+
+    from ttsnap_lib.costs import CostModel
 
 
 @dataclass
@@ -43,9 +43,10 @@ class StageRecord:
     cost: float | None = None
 
     def price(self, cost: CostModel) -> float:
-        """Return what was done here in the unit of `cost`."""
+        """Return, and note, what was done here in the unit of `cost`."""
         decode = cost.decode if not self.preview or cost.preview_decode is None else cost.preview_decode
-        return self.forwards * cost.step + self.decodes * decode + self.scores * cost.verify
+        self.cost = self.forwards * cost.step + self.decodes * decode + self.scores * cost.verify
+        return self.cost
 
 
 @dataclass
@@ -95,7 +96,7 @@ class SearchRecord:
     facts: dict[str, Any] = field(default_factory=dict)
     previews: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
 
-    def spent(self, cost: CostModel) -> float:
+    def price(self, cost: CostModel) -> float:
         """Return what the run cost in the unit of `cost`, from the forwards, decodes and scores that were done."""
         return cost.per_prompt + sum(stage.price(cost) for stage in self.stages)
 
@@ -149,8 +150,7 @@ class SearchRecord:
         path = Path(folder) / "record.json"
         remedy = "Check the folder, or search again."
         content = read_json(path, "search record", error=SearchError, remedy=remedy)
-        bound = "record.json as SearchResult.save() writes it"
-        with failures_as(SearchError, f"search record cannot be read: got {path}, expected {bound}. {remedy}"):
+        with failures_as(SearchError, f"search record {path} cannot be read. {remedy}"):
             return cls.from_dict({key: value for key, value in content.items() if key not in ("cost", "complete")})
 
 
@@ -220,10 +220,8 @@ class SearchResult:
             notes.add_itxt(f"ttsnap:{key}", value if isinstance(value, str) else json.dumps(value))
         with atomic_write(folder / "image.png") as file:
             self.image.save(file, format="PNG", pnginfo=notes)
-        buffer = io.BytesIO()
-        record.frame().to_parquet(buffer)
         with atomic_write(folder / "candidates.parquet") as file:
-            file.write(buffer.getvalue())
+            record.frame().to_parquet(file)
         cost = None if np.isnan(self.cost) else self.cost
         write_json(folder / "record.json", {**record.to_dict(), "cost": cost, "complete": self.complete})
         return folder

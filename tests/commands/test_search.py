@@ -1,0 +1,77 @@
+"""``ttsnap search`` and ``ttsnap cost`` on the pocket models."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from ttsnap_lib import CostModel, Schedule
+from ttsnap_lib.__main__ import main
+from ttsnap_lib.live.record import SearchRecord
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+POCKET = ["--steps", "4", "--quiet", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def cost_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cost") / "cost.json"
+    options = ["--tiny", "pocket-tiny", "--batch-sizes", "2", "1", "--repeats", "1", "-o", str(path)]
+    assert main(["cost", *POCKET, *options]) == 0
+    return path
+
+
+@pytest.fixture
+def schedule_file(tmp_path):
+    path = tmp_path / "schedule.yaml"
+    path.write_text(Schedule((1,), (0.5,)).to_yaml())
+    return path
+
+
+def test_cost_then_search(cost_file, schedule_file, tmp_path, capsys):
+    costs = CostModel.load(cost_file)
+    budget = costs.total(4, Schedule((1,), (0.5,)))
+    out = tmp_path / "out"
+    arguments = ["--budget", str(budget), "--cost", str(cost_file), "--schedule", str(schedule_file), "-o", str(out)]
+    assert main(["search", "a small red ring", *POCKET, *arguments, "--tiny", "pocket-tiny"]) == 0
+    said = capsys.readouterr().out
+    record = SearchRecord.load(out)
+    assert len(record.seeds) == 4 and record.method == "ttsp" and record.checks == [1, 3]
+    assert json.loads((out / "record.json").read_text())["cost"] == pytest.approx(budget)
+    assert str(record.seeds[record.winner]) in said and "gallery.png" in said and " cost: " in said
+    assert "stopped:" not in said  # it was not
+    for name in ("image.png", "gallery.png"):
+        with Image.open(out / name) as picture:
+            picture.verify()
+
+
+def test_search_a_file_twice(tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ring\na blue disk\na green star\n")
+    arguments = ["search", "--prompts", str(prompts), "--limit", "2", *POCKET, "--candidates", "2", "-o",
+                 str(tmp_path / "out")]  # fmt: skip
+    assert main(arguments) == 0
+    assert main(arguments) == 0
+    frame = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert frame["prompt"].tolist() == ["a red ring", "a blue disk"] and "results.csv" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["a ring", "--prompts", "x.txt", "--candidates", "2"], "exactly one"),
+        (["a ring", "--budget", "1", "--cost", "flux-512+hpsv2"], "the cost of one candidate"),
+        (["a ring", "--candidates", "2", "--schedule", "nowhere.yaml"], "schedule file nowhere.yaml"),
+        (["--prompts", "nowhere.txt", "--candidates", "2"], "nowhere.txt"),
+        (["a ring", "--candidates", "2", "--model", "nowhere"], "nowhere"),
+        (["a ring", "--candidates", "2", "--tiny", "/nowhere"], "tiny decoder"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, says, tmp_path, capsys):
+    assert main(["search", *arguments, "--quiet", "-o", str(tmp_path / "out")]) == 1
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
