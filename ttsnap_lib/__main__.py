@@ -12,31 +12,30 @@ import signal
 import sys
 
 from ttsnap_lib import __version__
-from ttsnap_lib.commands import MODULES
+from ttsnap_lib.commands import COMMANDS
 from ttsnap_lib.errors import TTSnapError
 from ttsnap_lib.files import disk_error
 from ttsnap_lib.style import close_bars
 
 _ABOUT = "Test-time scaling of text-to-image diffusion models: Best-of-N, TTSp and TTSnap, simulated on recorded rewards and live."
-
-
 _MORE = "`ttsnap COMMAND --help` shows a command's options. `python -m ttsnap_lib` is the same as `ttsnap`."
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line."""
+def parser(command: str = "") -> argparse.ArgumentParser:
+    """Return the parser of the whole command line, or of one command, whose module alone is loaded then."""
     whole = argparse.ArgumentParser(prog="ttsnap", description=_ABOUT, epilog=_MORE, allow_abbrev=False)
     whole.add_argument("--version", action="version", version=f"ttsnap {__version__}")
     whole.add_argument("--traceback", action="store_true", help="show the full traceback of an error")
     subparsers = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in MODULES:
+    for module in [module for module, names in COMMANDS.items() if command in names] or COMMANDS:
         importlib.import_module(f"ttsnap_lib.commands.{module}").add(subparsers)
     return whole
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    given = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    given = parser(next((word for word in words if not word.startswith("-")), "")).parse_args(words)
     try:
         return given.func(given) or 0
     except KeyboardInterrupt:

@@ -1,4 +1,10 @@
 """The command line, a module for each group of commands; heavy imports stay inside the functions they serve."""
 
-MODULES = ("notebooks", "optimize", "search", "models", "finetune")
-"""In the order in which `ttsnap --help` shows them."""
+COMMANDS = {
+    "notebooks": ("demo", "run", "sweep", "report"),
+    "optimize": ("optimize",),
+    "search": ("search", "cost"),
+    "models": ("generate", "verify", "score", "import-published", "export"),
+    "finetune": ("finetune", "import-checkpoints"),
+}
+"""The commands of each module, in the order in which `ttsnap --help` shows the modules."""
