@@ -31,14 +31,14 @@ def run() -> list[Row]:
             return State(selecting, names[0], cost, budgets, budgets[6], schedule=schedule)
 
         first = Schedule((2, 6, 11), (0.4, 0.4, 0.5))
-        panels.update(compute(state(first), pool, 1))
+        panels.update(compute(state(first), pool, pool.preview(len(selecting))))
         panels.png()
         wall: dict[str, list[float]] = {"compute": [], "draw and encode": []}
         busy: list[float] = []
         for k in range(MOVES):
             moved = state(Schedule((3 + k % 3, 7 + k % 2, 12), (0.40 + 0.01 * k, 0.4, 0.5)))
             begin, begin_busy = time.perf_counter(), time.process_time()
-            result = compute(moved, pool, 1)
+            result = compute(moved, pool, pool.preview(len(selecting)))
             middle = time.perf_counter()
             busy.append(time.process_time() - begin_busy)
             panels.update(result)

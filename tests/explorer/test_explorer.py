@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ import yaml
 
 from ttsnap_lib import CostModel, Schedule, save_rewards
 from ttsnap_lib.errors import ConfigError, ScheduleError
-from ttsnap_lib.explorer.explorer import Explorer, explore
-from ttsnap_lib.runs.run import Run
+from ttsnap_lib.explorer.explorer import Explorer, explore, nobody_watches
+from ttsnap_lib.runs.run import Run, current_run
 from ttsnap_lib.simulation.metrics import relative_gain
 from ttsnap_lib.simulation.simulate import curves
 from ttsnap_lib.tensors.tensor import synthetic_rewards
@@ -72,8 +73,7 @@ def clock():
 
 @pytest.fixture
 def timed(dataset, clock):
-    # So many iterations that they take several blocks.
-    return Explorer(dataset, rewards=["a"], multiples=MULTIPLES, multiple=8, iterations=3000, later=clock.later)
+    return Explorer(dataset, rewards=["a"], multiples=MULTIPLES, multiple=8, iterations=300, later=clock.later)
 
 
 def expected_gain(dataset, schedule, method="ttsnap", iterations=20) -> float:
@@ -173,7 +173,7 @@ def test_a_bad_state_is_a_message_and_goes_away(explorer):
 def test_typed_paths(explorer, dataset, tmp_path):
     controls = explorer.controls
     controls.cost_path.value = str(tmp_path / "none.json")
-    assert "cost file cannot be read" in explorer.message.value
+    assert "cannot be read" in explorer.message.value
     path = CostModel(step=1, verify=0.5, unit="seconds").save(tmp_path / "mine.json")
     controls.cost_path.value = str(path)
     assert explorer.message.value == "" and explorer.state.cost.unit == "seconds" and controls.cost_path.value == ""
@@ -188,28 +188,38 @@ def test_typed_paths(explorer, dataset, tmp_path):
     assert controls.tensor.value == str(other)
 
 
-def test_changes_are_drawn_together_and_settle_later(timed, clock):
+def test_moves_are_drawn_together_and_settle_later(timed, clock):
     drawn = []
     show = timed._show
-    timed._show = lambda mark: (drawn.append(mark), show(mark))
+    timed._show = lambda iterations: (drawn.append(iterations), show(iterations))
     clock.pass_time(10)
     assert timed.result.complete
     drawn.clear()
-    for index in (3, 4, 5):  # one drag: its first move at once, the others together
+    for index in (3, 4, 5):
         timed.controls.steps[0].index = index
-        clock.pass_time(0.005)
-        assert drawn == [1] and timed.result.state.schedule.steps[0] == 3
-    clock.pass_time(0.02)
-    assert drawn == [1, 1]
-    assert timed.result.state.schedule.steps[0] == 5
+        clock.pass_time(0.002)
+    assert drawn == []
+    clock.pass_time(0.01)
+    assert drawn == [25] and timed.result.state.schedule.steps[0] == 5
     assert not timed.result.complete and "a preview" in timed.numbers.value
     clock.pass_time(0.1)
-    assert drawn == [1, 1]  # still waiting whether it goes on
+    assert drawn == [25]  # still waiting whether it goes on
     timed.controls.steps[0].index = 4
     clock.pass_time(0.1)
-    assert drawn == [1, 1, 1]
+    assert drawn == [25, 25]
     clock.pass_time(10)
-    assert timed.result.complete and drawn[3:] == sorted(drawn[3:]) and "a preview" not in timed.numbers.value
+    assert timed.result.complete and drawn == [25, 25, None] and "a preview" not in timed.numbers.value
+    timed.controls.steps[0].index = 5  # never pruned in full
+    timed.controls.steps[0].index = 4
+    clock.pass_time(0.02)
+    assert timed.result.complete  # what is known already needs no preview
+
+
+def test_a_move_need_not_wait_for_the_whole(timed, clock):
+    clock.pass_time(0.1501)  # the first part of the whole is done
+    timed.controls.keeps[0].value = 0.7
+    clock.pass_time(0.011)
+    assert timed.result.state.schedule.keep_ratios[0] == 0.7 and not timed.result.complete
 
 
 def test_a_drag_that_goes_on_is_followed(timed, clock):
@@ -227,17 +237,9 @@ def test_settled_numbers_do_not_depend_on_the_way_there(timed, clock, dataset):
     clock.pass_time(0.03)
     timed.controls.steps[0].index = 3
     clock.pass_time(10)
-    direct = Explorer(
-        dataset,
-        rewards=["a"],
-        multiples=MULTIPLES,
-        multiple=8,
-        iterations=3000,
-        steps=(3, 6, 11),
-        later=lambda *a: None,
-    )
-    direct.finish()
-    np.testing.assert_array_equal(timed.result.current.per_prompt, direct.result.current.per_prompt)
+    given = {"rewards": ["a"], "multiples": MULTIPLES, "multiple": 8, "iterations": 300, "steps": (3, 6, 11)}
+    direct = Explorer(dataset, **given)
+    np.testing.assert_array_equal(timed.result.curves["current"].per_prompt, direct.result.curves["current"].per_prompt)
 
 
 def test_optimise_sets_the_schedule_and_pins_the_old_one(explorer):
@@ -246,8 +248,8 @@ def test_optimise_sets_the_schedule_and_pins_the_old_one(explorer):
     controls.steps[0].index = 17
     poor = controls.schedule
     controls.seconds.value = 8
-    explorer.actions.optimise()
-    explorer.actions.thread.join(300)
+    explorer.optimise()
+    explorer.thread.join(300)
     assert explorer.pinned == ("ttsnap", poor)
     assert explorer.result.gain_change.value > 5
     assert "Found and set" in explorer.progress.value
@@ -264,8 +266,8 @@ def test_optimise_can_be_cancelled_and_tells_what_it_cannot(explorer, monkeypatc
     monkeypatch.setattr("ttsnap_lib.tuning.optimize._TRIALS", {"area": 10**7, "single": 10**7, "frontier": 10**7})
     controls.optimise.click()
     controls.cancel.click()
-    explorer.actions.thread.join(300)
-    assert not explorer.actions.thread.is_alive() and not controls.optimise.disabled
+    explorer.thread.join(300)
+    assert not explorer.thread.is_alive() and not controls.optimise.disabled
     assert "search cut short" in explorer.progress.value or "Cancelled" in explorer.message.value
 
 
@@ -276,25 +278,25 @@ def test_copied_text_leads_back_to_the_state(dataset, tmp_path):
     first.controls.accounting.value = "published"
     first.controls.method.value = "ttsp"
     first.controls.copy_as.value = "papermill parameters"
-    parameters = yaml.safe_load(first.actions.copy())
+    parameters = yaml.safe_load(first.copy())
     assert first.controls.copied.value and first.controls.copied.layout.display is None
-    first.actions.pin()  # the pinned schedule begins as the one that is given
+    first.pin()  # the pinned schedule begins as the one that is given
     second = Explorer(**parameters)
     assert second.state == first.state
     assert second.numbers.value == first.numbers.value
 
     first.controls.copy_as.value = "schedule YAML"
-    assert Schedule.from_yaml(first.actions.copy()) == first.controls.schedule
+    assert Schedule.from_yaml(first.copy()) == first.controls.schedule
 
     first.controls.copy_as.value = "command that runs it"
-    words = shlex.split(first.actions.copy())
+    words = shlex.split(first.copy())
     assert words[:2] == ["ttsnap", "search"]
     assert Schedule.from_yaml(words[words.index("--schedule") + 1]) == first.controls.schedule
     state = first.state
     assert int(words[words.index("--candidates") + 1]) == state.cost.candidates(state.budget, state.schedule)
 
     first.controls.copy_as.value = "command line"
-    words = shlex.split(first.actions.copy())
+    words = shlex.split(first.copy())
     assert words[:3] == ["ttsnap", "run", "explore"]
     given = dict(zip(words[4::3], words[5::3], strict=True))
     assert yaml.safe_load(given["steps"]) == list(first.controls.schedule.steps)
@@ -302,7 +304,7 @@ def test_copied_text_leads_back_to_the_state(dataset, tmp_path):
 
 
 def test_what_is_given_in_memory_cannot_be_copied(explorer):
-    assert explorer.actions.copy() == ""
+    assert explorer.copy() == ""
     assert "in memory" in explorer.message.value
 
 
@@ -313,7 +315,7 @@ def _declared() -> set[str]:
 
 
 def test_save(explorer, tmp_path, capsys):
-    path = explorer.actions.save()
+    path = explorer.save()
     assert path == tmp_path / "explore.png" and path.stat().st_size > 20_000
     assert path.with_suffix(".pdf").exists()
     text = (tmp_path / "results.csv").read_text()
@@ -342,10 +344,41 @@ def test_wrong_arguments_raise(dataset, given, error):
         Explorer(dataset, **given)
 
 
-def test_explore_saves_when_nobody_looks(dataset, tmp_path, monkeypatch):
-    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    explorer = explore(dataset, multiples=MULTIPLES, multiple=8, iterations=10, run=Run(tmp_path))
-    assert explorer.result.complete and (tmp_path / "explore.png").exists()
+@pytest.mark.parametrize("headless", [True, False])
+def test_explore_saves_when_nobody_watches(dataset, tmp_path, monkeypatch, headless):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)  # as in any front end but JupyterLab
+    given = {"multiples": MULTIPLES, "multiple": 8, "iterations": 10}
+    if headless:
+        monkeypatch.setenv("TTSNAP_RUN_FOLDER", str(tmp_path))
+        (tmp_path / "manifest.json").write_text('{"token": ""}')
+    explorer = explore(dataset, **given, run=current_run("explore") if headless else Run(tmp_path))
+    assert explorer.result.complete and (tmp_path / "explore.png").exists() == headless
+
+
+@pytest.mark.parametrize(
+    ("request_", "server", "alone"),
+    [
+        ({"allow_stdin": True}, "", False),  # JupyterLab, VS Code, Colab
+        ({"allow_stdin": False}, "", True),  # papermill, nbclient
+        ({"allow_stdin": False}, "voila/0.5", False),
+    ],
+)
+def test_who_watches_is_told_by_the_request(monkeypatch, tmp_path, request_, server, alone):
+    shell = SimpleNamespace(parent_header={"content": request_})
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    monkeypatch.setenv("SERVER_SOFTWARE", server)
+    assert nobody_watches(Run(tmp_path)) == alone
+
+
+def test_tensors_of_the_data_cache_are_offered(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("TTSNAP_DATA_CACHE", str(tmp_path))
+    paths = [str(tmp_path / name) for name in ("own.zarr", "published/flux.zarr", "trajectories/mine.zarr")]
+    for path in paths:
+        save_rewards(synthetic_rewards(4, 30, 6, rewards=("a",)), path)
+    explorer = Explorer(dataset, multiples=MULTIPLES, multiple=8, iterations=10)
+    assert [name for name in explorer.controls.tensor.options if name.endswith(".zarr")] == paths
+    explorer.controls.tensor.value = paths[1]
+    assert explorer.message.value == "" and explorer.result.steps == tuple(range(6))
 
 
 @pytest.mark.slow
