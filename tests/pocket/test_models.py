@@ -14,8 +14,8 @@ from ttsnap_lib.pocket.world import pocket_prompts
 torch = pytest.importorskip("torch")
 
 from ttsnap_lib.pocket.training.clip import clip_scores
+from ttsnap_lib.pocket.training.pictures import call_settings, initial_noise, sample, sample_steps
 from ttsnap_lib.pocket.training.report import load_pocket, measure, rank_agreement
-from ttsnap_lib.pocket.training.sample import call_settings, initial_noise, sample, sample_steps
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import numpy as np
@@ -10,12 +9,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from ttsnap_lib.errors import CheckpointError, ConfigError
+from ttsnap_lib.errors import CheckpointError
 from ttsnap_lib.pocket.training.clip import degrade
 from ttsnap_lib.pocket.training.loop import Fit, fit, step_rng
 from ttsnap_lib.pocket.training.muon import Muon, orthogonal
-from ttsnap_lib.pocket.training.plan import SMOKE
-from ttsnap_lib.pocket.training.train import main
+from ttsnap_lib.pocket.training.train import SMOKE, main
 from ttsnap_lib.pocket.world import all_scenes, hard_negative, mislabeled
 
 
@@ -103,12 +101,6 @@ def test_divergence_is_an_error(tmp_path):
     bad = lambda rng, batch: {"loss": model["out"].weight.sum() * float("nan")}
     with pytest.raises(CheckpointError, match="diverged"):
         fit("a", {"m": model}, bad, Fit(2, 4, 1e-2), seed=0, scratch=tmp_path, log=lambda text: None)
-
-
-@pytest.mark.parametrize("change", [{"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"ema": 1.5}])
-def test_bad_fit_is_refused(change):
-    with pytest.raises(ConfigError):
-        dataclasses.replace(Fit(1, 1, 1e-3), **change)
 
 
 def test_orthogonal_brings_singular_values_near_one():

@@ -7,40 +7,23 @@ its way stays unknown to it, and is left to noise-aware finetuning.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import ndimage
-from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModelWithProjection
 
-from ttsnap_lib.pocket.training.loop import Fit, fit
+from ttsnap_lib.pocket.training.loop import fit
 from ttsnap_lib.pocket.training.models import make_clip
-from ttsnap_lib.pocket.training.text import attribute_targets, tokenize
-from ttsnap_lib.pocket.training.tokens import CLIP_TOKENS, clip_tokenizer
-from ttsnap_lib.pocket.world import (
-    BACKGROUNDS,
-    COLORS,
-    PIXELS,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    Scene,
-    caption,
-    hard_negative,
-    parse_caption,
-)
-
-_MEAN = _STD = (0.5, 0.5, 0.5)
-
+from ttsnap_lib.pocket.training.text import attribute_heads, attribute_loss, attribute_targets
+from ttsnap_lib.pocket.training.tokens import clip_tokenizer, tokenize
+from ttsnap_lib.pocket.world import PIXELS, Scene, caption, hard_negative, parse_caption
 
 _NEGATIVES = 2
-
-
-_HEADS = [*(len(SIZES), len(COLORS), len(SHAPES), len(RELATIONS) + 1) * 2, len(BACKGROUNDS)]
+_LABEL_TEMPERATURE = 0.08  # oracle difference at which a preference is 73% sure
 
 
 def clip_processor() -> CLIPProcessor:
@@ -48,8 +31,8 @@ def clip_processor() -> CLIPProcessor:
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": PIXELS},
         crop_size={"height": PIXELS, "width": PIXELS},
-        image_mean=list(_MEAN),
-        image_std=list(_STD),
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
     )
     return CLIPProcessor(image_processor=image_processor, tokenizer=clip_tokenizer())
 
@@ -82,7 +65,7 @@ def _embed(clip: CLIPModel, pictures: np.ndarray | None, ids: torch.Tensor | Non
 @torch.no_grad()
 def clip_scores(clip: CLIPModel, texts: Sequence[str], pictures: np.ndarray) -> np.ndarray:
     """Return PickScore's formula, ``exp(logit_scale) * cosine``, float32 (n,), of float pictures in [0, 1]."""
-    ids, scale = tokenize(clip_tokenizer(), texts, CLIP_TOKENS), clip.logit_scale.exp()
+    ids, scale = tokenize(clip_tokenizer(), texts), clip.logit_scale.exp()
     out = []
     for start in range(0, len(pictures), 256):
         seen, read = _embed(clip, pictures[start : start + 256], ids[start : start + 256])
@@ -94,7 +77,7 @@ def _contrast(clip: CLIPModel, scenes: list[Scene], pictures: np.ndarray, rng: n
     """Return the contrastive loss of a batch, each picture against all captions and its own hard negatives."""
     texts = [caption(scene if rng.random() < 0.5 else scene.mirrored()) for scene in scenes]
     wrong = [caption(hard_negative(scene, rng)) for scene in scenes for _ in range(_NEGATIVES)]
-    seen, read = _embed(clip, pictures, tokenize(clip_tokenizer(), texts + wrong, CLIP_TOKENS))
+    seen, read = _embed(clip, pictures, tokenize(clip_tokenizer(), texts + wrong))
     n, scale = len(scenes), clip.logit_scale.exp().clamp(max=100.0)
     same = torch.arange(n)
     near = torch.einsum("nd,nkd->nk", seen, read[n:].view(n, _NEGATIVES, -1))
@@ -113,14 +96,8 @@ def _first_from_left_or_top(scene: Scene) -> Scene:
 
 
 def train_contrastive(
-    scenes: list[Scene],
-    pictures: np.ndarray,
-    text: CLIPTextModelWithProjection,
-    how: Fit,
-    scratch: Path,
-    seed: int = 0,
-    log: Callable = print,
-) -> tuple[CLIPModel, list]:
+    scenes: list[Scene], pictures: np.ndarray, text: CLIPTextModelWithProjection, seed: int = 0, **how: Any
+) -> CLIPModel:
     """Train pocket-clip on renders and degraded pictures, from the trained text encoder.
 
     Besides the contrastive loss, linear readers (dropped afterwards) tell the attributes from the picture's embedding:
@@ -131,19 +108,17 @@ def train_contrastive(
     clip.text_projection.load_state_dict(text.text_projection.state_dict())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        heads = nn.ModuleList(nn.Linear(clip.config.projection_dim, size) for size in _HEADS)
+        heads = attribute_heads(clip.config.projection_dim, 2)
     targets = attribute_targets([_first_from_left_or_top(scene) for scene in scenes])
 
     def loss(rng: np.random.Generator, batch: int) -> dict[str, torch.Tensor]:
         rows = rng.integers(len(scenes), size=batch)
         parts = _contrast(clip, [scenes[k] for k in rows], degrade(pictures[rows], rng), rng)
-        seen, wanted = parts.pop("seen") * 8.0, targets[torch.from_numpy(rows)]
-        told = [F.cross_entropy(head(seen), wanted[:, k], ignore_index=-100) for k, head in enumerate(heads)]
-        parts["attributes"] = torch.stack(told).mean()
+        parts["attributes"] = attribute_loss(heads, parts.pop("seen") * 8.0, targets[torch.from_numpy(rows)])
         return {"loss": parts["contrast"] + parts["attributes"], **{k: v.detach() for k, v in parts.items()}}
 
-    history = fit("clip", {"clip": clip, "heads": heads}, loss, how, seed=seed, scratch=scratch, log=log)
-    return clip.eval(), history
+    fit("clip", {"clip": clip, "heads": heads}, loss, seed=seed, **how)
+    return clip.eval()
 
 
 def train_preferences(
@@ -152,22 +127,14 @@ def train_preferences(
     flawed: Sequence[tuple[str, np.ndarray, np.ndarray]],
     scenes: list[Scene],
     pictures: np.ndarray,
-    how: Fit,
-    scratch: Path,
     seed: int = 0,
-    log: Callable = print,
-) -> list:
-    """Teach pocket-clip which of two finished pictures of a caption is the better one; return the log.
+    **how: Any,
+) -> None:
+    """Teach pocket-clip, in place, which of two finished pictures of a caption is the better one.
 
-    Parameters
-    ----------
-    generated : sequence of (caption, pictures, oracle)
-        For each caption its pictures, uint8 (k, 32, 32, 3), and their oracle scores (k,).
-    flawed : sequence of (caption, pictures, oracle)
-        The same of flawed renders (see ``flaws``): half of each batch. They keep a few thousand generated pictures
-        from being learned by heart.
-    scenes, pictures
-        Renders (VAE-decoded ones among them), for the contrastive loss that keeps what was learned.
+    `generated` and `flawed` hold captions, their pictures, uint8 (k, 32, 32, 3), and their oracle scores (k,). Flawed
+    renders are half of each batch: they keep a few thousand generated pictures from being learned by heart. `scenes`
+    and `pictures` are renders, for the contrastive loss that keeps what was learned.
     """
     group = min(len(item[2]) for item in (*generated, *flawed))
 
@@ -182,7 +149,7 @@ def train_preferences(
             shown, texts = shown[:, :, ::-1], [_flipped(text) for text in texts]
         oracle = np.stack([item[2][pick] for item, pick in zip(chosen, picks, strict=True)])
         truth = torch.from_numpy(oracle).float()
-        seen, read = _embed(clip, shown, tokenize(clip_tokenizer(), texts, CLIP_TOKENS))
+        seen, read = _embed(clip, shown, tokenize(clip_tokenizer(), texts))
         score = clip.logit_scale.exp() * torch.einsum("pkd,pd->pk", seen.view(len(chosen), group, -1), read)
         difference = score[:, :, None] - score[:, None, :]
         better = torch.sigmoid((truth[:, :, None] - truth[:, None, :]) / _LABEL_TEMPERATURE)
@@ -196,16 +163,11 @@ def train_preferences(
         return {"loss": total, "preference": preference.detach(), "right": right.mean() if len(right) else right.sum(),
                 "contrast": parts["contrast"].detach(), "hard": parts["hard"]}  # fmt: skip
 
-    history = fit("preferences", {"clip": clip}, loss, how, seed=seed, scratch=scratch, log=log)
+    fit("preferences", {"clip": clip}, loss, seed=seed, **how)
     clip.eval()
-    return history
-
-
-_LABEL_TEMPERATURE = 0.08  # oracle difference at which a preference is 73% sure
 
 
 def _flipped(text: str) -> str:
-    swap = {"left of": "right of", "right of": "left of"}
     scene = parse_caption(text)
-    relation = None if scene.relation is None else swap.get(scene.relation, scene.relation)
+    relation = scene.mirrored().relation if scene.relation in ("left of", "right of") else scene.relation
     return caption(dataclasses.replace(scene, relation=relation))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from diffusers import (
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from ttsnap_lib.pocket.training.loop import Fit, fit
+from ttsnap_lib.pocket.training.loop import fit
 from ttsnap_lib.pocket.training.models import (
     LATENT_CHANNELS,
     LATENT_PIXELS,
@@ -27,8 +26,7 @@ from ttsnap_lib.pocket.training.models import (
     make_transformer,
     make_unet,
 )
-from ttsnap_lib.pocket.training.text import tokenize
-from ttsnap_lib.pocket.training.tokens import CLIP_TOKENS, T5_TOKENS, clip_tokenizer, t5_tokenizer
+from ttsnap_lib.pocket.training.tokens import T5_TOKENS, clip_tokenizer, t5_tokenizer, tokenize
 from ttsnap_lib.pocket.world import PIXELS
 
 _DROPOUT = 0.1  # of captions, so that classifier-free guidance has an unconditional model
@@ -84,9 +82,9 @@ def _normal(rng: np.random.Generator, like: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(rng.standard_normal(tuple(like.shape), dtype=np.float32))
 
 
-def _ids(tokenizer: Any, texts: Sequence[Sequence[str]], length: int) -> torch.Tensor:
+def _ids(tokenizer: Any, texts: Sequence[Sequence[str]]) -> torch.Tensor:
     """Return token ids (picture, caption of it, length)."""
-    return tokenize(tokenizer, [text for row in texts for text in row], length).view(len(texts), -1, length)
+    return tokenize(tokenizer, [text for row in texts for text in row]).unflatten(0, (len(texts), -1))
 
 
 def train_flux(
@@ -94,21 +92,19 @@ def train_flux(
     texts: Sequence[Sequence[str]],
     t5: T5EncoderModel,
     clip: CLIPTextModelWithProjection,
-    how: Fit,
-    scratch: Path,
     name: str = "flux",
     transformer: FluxTransformer2DModel | None = None,
     seed: int = 0,
-    log: Callable = print,
-) -> tuple[FluxTransformer2DModel, list]:
+    **how: Any,
+) -> FluxTransformer2DModel:
     """Train the FLUX transformer by flow matching: it predicts noise minus latent at a random mixture of both.
 
     Half of the noise levels are uniform, half logit-normal. Padding stays visible, as it is to the pipeline. `texts`
     holds one or more captions of each picture, drawn at random; training goes on from `transformer` when given.
     """
     transformer = make_transformer(seed) if transformer is None else transformer.requires_grad_(True)
-    ids_t5, ids_clip = _ids(t5_tokenizer(), texts, T5_TOKENS), _ids(clip_tokenizer(), texts, CLIP_TOKENS)
-    empty_t5, empty_clip = tokenize(t5_tokenizer(), [""], T5_TOKENS), tokenize(clip_tokenizer(), [""], CLIP_TOKENS)
+    ids_t5, ids_clip = _ids(t5_tokenizer(), texts), _ids(clip_tokenizer(), texts)
+    empty_t5, empty_clip = tokenize(t5_tokenizer(), [""]), tokenize(clip_tokenizer(), [""])
     half = LATENT_PIXELS // 2
     image_ids = FluxPipeline._prepare_latent_image_ids(1, half, half, "cpu", torch.float32)
     text_ids = torch.zeros(T5_TOKENS, 3)
@@ -136,27 +132,25 @@ def train_flux(
         ).sample
         return {"loss": F.mse_loss(flow, noise - clean)}
 
-    history = fit(name, {"transformer": transformer}, loss, how, seed=seed, scratch=scratch, log=log)
-    return transformer.eval(), history
+    fit(name, {"transformer": transformer}, loss, seed=seed, **how)
+    return transformer.eval()
 
 
 def train_sdxl(
     latents: torch.Tensor,
     texts: Sequence[Sequence[str]],
     clip: CLIPTextModelWithProjection,
-    how: Fit,
-    scratch: Path,
     name: str = "sdxl",
     unet: UNet2DConditionModel | None = None,
     seed: int = 0,
-    log: Callable = print,
-) -> tuple[UNet2DConditionModel, list]:
+    **how: Any,
+) -> UNet2DConditionModel:
     """Train the SDXL UNet to predict the noise; dropped captions become zeros, as the pipeline's empty prompt does.
 
     `texts` and `unet` as in :func:`train_flux`.
     """
     unet = (make_unet(seed) if unet is None else unet.requires_grad_(True)).to(memory_format=torch.channels_last)
-    ids = _ids(clip_tokenizer(), texts, CLIP_TOKENS)
+    ids = _ids(clip_tokenizer(), texts)
     alphas = sdxl_scheduler().alphas_cumprod
     time_ids = torch.tensor([[PIXELS, PIXELS, 0, 0, PIXELS, PIXELS]], dtype=torch.float32)
 
@@ -177,5 +171,5 @@ def train_sdxl(
         made = unet(mixed, steps, encoder_hidden_states=words, added_cond_kwargs=added).sample
         return {"loss": F.mse_loss(made, noise)}
 
-    history = fit(name, {"unet": unet}, loss, how, seed=seed, scratch=scratch, log=log)
-    return unet.eval(), history
+    fit(name, {"unet": unet}, loss, seed=seed, **how)
+    return unet.eval()

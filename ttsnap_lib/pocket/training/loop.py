@@ -12,48 +12,28 @@ import numpy as np
 import torch
 from torch import nn
 
-from ttsnap_lib.checks import integer, real
 from ttsnap_lib.errors import CheckpointError
 from ttsnap_lib.files import atomic_write, write_json
 from ttsnap_lib.pocket.training.muon import Muon
 
+_WARMUP, _FLOOR = 100, 0.02  # steps, and the last learning rate as a fraction of the peak
+_WEIGHT_DECAY, _CLIP = 0.01, 1.0
+
 
 @dataclass(frozen=True)
 class Fit:
-    """How a stage is trained.
-
-    Parameters
-    ----------
-    steps, batch : int
-        Optimizer steps, and items in each.
-    lr : float
-        Peak learning rate of AdamW; warmed up over `warmup` steps, then a cosine down to `floor` times the peak.
-    ema : float
-        Decay of the moving average of the weights (shorter at the start); 0 keeps the plain weights.
-    muon : bool
-        Muon's step for the matrices inside transformer blocks.
-    """
+    """How a stage is trained."""
 
     steps: int
     batch: int
-    lr: float
-    warmup: int = 100
-    floor: float = 0.02
-    ema: float = 0.999
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    muon: bool = False
-
-    def __post_init__(self) -> None:
-        integer("fit.steps", self.steps, 1)
-        integer("fit.batch", self.batch, 1)
-        real("fit.lr", self.lr, 0, open_low=True)
-        real("fit.ema", self.ema, 0, 1)
+    lr: float  # peak of AdamW
+    ema: float = 0.999  # decay of the moving average of the weights, shorter at the start
+    muon: bool = False  # Muon's step for the matrices inside transformer blocks
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of `step` as a fraction of the peak."""
-        rise = min(1.0, (step + 1) / max(1, min(self.warmup, self.steps // 4)))
-        return rise * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+        """Return the learning rate of `step` as a fraction of the peak: a warm-up, then a cosine."""
+        rise = min(1.0, (step + 1) / max(1, min(_WARMUP, self.steps // 4)))
+        return rise * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
 
 
 def step_rng(seed: int, step: int) -> np.random.Generator:
@@ -72,19 +52,10 @@ def fit(
     save_every_s: float = 30.0,
     log: Callable[[str], None] = print,
 ) -> list[dict[str, float]]:
-    """Train `modules` in place; go on from the last saved state when `scratch` holds one.
+    """Train `modules` in place; go on from the state ``<name>.pt`` when `scratch` holds one.
 
-    Parameters
-    ----------
-    loss : callable
-        ``loss(rng, batch) -> {name: scalar}``; the entry ``"loss"`` is minimized, the others are logged.
-    scratch : Path
-        Folder of ``<name>.pt`` (state) and ``<name>.json`` (the log).
-
-    Returns
-    -------
-    list of dict
-        The log: mean losses over each interval, with ``step`` and ``elapsed_s`` (over all sittings).
+    Of what ``loss(rng, batch)`` returns the entry ``"loss"`` is minimized, the others are logged. Returns the log, as it
+    stands in ``<name>.json``: mean losses over each interval, with ``step`` and ``elapsed_s`` (over all sittings).
     """
     weights = {
         f"{key}.{n}": p for key, module in modules.items() for n, p in module.named_parameters() if p.requires_grad
@@ -108,7 +79,7 @@ def fit(
         parts = loss(step_rng(seed, step), how.batch)
         optimizer.zero_grad(set_to_none=True)
         parts["loss"].backward()
-        nn.utils.clip_grad_norm_(weights.values(), how.clip)
+        nn.utils.clip_grad_norm_(weights.values(), _CLIP)
         optimizer.step()
         decay = min(how.ema, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in weights.values()], 1 - decay)
@@ -140,7 +111,7 @@ def fit(
 
 def _optimizer(weights: Mapping[str, nn.Parameter], how: Fit) -> torch.optim.Optimizer:
     if not how.muon:
-        return torch.optim.AdamW(weights.values(), how.lr, betas=(0.9, 0.99), weight_decay=how.weight_decay)
+        return torch.optim.AdamW(weights.values(), how.lr, betas=(0.9, 0.99), weight_decay=_WEIGHT_DECAY)
     # Modulation, embeddings and the last layer are no inner matrices; AdamW suits them.
     inner = {
         key
@@ -151,7 +122,7 @@ def _optimizer(weights: Mapping[str, nn.Parameter], how: Fit) -> torch.optim.Opt
         {"params": [p for key, p in weights.items() if key in inner], "orthogonal": True},
         {"params": [p for key, p in weights.items() if key not in inner]},
     ]
-    return Muon(groups, how.lr, weight_decay=how.weight_decay)
+    return Muon(groups, how.lr, weight_decay=_WEIGHT_DECAY)
 
 
 def _save(path: Path, weights, average, optimizer, step: int, elapsed: float, history: list) -> None:

@@ -27,15 +27,7 @@ def orthogonal(matrices: torch.Tensor, rounds: int = 4) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """AdamW whose groups marked ``orthogonal`` take Muon's step instead.
-
-    Parameters
-    ----------
-    groups : iterable of dict
-        Parameter groups; ``orthogonal=True`` on those of matrices.
-    lr, betas, weight_decay
-        As in AdamW. The momentum of orthogonal groups is 0.95 with Nesterov's look-ahead.
-    """
+    """AdamW whose groups marked ``orthogonal`` take Muon's step instead, with a momentum of 0.95 and Nesterov's look-ahead."""
 
     def __init__(self, groups: Iterable[dict], lr: float, betas=(0.9, 0.99), weight_decay: float = 0.01) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "orthogonal": False})

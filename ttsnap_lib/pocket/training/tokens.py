@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from transformers import CLIPTokenizerFast, T5TokenizerFast
 
 from ttsnap_lib.pocket.world import WORDS
 
 CLIP_TOKENS = 12
 """Length of CLIP token rows: begin, at most eight words that carry meaning, end, and room for two more."""
-
-
 T5_TOKENS = 10
 """Length of T5 token rows (``max_sequence_length`` of the FLUX pipeline)."""
-
-
 VOCABULARY = ("<pad>", "<unk>", "<s>", "</s>", *sorted(set(WORDS)))
 """All tokens, by id: pad 0, unknown 1, begin 2, end 3, then the words in alphabetical order.
 
 Ids below begin and end are never words, so the end token's id must be named in the CLIP configuration: an
 ``eos_token_id`` of 2 switches CLIP to a legacy pooling at the largest id.
 """
+_SPECIAL = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+
+
+def clip_tokenizer() -> CLIPTokenizerFast:
+    """Return the CLIP tokenizer (begin, words, end, padding)."""
+    words = _word_level("<s> $A </s>")
+    return CLIPTokenizerFast(tokenizer_object=words, bos_token="<s>", model_max_length=CLIP_TOKENS, **_SPECIAL)
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """Return the T5 tokenizer (words, end, padding)."""
+    return T5TokenizerFast(tokenizer_object=_word_level("$A </s>"), extra_ids=0, model_max_length=T5_TOKENS, **_SPECIAL)
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
+    """Return token ids, int64 (n, length of the tokenizer's rows), padded and truncated."""
+    return tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def _word_level(template: str) -> object:
@@ -37,37 +54,3 @@ def _word_level(template: str) -> object:
     special = [(token, VOCABULARY.index(token)) for token in ("<s>", "</s>")]
     tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
     return tokenizer
-
-
-def clip_tokenizer() -> CLIPTokenizerFast:
-    """Return the CLIP tokenizer (begin, words, end, padding)."""
-    return as_clip(_word_level("<s> $A </s>"), CLIP_TOKENS)
-
-
-def t5_tokenizer() -> T5TokenizerFast:
-    """Return the T5 tokenizer (words, end, padding)."""
-    return as_t5(_word_level("$A </s>"), T5_TOKENS)
-
-
-def as_clip(tokenizer: object, length: int) -> CLIPTokenizerFast:
-    """Return a tokenizer with the special tokens of :data:`VOCABULARY` as a CLIP tokenizer of rows of `length`."""
-    return CLIPTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        model_max_length=length,
-    )
-
-
-def as_t5(tokenizer: object, length: int) -> T5TokenizerFast:
-    """Return a tokenizer with the special tokens of :data:`VOCABULARY` as a T5 tokenizer of rows of `length`."""
-    return T5TokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        extra_ids=0,
-        model_max_length=length,
-    )

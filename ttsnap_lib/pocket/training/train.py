@@ -1,7 +1,8 @@
-"""Train every pocket model: ``python -m ttsnap_lib.pocket.train --all`` (or ``make pocket``).
+"""Train every pocket model: ``python -m ttsnap_lib.pocket.training.train --all`` (or ``make pocket``).
 
 Stages, each resumable from ``data_cache/pocket/training``: ``text``, ``vae``, ``decoder``, ``tiny``, ``flux``,
-``sdxl``, ``clip``, ``preferences``; then ``save`` writes the shipped folders and ``report`` the figures and sheets of ``docs/pocket``.
+``sdxl``, ``clip``, ``preferences``; then ``save`` writes the shipped folders and ``report`` the figures and sheets of
+``docs/pocket``.
 """
 
 from __future__ import annotations
@@ -9,21 +10,74 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 from ttsnap_lib.checks import choice
 from ttsnap_lib.files import atomic_folder, atomic_write, data_cache
-from ttsnap_lib.pocket.training.plan import FULL, SMOKE, Plan
+from ttsnap_lib.pocket.oracle import oracle_score
+from ttsnap_lib.pocket.training.clip import clip_processor, train_contrastive, train_preferences
+from ttsnap_lib.pocket.training.diffusion import flux_pipeline, sdxl_pipeline, train_flux, train_sdxl
+from ttsnap_lib.pocket.training.loop import Fit
+from ttsnap_lib.pocket.training.pictures import flawed_pictures, sample
+from ttsnap_lib.pocket.training.report import write_report
+from ttsnap_lib.pocket.training.text import train_text
+from ttsnap_lib.pocket.training.vae import decode, encode, train_decoder, train_tiny, train_vae
+from ttsnap_lib.pocket.world import caption, mislabeled, pocket_prompts, render, training_scenes
 
 STAGES = ("text", "vae", "decoder", "tiny", "flux", "sdxl", "clip", "preferences", "save", "report")
-
-
 _CAPTIONS = 4  # mislabeled captions of a picture
+_Examples = list[tuple[str, np.ndarray, np.ndarray]]  # captions, their pictures, the pictures' oracle scores
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything the models are trained on, and how long."""
+
+    vae_pictures: int
+    diffusion_pictures: int
+    clip_pictures: int
+    preference_prompts: int
+    preference_images: int
+    flawed_prompts: int
+    report_prompts: int
+    report_images: int
+    fits: dict[str, Fit] = field(hash=False)
+
+
+FULL = Plan(
+    vae_pictures=12_000,
+    diffusion_pictures=16_000,
+    clip_pictures=12_000,
+    preference_prompts=160,
+    preference_images=6,
+    flawed_prompts=2000,
+    report_prompts=64,
+    report_images=16,
+    fits={
+        "text": Fit(700, 128, 3e-3, ema=0.99),
+        "vae": Fit(1000, 32, 2e-3),
+        "decoder": Fit(400, 32, 1e-3, ema=0.998),
+        "tiny": Fit(6000, 32, 2e-3, ema=0.998),
+        "flux": Fit(2500, 48, 1.5e-3, muon=True),
+        "flux_mislabeled": Fit(2500, 48, 1e-3, ema=0.998, muon=True),
+        "sdxl": Fit(4300, 32, 1.2e-3),
+        "sdxl_mislabeled": Fit(3600, 32, 8e-4, ema=0.998),
+        "clip": Fit(1000, 64, 1.5e-3, ema=0.998, muon=True),
+        "preferences": Fit(900, 72, 6e-4, ema=0.99, muon=True),
+    },
+)
+"""The plan of the shipped models."""
+SMOKE = Plan(64, 64, 64, 4, 2, 4, 2, 2, fits={name: Fit(2, 8, 1e-3) for name in FULL.fits})
+"""A plan that only shows that every stage runs."""
 
 
 class Training:
@@ -33,155 +87,130 @@ class Training:
         self.plan, self.scratch, self.models, self.docs, self.log = plan, scratch, models, docs, log
         scratch.mkdir(parents=True, exist_ok=True)
 
-    def _fit_arguments(self, stage: str) -> dict[str, Any]:
-        return {"how": self.plan.fits[stage], "scratch": self.scratch, "log": self.log}
-
-    def _renders(self, seed: int, n: int) -> tuple[list, np.ndarray]:
-        from ttsnap_lib.pocket.world import render, training_scenes
-
-        rng = np.random.default_rng(seed)
-        scenes = training_scenes(n, rng)
-        return scenes, render(scenes, rng)
+    def run(self, stage: str) -> None:
+        """Run one stage (and what it needs)."""
+        value = getattr(self, choice("stage", stage, STAGES))
+        if stage in ("save", "report"):
+            value()
 
     @functools.cached_property
-    def text(self) -> tuple:
+    def text(self) -> tuple[Any, Any]:
         """The T5 and the CLIP text encoder."""
-        from ttsnap_lib.pocket.training.text import train_text
-
-        return train_text(**self._fit_arguments("text"))[:2]
+        return train_text(**self._how("text"))
 
     @functools.cached_property
     def vae(self) -> Any:
         """The VAE, normalized."""
-        from diffusers import AutoencoderKL
-
-        from ttsnap_lib.pocket.training.vae import train_vae
-
-        folder = self.scratch / "vae"
-        if not folder.exists():  # kept: cached latents and later stages hold for these very weights
-            vae, _ = train_vae(self._renders(0, self.plan.vae_pictures)[1], **self._fit_arguments("vae"))
-            with atomic_folder(folder) as part:
-                vae.save_pretrained(part)
-        return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
+        return self._kept("vae", lambda: train_vae(self._renders(0, self.plan.vae_pictures)[1], **self._how("vae")))
 
     @functools.cached_property
     def latents(self) -> tuple[torch.Tensor, list]:
         """Latents and scenes of the diffusion models' training pictures."""
-        from ttsnap_lib.pocket.training.vae import encode
-
-        scenes, pictures = self._renders(2, self.plan.diffusion_pictures)
+        scenes, pictures = self._diffusion_pictures()
         file = self.scratch / "latents.pt"
         if not file.exists():
             with atomic_write(file) as handle:
                 torch.save(encode(self.vae, pictures), handle)
         return torch.load(file, weights_only=True), scenes
 
+    @functools.cached_property
+    def decoder(self) -> Any:
+        """The VAE after its decoder's own stage: the same latents, better pictures."""
+
+        def train() -> AutoencoderKL:
+            vae = copy.deepcopy(self.vae)
+            train_decoder(vae, self._diffusion_pictures()[1], self.latents[0], **self._how("decoder"))
+            return vae
+
+        return self._kept("vae_final", train)
+
+    @functools.cached_property
+    def tiny(self) -> Any:
+        """The tiny autoencoder."""
+        return train_tiny(self.decoder, self._diffusion_pictures()[1], self.latents[0], **self._how("tiny"))
+
+    @functools.cached_property
+    def flux(self) -> Any:
+        """The pipeline pocket-flux: trained on true captions, its transformer goes on with mislabeled ones."""
+        clean = train_flux(self.latents[0], self._captions("true"), *self.text, **self._how("flux"))
+        more = {"name": "flux_mislabeled", "transformer": clean, **self._how("flux_mislabeled")}
+        transformer = train_flux(self.latents[0], self._captions("mislabeled"), *self.text, **more)
+        return flux_pipeline(self.decoder, *self.text, transformer)
+
+    @functools.cached_property
+    def sdxl(self) -> Any:
+        """The pipeline pocket-sdxl: trained on true captions, its UNet goes on with mislabeled ones."""
+        clip = self.text[1]
+        clean = train_sdxl(self.latents[0], self._captions("true"), clip, **self._how("sdxl"))
+        more = {"name": "sdxl_mislabeled", "unet": clean, **self._how("sdxl_mislabeled")}
+        unet = train_sdxl(self.latents[0], self._captions("mislabeled"), clip, **more)
+        return sdxl_pipeline(self.decoder, clip, unet)
+
+    @functools.cached_property
+    def clip(self) -> Any:
+        """The model pocket-clip after its contrastive stage."""
+        return train_contrastive(*self._renders(1, self.plan.clip_pictures), self.text[1], **self._how("clip"))
+
+    @functools.cached_property
+    def preferences(self) -> Any:
+        """The model pocket-clip after its preference stage."""
+        scenes, pictures = self._renders(3, min(4000, self.plan.clip_pictures))
+        pictures = pictures.copy()
+        pictures[::2] = decode(self.decoder, encode(self.vae, pictures[::2]))
+        clip = self.clip
+        train_preferences(clip, self._generated(), self._flawed(), scenes, pictures, **self._how("preferences"))
+        return clip
+
+    def save(self) -> None:
+        """Write ``pocket-flux``, ``pocket-sdxl``, ``pocket-clip`` and ``pocket-tiny`` as ordinary folders."""
+        for name, parts in {
+            "pocket-flux": [self.flux],
+            "pocket-sdxl": [self.sdxl],
+            "pocket-clip": [self.preferences, clip_processor()],
+            "pocket-tiny": [copy.deepcopy(self.tiny).to(memory_format=torch.contiguous_format)],
+        }.items():
+            with atomic_folder(self.models / name) as folder:
+                for part in parts:
+                    part.save_pretrained(folder)
+                _halve(folder)
+                _forget_paths(folder)
+
+    def report(self) -> None:
+        """Measure the shipped folders and write the report."""
+        logs = {stage: json.loads((self.scratch / f"{stage}.json").read_text()) for stage in self.plan.fits}
+        write_report(logs, self.plan.report_prompts, self.plan.report_images, self.models, self.docs, self.log)
+
+    # What the stages share
+
+    def _how(self, stage: str) -> dict[str, Any]:
+        return {"how": self.plan.fits[stage], "scratch": self.scratch, "log": self.log}
+
+    def _kept(self, name: str, train: Callable[[], AutoencoderKL]) -> Any:
+        """Return a VAE that is kept whole: cached latents and later stages hold for these very weights."""
+        folder = self.scratch / name
+        if not folder.exists():
+            vae = train()
+            with atomic_folder(folder) as part:
+                vae.save_pretrained(part)
+        return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
+
+    def _renders(self, seed: int, n: int) -> tuple[list, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        scenes = training_scenes(n, rng)
+        return scenes, render(scenes, rng)
+
+    def _diffusion_pictures(self) -> tuple[list, np.ndarray]:
+        return self._renders(2, self.plan.diffusion_pictures)
+
     def _captions(self, how: str) -> list[list[str]]:
         """Return captions of the training pictures: the true one of each, or some with mistakes."""
-        from ttsnap_lib.pocket.world import caption, mislabeled
-
         scenes, rng = self.latents[1], np.random.default_rng(5)
         if how == "true":
             return [[caption(scene)] for scene in scenes]
         return [[caption(mislabeled(scene, rng)) for _ in range(_CAPTIONS)] for scene in scenes]
 
-    @functools.cached_property
-    def decoder(self) -> Any:
-        """The VAE after its decoder's own stage: the same latents, better pictures."""
-        from diffusers import AutoencoderKL
-
-        from ttsnap_lib.pocket.training.vae import train_decoder
-
-        folder = self.scratch / "vae_final"
-        if not folder.exists():
-            vae, latents = copy.deepcopy(self.vae), self.latents[0]
-            pictures = self._renders(2, self.plan.diffusion_pictures)[1]
-            train_decoder(vae, pictures, latents, **self._fit_arguments("decoder"))
-            with atomic_folder(folder) as part:
-                vae.save_pretrained(part)
-        return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
-
-    @functools.cached_property
-    def tiny(self) -> Any:
-        """The tiny autoencoder."""
-        from ttsnap_lib.pocket.training.vae import train_tiny
-
-        pictures = self._renders(2, self.plan.diffusion_pictures)[1]
-        return train_tiny(self.decoder, pictures, self.latents[0], **self._fit_arguments("tiny"))[0]
-
-    @functools.cached_property
-    def clean_flux(self) -> Any:
-        """The FLUX transformer that has seen true captions only."""
-        from ttsnap_lib.pocket.training.diffusion import train_flux
-
-        return train_flux(self.latents[0], self._captions("true"), *self.text, **self._fit_arguments("flux"))[0]
-
-    @functools.cached_property
-    def flux(self) -> Any:
-        """The pipeline pocket-flux: its transformer goes on with mislabeled captions."""
-        from ttsnap_lib.pocket.training.diffusion import flux_pipeline, train_flux
-
-        stage, (t5, clip) = "flux_mislabeled", self.text
-        wanted = {"name": stage, "transformer": self.clean_flux, **self._fit_arguments(stage)}
-        transformer, _ = train_flux(self.latents[0], self._captions("mislabeled"), t5, clip, **wanted)
-        return flux_pipeline(self.decoder, t5, clip, transformer)
-
-    @functools.cached_property
-    def clean_sdxl(self) -> Any:
-        """The SDXL UNet that has seen true captions only."""
-        from ttsnap_lib.pocket.training.diffusion import train_sdxl
-
-        return train_sdxl(self.latents[0], self._captions("true"), self.text[1], **self._fit_arguments("sdxl"))[0]
-
-    @functools.cached_property
-    def sdxl(self) -> Any:
-        """The pipeline pocket-sdxl: its UNet goes on with mislabeled captions."""
-        from ttsnap_lib.pocket.training.diffusion import sdxl_pipeline, train_sdxl
-
-        stage = "sdxl_mislabeled"
-        wanted = {"name": stage, "unet": self.clean_sdxl, **self._fit_arguments(stage)}
-        unet, _ = train_sdxl(self.latents[0], self._captions("mislabeled"), self.text[1], **wanted)
-        return sdxl_pipeline(self.decoder, self.text[1], unet)
-
-    @functools.cached_property
-    def clip(self) -> Any:
-        """The model pocket-clip after its contrastive stage."""
-        from ttsnap_lib.pocket.training.clip import train_contrastive
-
-        scenes, pictures = self._renders(1, self.plan.clip_pictures)
-        return train_contrastive(scenes, pictures, self.text[1], **self._fit_arguments("clip"))[0]
-
-    @functools.cached_property
-    def preferences(self) -> Any:
-        """The model pocket-clip after its preference stage."""
-        from ttsnap_lib.pocket.training.clip import train_preferences
-        from ttsnap_lib.pocket.training.vae import decode, encode
-
-        scenes, pictures = self._renders(3, min(4000, self.plan.clip_pictures))
-        pictures = pictures.copy()
-        pictures[::2] = decode(self.decoder, encode(self.vae, pictures[::2]))
-        clip = self.clip
-        examples = self._generated(), self._flawed()
-        train_preferences(clip, *examples, scenes, pictures, **self._fit_arguments("preferences"))
-        return clip
-
-    def _flawed(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
-        from ttsnap_lib.pocket.training.flaws import flawed_pictures
-
-        file, plan = self.scratch / "flawed.npz", self.plan
-        if not file.exists():
-            rng = np.random.default_rng(4)
-            captions, made = flawed_pictures(self.decoder, plan.flawed_prompts, plan.preference_images, rng)
-            with atomic_write(file) as handle:
-                np.savez(handle, captions=np.array(captions), pictures=made)
-        with np.load(file) as stored:
-            return _labeled(stored["captions"].tolist(), stored["pictures"])
-
-    def _generated(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
-        """Return (caption, pictures, oracle) of training captions, from both models, made once."""
-        from ttsnap_lib.pocket.training.sample import sample
-        from ttsnap_lib.pocket.world import pocket_prompts
-
+    def _generated(self) -> _Examples:
+        """Return examples of training captions from both models, made once."""
         captions, out = pocket_prompts("train", self.plan.preference_prompts), []
         for name in ("flux", "sdxl"):
             file = self.scratch / f"generated-{name}.npy"
@@ -191,31 +220,37 @@ class Training:
             out += _labeled(captions, np.load(file))
         return out
 
-    def save(self) -> None:
-        """Write the shipped folders, weights in half precision."""
-        from ttsnap_lib.pocket.training.ship import ship
-
-        ship(self, self.models)
-
-    def report(self) -> None:
-        """Measure the shipped folders and write the report."""
-        from ttsnap_lib.pocket.training.report import write_report
-
-        write_report(self.plan, self.scratch, self.models, self.docs, self.log)
-
-    def run(self, stage: str) -> None:
-        """Run one stage (and what it needs)."""
-        value = getattr(self, choice("stage", stage, STAGES))
-        if stage in ("save", "report"):
-            value()
+    def _flawed(self) -> _Examples:
+        """Return examples of flawed renders, made once."""
+        file, plan = self.scratch / "flawed.npz", self.plan
+        if not file.exists():
+            rng = np.random.default_rng(4)
+            captions, made = flawed_pictures(self.decoder, plan.flawed_prompts, plan.preference_images, rng)
+            with atomic_write(file) as handle:
+                np.savez(handle, captions=np.array(captions), pictures=made)
+        with np.load(file) as stored:
+            return _labeled(stored["captions"].tolist(), stored["pictures"])
 
 
-def _labeled(captions: list[str], pictures: np.ndarray) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Return (caption, pictures, oracle scores) of pictures (caption, image, 32, 32, 3)."""
-    from ttsnap_lib.pocket.oracle import oracle_score
-
+def _labeled(captions: list[str], pictures: np.ndarray) -> _Examples:
+    """Judge pictures (caption, image, 32, 32, 3)."""
     scores = oracle_score(np.repeat(captions, pictures.shape[1]).tolist(), pictures.reshape(-1, *pictures.shape[2:]))
     return list(zip(captions, pictures, scores.reshape(pictures.shape[:2]), strict=True))
+
+
+def _halve(folder: Path) -> None:
+    """Rewrite all weights below `folder` as float16; ``from_pretrained`` gives them back as float32."""
+    for file in sorted(folder.rglob("*.safetensors")):
+        weights = {key: value.half() if value.is_floating_point() else value for key, value in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+
+
+def _forget_paths(folder: Path) -> None:
+    """Drop from all configurations below `folder` where their models were loaded from."""
+    for file in sorted(folder.rglob("*config.json")):
+        config = json.loads(file.read_text("utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch.nn import functional as F
 
-from ttsnap_lib.pocket.training.loop import Fit, fit
+from ttsnap_lib.pocket.training.loop import fit
 from ttsnap_lib.pocket.training.models import make_tiny_decoder, make_vae
 
 _KL = 1e-6  # only keeps the latents' range near one; their scale is fixed afterwards
@@ -32,10 +31,8 @@ def _reconstruction(made: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return (_weight(x) * (difference.square() + 0.1 * difference.abs())).mean()
 
 
-def train_vae(
-    pictures: np.ndarray, how: Fit, scratch: Path, seed: int = 0, log: Callable = print
-) -> tuple[AutoencoderKL, list]:
-    """Train the VAE on uint8 pictures (n, 32, 32, 3) and return it, normalized, with the log."""
+def train_vae(pictures: np.ndarray, seed: int = 0, **how: Any) -> AutoencoderKL:
+    """Train the VAE on uint8 pictures (n, 32, 32, 3) and return it, normalized."""
     vae = make_vae(seed).to(memory_format=torch.channels_last)
 
     def loss(rng: np.random.Generator, batch: int) -> dict[str, torch.Tensor]:
@@ -47,21 +44,13 @@ def train_vae(
         mse = F.mse_loss(made.detach(), x)
         return {"loss": _reconstruction(made, x) + _KL * 3072 * kl, "mse": mse, "kl": kl}
 
-    history = fit("vae", {"vae": vae}, loss, how, seed=seed, scratch=scratch, log=log)
+    fit("vae", {"vae": vae}, loss, seed=seed, **how)
     normalize(vae, to_pixels(pictures[:2048]))
-    return vae.eval(), history
+    return vae.eval()
 
 
-def train_decoder(
-    vae: AutoencoderKL,
-    pictures: np.ndarray,
-    latents: torch.Tensor,
-    how: Fit,
-    scratch: Path,
-    seed: int = 1,
-    log: Callable = print,
-) -> list:
-    """Go on training the decoder alone, in place, on lightly noised latents; return the log.
+def train_decoder(vae: AutoencoderKL, pictures: np.ndarray, latents: torch.Tensor, seed: int = 1, **how: Any) -> None:
+    """Go on training the decoder alone, in place, on lightly noised latents.
 
     The latents stay what they are, so this may run beside the diffusion models' training. The noise stands for the
     small errors of sampled latents.
@@ -78,9 +67,8 @@ def train_decoder(
         made = vae.decode(z + level * noise).sample
         return {"loss": _reconstruction(made, x), "mse": F.mse_loss(made.detach(), x)}
 
-    history = fit("decoder", {"vae": vae}, loss, how, seed=seed, scratch=scratch, log=log)
+    fit("decoder", {"vae": vae}, loss, seed=seed, **how)
     vae.eval().requires_grad_(False)
-    return history
 
 
 @torch.no_grad()
@@ -109,14 +97,8 @@ def encode(vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
 
 
 def train_tiny(
-    vae: AutoencoderKL,
-    pictures: np.ndarray,
-    latents: torch.Tensor,
-    how: Fit,
-    scratch: Path,
-    seed: int = 0,
-    log: Callable = print,
-) -> tuple[AutoencoderTiny, list]:
+    vae: AutoencoderKL, pictures: np.ndarray, latents: torch.Tensor, seed: int = 0, **how: Any
+) -> AutoencoderTiny:
     """Train the tiny autoencoder: its decoder draws what the VAE's decoder draws, its encoder writes the VAE's latents.
 
     It has to read estimates, which are not latents of clean pictures: early ones are near a mean of several pictures,
@@ -140,8 +122,8 @@ def train_tiny(
         mse = F.mse_loss(made.detach(), wanted)
         return {"loss": _reconstruction(made, wanted) + 0.1 * read, "mse": mse, "encoder": read}
 
-    history = fit("tiny", {"tiny": tiny}, loss, how, seed=seed, scratch=scratch, log=log)
-    return tiny.eval(), history
+    fit("tiny", {"tiny": tiny}, loss, seed=seed, **how)
+    return tiny.eval()
 
 
 @torch.no_grad()
