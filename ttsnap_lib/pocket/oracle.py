@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,38 +34,16 @@ WEIGHTS: dict[str, float] = {
 }
 """How much of the score is lost when that part of the caption is wholly wrong."""
 
-
 _SMALLEST = 6.0  # pixels of cover; below that a blob is dirt
-
-
 _TEMPLATE = 20  # pixels of the frame in which shapes are compared
-
-
 _CHROMA = 0.14  # distance in RGB over which a color stops being itself
 
 
 def oracle_score(captions: Sequence[str] | str, images: np.ndarray | Sequence) -> np.ndarray:
-    """Score pictures against captions.
+    """Score pictures against their captions (or one for all), float64 (n,) in [0, 1].
 
-    Parameters
-    ----------
-    captions : str or sequence of str
-        One caption for each image, or one for all.
-    images : array or sequence
-        uint8 (n, 32, 32, 3), float (n, 32, 32, 3) in [0, 1], or PIL images of that size.
-
-    Returns
-    -------
-    numpy.ndarray
-        float64, (n,), in [0, 1]: the product over the caption's parts of ``1 - weight * (1 - a)``, where ``a`` in
-        [0, 1] says how well the part is met (see :func:`judge`).
-
-    Raises
-    ------
-    PromptError
-        A text that is not a caption of this world.
-    RewardError
-        Images of another shape, or another number of them than captions.
+    Images are uint8 (n, 32, 32, 3), float of that shape in [0, 1], or PIL images. The score is the product over the
+    caption's parts of ``1 - weight * (1 - a)``, where ``a`` in [0, 1] says how well the part is met (see :func:`judge`).
     """
     pictures = _pictures(images)
     texts = [captions] * len(pictures) if isinstance(captions, str) else list(captions)
@@ -78,7 +57,7 @@ def oracle_score(captions: Sequence[str] | str, images: np.ndarray | Sequence) -
 
 
 def _pictures(images: np.ndarray | Sequence) -> np.ndarray:
-    array = images if isinstance(images, np.ndarray) else np.stack([np.asarray(image) for image in images])
+    array = np.asarray(images if isinstance(images, np.ndarray) else [np.asarray(image) for image in images])
     if array.ndim != 4 or array.shape[1:] != (PIXELS, PIXELS, 3):
         raise RewardError(
             f"images for the oracle: got {array.shape!r}, expected (n, {PIXELS}, {PIXELS}, 3). Generate at 32 x 32, "
@@ -86,10 +65,7 @@ def _pictures(images: np.ndarray | Sequence) -> np.ndarray:
         )
     array = array.astype(np.float64) / (255.0 if array.dtype == np.uint8 else 1.0)
     if not np.isfinite(array).all():
-        raise RewardError(
-            f"images for the oracle: got {array[~np.isfinite(array)].flat[0]!r}, expected finite values. Check what "
-            "made the image."
-        )
+        raise RewardError("images for the oracle: got NaN or infinity, expected finite values. Check what made them.")
     return array
 
 
@@ -116,14 +92,8 @@ def judge(scene: Scene, picture: np.ndarray) -> dict[str, float]:
     wanted = len(scene.things)
     parts = {"background": background, "count": float(np.exp(-2.0 * abs(len(blobs) - wanted) - dirt / 12.0))}
     options = []
-    indices = list(range(min(len(blobs), 3)))
-    pairs: list[tuple[int | None, ...]] = [(k,) for k in indices]
-    if wanted != 1:
-        pairs = [(k, m) for k in indices for m in indices if k != m]
-    if wanted == 2 and len(blobs) == 1:
-        pairs = [(0, None), (None, 0)]
-    for chosen in pairs or [(None,) * wanted]:
-        found = [None if k is None else blobs[k] for k in chosen]
+    missing = [None] * max(0, wanted - len(blobs))
+    for found in itertools.permutations([*blobs[:3], *missing], wanted):
         judged: dict[str, float] = {}
         if scene.relation is not None:
             judged["relation"] = _relation(scene.relation, *found)

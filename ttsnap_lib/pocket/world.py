@@ -1,4 +1,4 @@
-"""The packaged captions: training, selection, evaluation and test splits that share no picture."""
+"""The picture world: scenes of one or two colored shapes, their captions and pictures, and the packaged splits of captions."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from ttsnap_lib.errors import PromptError
 
 PIXELS = 32
 """Height and width of a picture."""
-
-
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.12, 0.12),
     "green": (0.10, 0.62, 0.16),
@@ -29,8 +27,6 @@ COLORS: dict[str, tuple[float, float, float]] = {
     "cyan": (0.12, 0.80, 0.86),
 }
 """Colors of things, RGB in [0, 1]."""
-
-
 BACKGROUNDS: dict[str, tuple[float, float, float]] = {
     "black": (0.06, 0.06, 0.06),
     "gray": (0.50, 0.50, 0.50),
@@ -38,38 +34,31 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
     "pink": (0.98, 0.68, 0.76),
 }
 """Background colors, RGB in [0, 1]; none is a color of things."""
-
-
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
-
-
 SIZES: dict[str, float] = {"small": 4.6, "large": 6.5}
 """Half the extent of a shape, in pixels."""
-
-
-RELATIONS: dict[str, tuple[int, int]] = {
-    "left of": (-1, 0),
-    "right of": (1, 0),
-    "above": (0, -1),
-    "below": (0, 1),
-}
+RELATIONS: dict[str, tuple[int, int]] = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 """Where the first thing stands from the second: (x, y), y downwards."""
-
-
 WORDS = (*SIZES, *COLORS, *SHAPES, *(name.split()[0] for name in RELATIONS), *BACKGROUNDS)
 """The words that carry meaning; the rest of a caption (a, of, on, background) is grammar."""
+MISLABELED = 0.1
+"""Chance of each attribute of a training caption to be wrong, in the last stage of both diffusion models.
 
+Captions scraped from the web are wrong about as often. A model that learned from them draws clean pictures with a
+wrong color, shape, size or place in a part of the seeds: what Best-of-N is for.
+"""
+SPLITS: dict[str, int] = {"train": 2000, "selection": 128, "evaluation": 128, "test": 128}
+"""Captions per split. The models never saw a picture of the last three."""
 
+_ATTRIBUTES = {"size": tuple(SIZES), "color": tuple(COLORS), "shape": SHAPES}
 _NEAR, _FAR = 8.0, 24.0  # centers of two things along the axis of their relation
-
-
 _AXIS_JITTER, _CROSS_JITTER, _ALONE_JITTER = 0.6, 2.5, 3.0  # pixels, uniform
-
-
 _SIZE_JITTER, _SHADE_JITTER = 0.05, 0.04
-
-
 _SUPERSAMPLING = 3
+_THING = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
+_PATTERN = re.compile(rf"{_THING}(?: ({'|'.join(RELATIONS)}) {_THING})? on a ({'|'.join(BACKGROUNDS)}) background")
+_FILE = Path(__file__).with_name("prompts.json")
+_SEED = 20251122
 
 
 @dataclass(frozen=True)
@@ -114,26 +103,13 @@ def caption(scene: Scene) -> str:
     return f"{f' {scene.relation} '.join(things)} on a {scene.background} background"
 
 
-_THING = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
-
-
-_PATTERN = re.compile(rf"{_THING}(?: ({'|'.join(RELATIONS)}) {_THING})? on a ({'|'.join(BACKGROUNDS)}) background")
-
-
 def parse_caption(text: str) -> Scene:
-    """Return the scene that a caption tells: the inverse of :func:`caption`.
-
-    Raises
-    ------
-    PromptError
-        When the text is not a caption of this world.
-    """
+    """Return the scene that a caption tells: the inverse of :func:`caption`; PromptError for any other text."""
     match = _PATTERN.fullmatch(text.strip()) if isinstance(text, str) else None
     if match is None:
         raise PromptError(
             f"not a caption of the pocket world: got {text!r}, expected e.g. 'a small red ring left of a large blue "
-            f"square on a pink background'. Use the words {', '.join(WORDS)}; ttsnap_lib.pocket.pocket_prompts lists "
-            "captions."
+            f"square on a pink background'. Use the words {', '.join(WORDS)}; pocket_prompts() lists captions."
         )
     first, relation, second, background = match.group(1, 2, 3), match[4], match.group(5, 6, 7), match[8]
     things = (Thing(*first),) if relation is None else (Thing(*first), Thing(*second))
@@ -179,21 +155,9 @@ def shape_mask(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def render(scenes: Sequence[Scene], rng: np.random.Generator, *, jitter: bool = True) -> np.ndarray:
-    """Draw scenes.
+    """Draw scenes, uint8 (n, 32, 32, 3), anti-aliased by 3 x 3 supersampling.
 
-    Parameters
-    ----------
-    scenes : sequence of Scene
-        What to draw.
-    rng : numpy.random.Generator
-        Source of the jitter of place, size and shade. Each scene draws the same count of numbers.
-    jitter : bool
-        False draws every scene at its center values.
-
-    Returns
-    -------
-    numpy.ndarray
-        uint8, (n, 32, 32, 3), anti-aliased by 3 x 3 supersampling.
+    Place, size and shade jitter unless `jitter` is false; each scene draws the same count of numbers from `rng`.
     """
     n = len(scenes)
     noise = rng.uniform(-1.0, 1.0, size=(n, 2, 8)) * float(jitter)
@@ -212,9 +176,7 @@ def render(scenes: Sequence[Scene], rng: np.random.Generator, *, jitter: bool = 
     return np.round(np.clip(picture, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
-def _draw(
-    picture: np.ndarray, rows: np.ndarray, scenes: list[Scene], which: int, noise: np.ndarray, fine: np.ndarray
-) -> None:
+def _draw(picture, rows, scenes: list[Scene], which: int, noise: np.ndarray, fine: np.ndarray) -> None:
     """Paint thing number `which` of `scenes` (all of one shape) over their rows of `picture`."""
     centers = np.array([_center(scene, which) for scene in scenes])
     spread = np.array([_spread(scene) for scene in scenes])
@@ -232,6 +194,7 @@ def _draw(
 
 
 def _center(scene: Scene, which: int) -> tuple[float, float]:
+    """Return (x, y) of a thing without jitter."""
     middle = PIXELS / 2
     if scene.relation is None:
         return middle, middle
@@ -245,17 +208,6 @@ def _spread(scene: Scene) -> tuple[float, float]:
     if scene.relation is None:
         return _ALONE_JITTER, _ALONE_JITTER
     return (_AXIS_JITTER, _CROSS_JITTER) if RELATIONS[scene.relation][0] else (_CROSS_JITTER, _AXIS_JITTER)
-
-
-MISLABELED = 0.1
-"""Chance of each attribute of a training caption to be wrong, in the last stage of both diffusion models.
-
-Captions scraped from the web are wrong about as often. A model that learned from them draws clean pictures with a
-wrong color, shape, size or place in a part of the seeds: what Best-of-N is for.
-"""
-
-
-_ATTRIBUTES = {"size": tuple(SIZES), "color": tuple(COLORS), "shape": SHAPES}
 
 
 def hard_negative(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -289,16 +241,6 @@ def mislabeled(scene: Scene, rng: np.random.Generator, chance: float = MISLABELE
     )
     relation = None if scene.relation is None else other(scene.relation, tuple(RELATIONS))
     return Scene(other(scene.background, tuple(BACKGROUNDS)), things, relation)
-
-
-SPLITS: dict[str, int] = {"train": 2000, "selection": 128, "evaluation": 128, "test": 128}
-"""Captions per split. The models never saw a picture of the last three."""
-
-
-_FILE = Path(__file__).with_name("prompts.json")
-
-
-_SEED = 20251122
 
 
 def make_splits(seed: int = _SEED) -> dict[str, list[str]]:
@@ -336,18 +278,8 @@ def _splits() -> dict[str, tuple[str, ...]]:
 def pocket_prompts(split: str = "evaluation", n: int | None = None) -> list[str]:
     """Return the first `n` captions of a split (all by default).
 
-    Parameters
-    ----------
-    split : {"train", "selection", "evaluation", "test"}
-        ``train`` captions are among those the models were trained on; the others were held out: choose settings on
-        ``selection``, report on ``evaluation``, and keep ``test`` for a last check.
-    n : int, optional
-        How many, from the start of the list.
-
-    Raises
-    ------
-    PromptError
-        An unknown split, or more captions than it has.
+    ``train`` captions are among those the models were trained on; the others were held out: choose settings on
+    ``selection``, report on ``evaluation``, and keep ``test`` for a last check.
     """
     texts = _splits()[choice("split", split, SPLITS, error=PromptError)]
     return list(texts[: integer("n", len(texts) if n is None else n, 1, len(texts), error=PromptError)])
