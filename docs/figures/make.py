@@ -53,9 +53,9 @@ def draw_notebook(name: str, *, force: bool = False) -> list[Path]:
     """Run a notebook headless and keep its figures as ``<notebook>-<figure>.png``."""
     from PIL import Image
 
-    from ttsnap_lib.runs import run as runner
+    from ttsnap_lib.runs.run import run
 
-    result = runner.run(name, force=force, progress=lambda line: print(f"{name}: {line}", file=sys.stderr, flush=True))
+    result = run(name, force=force, progress=True)
     kept = []
     for figure in NOTEBOOKS[name]:
         with Image.open(result.figures[figure]) as picture:

@@ -95,7 +95,7 @@ def lost_worker(world: World, command: Command, tries: int, chance: random.Rando
         place = world.new(command.name)
         started = world.start(command, place)
         started.until(world.moment(command, chance, 0.2))
-        workers = [pid for pid in below(started.pid) if "workers import serve" in _words(pid)]
+        workers = [pid for pid in below(started.pid) if "spawn_main" in _words(pid)]
         if workers:
             os.kill(chance.choice(workers), signal.SIGKILL)
             kills += 1

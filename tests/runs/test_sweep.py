@@ -1,4 +1,4 @@
-"""Sweeps in real worker processes and on a real Dask cluster; killed and taken up again."""
+"""Grids, and sweeps of them in real worker processes and on a real Dask cluster; killed and taken up again."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tests.conftest import ROOT
 from tests.faults.drill import alive, below, wait_for
-from ttsnap_lib.errors import DiskError, RunError
+from ttsnap_lib.errors import ConfigError, DiskError, RunError
 from ttsnap_lib.files import lock
-from ttsnap_lib.runs.sweep import SweepView, run_sweep
+from ttsnap_lib.runs.sweep import load_grid, parse_grid, run_sweep
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = ROOT / "tests" / "notebooks"
+TINY = str(NOTEBOOKS / "tiny.ipynb")
 LOGS = str(NOTEBOOKS / "logs.ipynb")  # writes a line for each execution, and waits, or dies once
 
 
@@ -27,10 +29,68 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+# -- grids -----------------------------------------------------------------------------------------------------------
+
+
+def points(**content) -> list[tuple]:
+    spec = parse_grid({"notebook": TINY, **content})
+    return [(case, run["x"], run["scale"], run["label"]) for case, run in zip(spec.cases, spec.runs, strict=True)]
+
+
+def test_a_grid_is_every_combination_the_first_axis_slowest_each_once():
+    assert points(grid={"x": [1, 2], "scale": [3, 4]}) == [
+        ("", 1.0, 3, "a"), ("", 1.0, 4, "a"), ("", 2.0, 3, "a"), ("", 2.0, 4, "a"),
+    ]  # fmt: skip
+    assert points(parameters={"label": "c"}) == [("", 2.0, 1, "c")]
+    assert points(grid={"x": [1, 1.0, 2]}) == [("", 1.0, 1, "a"), ("", 2.0, 1, "a")]
+    cases = {"small": {"scale": 1}, "large": {"scale": 10, "label": "big"}}
+    assert points(grid={"x": [1, 2]}, cases=cases, parameters={"label": "b"}) == [
+        ("small", 1.0, 1, "b"), ("small", 2.0, 1, "b"), ("large", 1.0, 10, "big"), ("large", 2.0, 10, "big"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"gird": {}}, "Did you mean 'grid'"),
+        ({"grid": {"scael": [1]}}, "Did you mean 'scale'"),
+        ({"grid": {"x": 1}}, "Put a value that does not vary under parameters"),
+        ({"grid": {"x": []}}, "a list of values"),
+        ({"grid": {"x": ["one"]}}, "expected float"),
+        ({"grid": {"x": [1]}, "parameters": {"x": 2}}, "Keep one of the two"),
+        ({"grid": {"x": [1]}, "cases": {"a": {"x": 2}}}, "Keep one of the two"),
+        ({"grid": {"x": [1] * 400, "scale": [1] * 400}}, "number of runs"),
+        ({"parameters": {"scale": 1.5}}, "expected int"),
+        ({"cases": {"a": {"scal": 1}}}, "Did you mean 'scale'"),
+        ({"cases": {"a": 1}}, "a name and a mapping"),
+        ({"grid": [1]}, "a mapping"),
+        ({"name": "../up"}, "plain name"),
+        ({"metric": 3}, "metric"),
+        ({"notebook": "no_such"}, "notebook"),
+    ],
+)
+def test_a_wrong_grid_is_refused_before_anything_runs(content, said):
+    with pytest.raises(ConfigError) as caught:
+        parse_grid({"notebook": TINY, **content})
+    assert said in str(caught.value)
+
+
+def test_a_grid_file_finds_its_notebook_beside_it(tmp_path):
+    (tmp_path / "mine.ipynb").write_text(Path(TINY).read_text())
+    (tmp_path / "budgets.yaml").write_text("notebook: mine.ipynb\ngrid:\n  x: [1, 2]\n")
+    spec = load_grid(tmp_path / "budgets.yaml")
+    assert (spec.name, spec.notebook, len(spec.runs)) == ("budgets", tmp_path / "mine.ipynb", 2)
+    (tmp_path / "bad.yaml").write_text("just text")
+    with pytest.raises(ConfigError, match="a mapping"):
+        load_grid(tmp_path / "bad.yaml")
+
+
+# -- sweeps ------------------------------------------------------------------------------------------------------------
+
+
 def write_grid(tmp_path: Path, **content) -> Path:
     """Write a sweep of the logging notebook and return its file."""
-    content = {"notebook": LOGS, "parameters": {"log": str(tmp_path / "log")}, **content}
-    content["parameters"] = {"log": str(tmp_path / "log"), **content["parameters"]}
+    content = {"notebook": LOGS, "parameters": {"output": str(tmp_path / "log")}, **content}
     path = tmp_path / "logs.yaml"
     path.write_text(json.dumps(content))
     return path
@@ -41,20 +101,21 @@ def executions(tmp_path: Path) -> list[float]:
     return sorted(float(line.split()[1]) for line in (tmp_path / "log").read_text().splitlines() if "end" in line)
 
 
-def test_a_sweep_collects_one_tidy_table_and_goes_on_after_a_failure(tmp_path, capsys):
+def test_a_sweep_collects_one_tidy_table_and_goes_on_after_a_failure(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("ttsnap_lib.runs.sweep.cores", lambda: 6)
     grid = write_grid(tmp_path, grid={"x": [1, 2, 3], "fail_at": [3.0]})
-    result = run_sweep(grid, workers=2, stream=sys.stderr)
+    result = run_sweep(grid, workers=2, progress=True)
     table = pd.read_csv(result.folder / "results.csv")
     assert list(table.columns)[:2] == ["run", "x"] and table["x"].tolist() == [1.0, 2.0]
     assert table["value"].tolist() == [1.0, 4.0]
+    assert table["threads"].tolist() == [3, 3]  # two workers share the cores
     pd.testing.assert_frame_equal(pd.read_parquet(result.folder / "results.parquet"), result.table)
     (failure,) = result.failed
     assert failure["last_line"] == "ValueError: asked to fail" and "if x == fail_at" in failure["cell"]
     assert "before the failure" in (Path(failure["folder"]) / "executed.ipynb").read_text()
     assert (result.folder / "summary.png").stat().st_size > 5000
-    shown = capsys.readouterr().err
-    assert "sweep logs: 3 runs" in shown and "ValueError: asked to fail" in shown and "\x1b" not in shown
-    assert "2/3 done, 1 failed" in shown
+    assert "3/3" in capsys.readouterr().err
     stored = json.loads((result.folder / "sweep.json").read_text())
     assert [run["status"] for run in stored["runs"]] == ["complete", "complete", "failed"]
     again = run_sweep(grid, workers=1)  # only what failed is tried again
@@ -62,6 +123,28 @@ def test_a_sweep_collects_one_tidy_table_and_goes_on_after_a_failure(tmp_path, c
     assert executions(tmp_path) == [1.0, 2.0]
     with lock(result.folder / ".lock"), pytest.raises(DiskError, match="in use"):
         run_sweep(grid)
+
+
+def test_parameters_and_results_of_one_name_stay_apart_and_lists_are_text(tmp_path):
+    cases = {"first": {"output": "c"}, "second": {"output": "d"}}
+    grid = {"notebook": str(tmp_path / "two.ipynb"), "grid": {"x": [1, 2]}, "cases": cases, "metric": "value"}
+    content = json.loads(Path(LOGS).read_text())
+    content["cells"] = content["cells"][1:2] + [{
+        "cell_type": "code", "metadata": {}, "execution_count": None, "outputs": [], "id": "c", "source":
+            "import pandas as pd\nfrom ttsnap_lib import current_run\n"
+            "current_run().save_table(pd.DataFrame({'output': ['ours', 'theirs'], 'value': [x, -x]}))",
+    }]  # fmt: skip
+    content["cells"][0]["source"] += "\nsteps: list = [2, 6]"
+    (tmp_path / "two.ipynb").write_text(json.dumps(content))
+    result = run_sweep(grid, workers=2)
+    assert list(result.table.columns) == [
+        "run", "case", "x", "wait_s", "fail_at", "kill", "output_parameter", "steps", "output", "value",
+    ]  # fmt: skip
+    assert result.table["output_parameter"].tolist() == ["c"] * 4 + ["d"] * 4
+    assert result.table["value"].tolist() == [1.0, -1.0, 2.0, -2.0] * 2
+    assert set(result.table["steps"]) == {"[2, 6]"}
+    with pytest.raises(ConfigError, match="metric"):
+        run_sweep({**grid, "metric": "valeu"})
 
 
 def test_a_killed_worker_and_a_dying_kernel_are_survived(tmp_path):
@@ -73,11 +156,15 @@ def test_a_killed_worker_and_a_dying_kernel_are_survived(tmp_path):
     assert executions(tmp_path) == [1.0, 1.0, 2.0, 2.0]
 
 
-def test_a_worker_that_always_dies_fails_its_run_alone(tmp_path):
-    grid = write_grid(tmp_path, grid={"x": [1], "kill": ["no", "kernel always"]})
-    result = run_sweep(grid, workers=2, retries=1)
-    assert len(result.table) == 1
-    assert "kernel died" in result.failed[0]["last_line"] and "(2 times)" in result.failed[0]["last_line"]
+@pytest.mark.parametrize(
+    ("kill", "said"),
+    [("kernel always", "the kernel died"), pytest.param("worker", "worker died", marks=pytest.mark.slow)],
+)
+def test_a_run_that_takes_its_worker_with_it_fails_alone(kill, said, tmp_path):
+    retries = 1 if kill == "kernel always" else 0
+    result = run_sweep(write_grid(tmp_path, grid={"x": [1], "kill": ["no", kill]}), workers=2, retries=retries)
+    assert len(result.table) == 1 and said in result.failed[0]["last_line"]
+    assert sum("begin" in line for line in (tmp_path / "log").read_text().splitlines()) == 2 + retries
 
 
 def completed(cache: Path) -> int:
@@ -134,56 +221,7 @@ def test_an_interrupted_sweep_is_taken_up_and_gives_the_same_table(how, straight
     assert len(executions(straight)) == ended_before + 4 - before  # what had finished was not run again
 
 
-def test_the_command_tells_by_its_exit_status(tmp_path):
-    grid = write_grid(tmp_path, grid={"x": [1, 2], "fail_at": [2.0]})
-    process = _start(grid, "-j", "2", "-q")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "failed: x=2, fail_at=2 at code cell" in err and "ValueError: asked to fail" in err
-    assert Path(out.strip()).name == "logs"
-    process = _start(grid, "--dry-run")
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and [line.split()[1] for line in out.splitlines()] == ["finished", "to"]
-
-
-def test_workers_share_the_cores(tmp_path, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("ttsnap_lib.runs.sweep.cores", lambda: 6)
-    table = run_sweep(write_grid(tmp_path), workers=2).table
-    assert table["threads"].tolist() == ["3"]
-
-
-class _Terminal:
-    def __init__(self):
-        self.text = ""
-
-    def isatty(self):
-        return True
-
-    def write(self, text):
-        self.text += text
-
-    def flush(self):
-        pass
-
-
-def test_the_live_table_is_redrawn_in_a_terminal():
-    stream = _Terminal()
-    view = SweepView(stream, "demo", {"k1": "x=1", "k2": "x=2"}, 0)
-    view.start("k1", 0)
-    view.end("k1", {"status": "complete", "elapsed_s": 1.0})
-    view.start("k2", 1)
-    view.end("k2", {"status": "failed", "last_line": "ValueError: no"})
-    view.close()
-    assert "worker 1   0:00:00  starting     x=1" in stream.text and "\x1b[2A\x1b[J" in stream.text
-    assert "failed" in stream.text and "ValueError: no" in stream.text
-    assert stream.text.rstrip().endswith("gone") and "1/2 done, 1 failed" in stream.text
-
-
-# -- Dask ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_scheduler_that_is_not_there_is_told(tmp_path, monkeypatch):
+def test_a_scheduler_that_is_not_there_is_told(tmp_path):
     import dask
 
     with (
@@ -196,7 +234,7 @@ def test_a_scheduler_that_is_not_there_is_told(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_dask_cluster_survives_the_loss_of_a_worker(straight, tmp_path, cache):
     (straight / "log").unlink(missing_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(NOTEBOOKS.parents[1])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     dask = [sys.executable, "-m", "dask"]
     file = tmp_path / "scheduler.json"
     options = {"env": environment, "cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -213,7 +251,7 @@ def test_a_dask_cluster_survives_the_loss_of_a_worker(straight, tmp_path, cache)
         started[1].kill()
         out, err = sweep.communicate(timeout=400)
         assert sweep.returncode == 0, err
-        assert "4/4 done, 0 failed" in err
+        assert "4/4 done" in err and "0 failed" in err
     finally:
         for process in started:
             process.kill()

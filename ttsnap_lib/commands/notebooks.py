@@ -1,24 +1,41 @@
-"""``ttsnap demo``: the main job on what comes with the package, headless."""
+"""Notebooks from the command line: ``ttsnap run``, ``sweep`` and ``report``, and ``ttsnap demo``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_DEMO_GENERATE = {"prompts": "pocket:evaluation:3", "images": 4, "compare_diversity": False}
+_DEMO_FINETUNE = {"trajectories": "pocket-sdxl:train:96x8+mirror", "steps": [2, 0]}
+_NEXT = """
+Next:
+  make lab                                  open the notebooks: explore.ipynb moves a schedule by hand
+  .venv/bin/ttsnap run simulate --list      the parameters of a notebook
+  .venv/bin/ttsnap search "a large red ring left of a small blue square on a white background" \\
+      --candidates 8 --out data_cache/search   one prompt, for real
+"""
 
-def add_run(commands: Any) -> None:
-    """Register the commands with argparse's subparsers."""
-    run = commands.add_parser(
+
+def add(subparsers: Any) -> None:
+    """Add the commands of this group."""
+    demo = subparsers.add_parser("demo", help="run the main job on the embedded default (`make demo`)")
+    demo.add_argument("--values", type=Path, help="folder of published reward values to simulate on instead")
+    demo.set_defaults(func=_demo)
+
+    run = subparsers.add_parser(
         "run",
         help="run a notebook headless, with strict parameters, in a run folder",
         description="Run a notebook headless. A finished run with the same parameters is not run again.",
     )
     run.add_argument("notebook", help="path of a notebook, or the name of a shipped one (simulate)")
-    _parameter_arguments(run)
+    run.add_argument(
+        "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="set one parameter (may stand several times)",
+    )  # fmt: skip
+    run.add_argument("-f", dest="file", type=Path, metavar="PARAMS.yaml", help="set the parameters named in a file")
     run.add_argument("-o", "--folder", help="holds the run folders (default: data_cache/runs)")
     run.add_argument("--force", action="store_true", help="run again even when a finished run exists")
     run.add_argument("--timeout", type=float, metavar="SECONDS", help="longest time for one cell")
@@ -26,13 +43,13 @@ def add_run(commands: Any) -> None:
     run.add_argument("-q", "--quiet", action="store_true", help="print the run folder only")
     run.set_defaults(func=_run)
 
-    sweep = commands.add_parser(
+    sweep = subparsers.add_parser(
         "sweep",
         help="run a notebook over a grid of parameters, in parallel, resumable",
         description="Run a notebook over the grid in a YAML file. What has finished is not run again.",
         epilog="Exit status: 0 all runs are good, 1 some failed, 130 interrupted.",
     )
-    sweep.add_argument("grid", type=Path, metavar="GRID.yaml", help="notebook, parameters, grid, cases, exclude")
+    sweep.add_argument("grid", type=Path, metavar="GRID.yaml", help="notebook, parameters, grid, cases")
     sweep.add_argument("-j", "--workers", type=int, help="local worker processes (default: one for each core)")
     sweep.add_argument("--scheduler", metavar="ADDRESS", help="run on this Dask cluster (tcp://host:8786) instead")
     sweep.add_argument("-o", "--folder", help="for the table and the figure (default: data_cache/sweeps/NAME)")
@@ -43,7 +60,7 @@ def add_run(commands: Any) -> None:
     sweep.add_argument("-q", "--quiet", action="store_true", help="print the sweep's folder and its failures only")
     sweep.set_defaults(func=_sweep)
 
-    report = commands.add_parser(
+    report = subparsers.add_parser(
         "report",
         help="render a run or a sweep as one HTML file",
         description="Render a run folder or a sweep folder as one HTML file that needs nothing else.",
@@ -53,74 +70,51 @@ def add_run(commands: Any) -> None:
     report.set_defaults(func=_report)
 
 
-def _parameter_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-        help="set one parameter (may stand several times)",
-    )  # fmt: skip
-    parser.add_argument("-f", dest="file", type=Path, metavar="PARAMS.yaml", help="set the parameters named in a file")
-
-
-def _given(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the parameters of the file, overlaid with those of the command line."""
+def _run(arguments: argparse.Namespace) -> None:
     from ttsnap_lib.errors import ConfigError
     from ttsnap_lib.files import read_yaml
     from ttsnap_lib.runs.parameters import declared_parameters, from_text, read_notebook
-    from ttsnap_lib.runs.run import find_notebook
+    from ttsnap_lib.runs.run import find_notebook, run
 
-    declared = declared_parameters(read_notebook(find_notebook(arguments.notebook)))
-    remedy = "Write lines of `name: value`, indented with spaces."
-    given = read_yaml(arguments.file, "parameters", remedy=remedy) if arguments.file else {}
-    if not isinstance(given, dict | None):
-        raise ConfigError(
-            f"{arguments.file!s}: got {given!r}, expected a mapping of parameters. Write lines of `name: value`."
-        )
-    return {**(given or {}), **{name: from_text(text, declared.get(name)) for name, text in arguments.parameters}}
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    from ttsnap_lib.runs import run as execution
-    from ttsnap_lib.runs import run as runner
-
-    execution.lean_imports()
+    path = find_notebook(arguments.notebook)
+    declared = declared_parameters(read_notebook(path), path.name)
     if arguments.list:
-        return _list(arguments.notebook)
-    given = _given(arguments)
-    planned = runner.plan(arguments.notebook, given, folder=arguments.folder)
-    quiet = arguments.quiet
-    result = runner.run(
-        planned.notebook,
+        for parameter in declared.values():
+            kind = f": {parameter.annotation}" if parameter.annotation else ""
+            comment = f"  # {parameter.help}" if parameter.help else ""
+            print(f"{parameter.name}{kind} = {parameter.default!r}{comment}")
+        return
+    remedy = "Write lines of `name: value`, indented with spaces."
+    given = (read_yaml(arguments.file, "parameters", remedy=remedy) if arguments.file else None) or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{arguments.file}: got {given!r}, expected a mapping of parameters. {remedy}")
+    given |= {name: from_text(text, declared.get(name)) for name, text in arguments.parameters}
+    loud = not arguments.quiet
+    result = run(
+        path,
         given,
         folder=arguments.folder,
         force=arguments.force,
-        progress=None if quiet else lambda line: print(f"{planned.notebook.stem}: {line}", file=sys.stderr, flush=True),
-        echo=not quiet,
+        progress=loud,
+        echo=loud,
         timeout_s=arguments.timeout,
     )
+    if result.reused and loud:
+        print("finished before; --force runs it again", file=sys.stderr)
     print(result.folder)
-    return 0
-
-
-def _list(notebook: str) -> int:
-    from ttsnap_lib.runs.parameters import declared_parameters, read_notebook
-    from ttsnap_lib.runs.run import find_notebook
-
-    path = find_notebook(notebook)
-    for parameter in declared_parameters(read_notebook(path), path.name).values():
-        kind = f": {parameter.annotation}" if parameter.annotation else ""
-        comment = f"  # {parameter.help}" if parameter.help else ""
-        print(f"{parameter.name}{kind} = {parameter.default!r}{comment}")
-    return 0
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from ttsnap_lib.runs.sweep import load_grid
+    from ttsnap_lib.runs.run import finished, plan
+    from ttsnap_lib.runs.sweep import load_grid, run_sweep, short_parameters
 
     grid = load_grid(arguments.grid)
     if arguments.dry_run:
-        return _dry_run(grid, arguments.runs)
-    from ttsnap_lib.runs.sweep import run_sweep
-
+        for parameters, case in zip(grid.runs, grid.cases, strict=True):
+            planned = plan(grid.notebook, parameters, folder=arguments.runs)
+            state = "finished" if finished(planned) else "to run"
+            print(f"{planned.run_hash}  {state:<8}  {short_parameters(parameters, grid.axes, case)}")
+        return 0
     result = run_sweep(
         grid,
         folder=arguments.folder,
@@ -129,8 +123,12 @@ def _sweep(arguments: argparse.Namespace) -> int:
         scheduler=arguments.scheduler,
         retries=arguments.retries,
         timeout_s=arguments.timeout,
-        stream=None if arguments.quiet else sys.stderr,
+        progress=not arguments.quiet,
     )
+    if not arguments.quiet:
+        done = len(grid.runs) - len(result.failed)
+        told = f"{done}/{len(grid.runs)} done, {result.reused} of them before, {len(result.failed)} failed"
+        print(f"sweep {grid.name}: {told}", file=sys.stderr)
     for failure in result.failed:
         where = f" at {failure['cell']}" if failure["cell"] else ""
         print(f"failed: {failure['label']}{where}: {failure['last_line']}", file=sys.stderr)
@@ -139,37 +137,15 @@ def _sweep(arguments: argparse.Namespace) -> int:
     return 1 if result.failed else 0
 
 
-def _dry_run(grid: Any, runs: str | None) -> int:
-    from ttsnap_lib.runs.run import finished, plan
-    from ttsnap_lib.runs.sweep import short_parameters
-
-    for parameters, case in zip(grid.runs, grid.cases, strict=True):
-        planned = plan(grid.notebook, parameters, folder=runs)
-        state = "finished" if finished(planned) else "to run"
-        print(f"{planned.run_hash}  {state:<8}  {short_parameters(parameters, grid.axes, case)}")
-    return 0
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    from ttsnap_lib.runs import run as execution
-
-    execution.lean_imports()
+def _report(arguments: argparse.Namespace) -> None:
     from ttsnap_lib.runs.report import render
 
     print(render(arguments.folder, arguments.output))
-    return 0
 
 
-def add_demo(commands: Any) -> None:
-    """Register the command with argparse's subparsers."""
-    parser = commands.add_parser("demo", help="run the main job on the embedded default (`make demo`)")
-    parser.add_argument("--values", type=Path, help="folder of published reward values to simulate on instead")
-    parser.set_defaults(func=_demo)
-
-
-def _demo(arguments: argparse.Namespace) -> int:
+def _demo(arguments: argparse.Namespace) -> None:
     from ttsnap_lib.files import data_cache
-    from ttsnap_lib.runs import run as runner
+    from ttsnap_lib.runs.run import run
     from ttsnap_lib.style import progress_bar
     from ttsnap_lib.tensors.published import find_published, import_published
     from ttsnap_lib.tensors.tensor import save_rewards
@@ -187,9 +163,9 @@ def _demo(arguments: argparse.Namespace) -> int:
         reward = (rewards or ["image_reward"])[0]
         parameters = {"tensor": str(tensor), "rewards": [reward], "cost": f"{model}-512+{reward}"}
     else:
-        made.append(runner.run("generate", _GENERATE, progress=_say("generate")))
-        made.append(runner.run("finetune", _FINETUNE, progress=_say("finetune")))
-    made.append(runner.run("simulate", parameters, progress=_say("simulate")))
+        made.append(run("generate", _DEMO_GENERATE, progress=True))
+        made.append(run("finetune", _DEMO_FINETUNE, progress=True))
+    made.append(run("simulate", parameters, progress=True))
     print(f"\nDone in {time.monotonic() - start:.0f} s. What it made:")
     for result in made:
         print(f"  {result.folder}")
@@ -202,29 +178,3 @@ def _demo(arguments: argparse.Namespace) -> int:
     print("\nRelative gain over Best-of-N in percent, with its 95% interval over prompts:")
     print(made[-1].table("relative_gains").round(1).to_string(index=False))
     print(_NEXT)
-    return 0
-
-
-def _say(name: str) -> Callable[[str], None]:
-    return lambda line: print(f"{name}: {line}", file=sys.stderr, flush=True)
-
-
-_GENERATE = {"prompts": "pocket:evaluation:3", "images": 4, "compare_diversity": False}
-
-
-_FINETUNE = {"trajectories": "pocket-sdxl:train:96x8+mirror", "steps": [2, 0]}
-
-
-_NEXT = """
-Next:
-  make lab                                  open the notebooks: explore.ipynb moves a schedule by hand
-  .venv/bin/ttsnap run simulate --list      the parameters of a notebook
-  .venv/bin/ttsnap search "a large red ring left of a small blue square on a white background" \\
-      --candidates 8 --out data_cache/search   one prompt, for real
-"""
-
-
-def add(subparsers) -> None:
-    """Add the commands of this group."""
-    add_demo(subparsers)
-    add_run(subparsers)

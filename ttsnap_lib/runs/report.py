@@ -1,43 +1,31 @@
-"""One self-contained HTML file of a run or a sweep: parameters, provenance, tables, figures and the notebook.
-
-The file loads nothing from elsewhere and runs no script: every text is escaped, what a notebook shows as HTML is
-cleaned, and a content policy forbids the rest.
-"""
+"""One HTML file of a run or a sweep that loads nothing from elsewhere: parameters, results, where they come from."""
 
 from __future__ import annotations
 
 import base64
 import html
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ttsnap_lib.errors import RunError
 from ttsnap_lib.files import as_path, atomic_write, failures_as, read_if_whole
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-
 _MOST_ROWS = 500
-
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #eee; }
-td { overflow-wrap: anywhere; } th { white-space: nowrap; }
-.scroll { overflow-x: auto; max-height: 36rem; } img { max-width: 100%; height: auto; }
-pre { background: #f6f6f4; padding: .6rem; overflow-x: auto; font-size: 13px; white-space: pre-wrap; }
-.good { color: #00664d; } .bad { color: #a12a00; } figcaption, .note { color: #555; font-size: 13px; }
-.jp-InputPrompt, .jp-OutputPrompt, .anchor-link { display: none; }
+_PROVENANCE = ("git", "device", "seed", "started", "ended", "elapsed_s", "workers", "reused", "notebook_sha256",
+               "recorded", "inputs", "versions")  # fmt: skip
+# The policy keeps what a notebook shows as HTML from running a script or loading anything.
+_HEAD = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; font-size: 13px; }} td, th {{ padding: .2rem .6rem; text-align: left; }}
+img {{ max-width: 100%; }} pre {{ white-space: pre-wrap; }} .anchor-link {{ display: none; }}
+</style></head>
+<body><h1>{title}</h1>
 """
-
-
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def render(folder: str | Path, output: str | Path | None = None) -> Path:
@@ -61,146 +49,63 @@ def render(folder: str | Path, output: str | Path | None = None) -> Path:
         When the folder is neither.
     """
     folder = as_path("folder", folder, error=RunError)
-    manifest, sweep = read_if_whole(folder / "manifest.json"), read_if_whole(folder / "sweep.json")
+    record = read_if_whole(folder / "sweep.json") or read_if_whole(folder / "manifest.json") or {}
     remedy = "Give the folder that `ttsnap run` or `ttsnap sweep` printed."
-    with failures_as(
-        RunError,
-        f"a file of {folder} is broken: got {folder}, expected records, tables and notebook as the run wrote them. Run "
-        f"it again with --force. {remedy}",
-    ):
-        if sweep is not None and "runs" in sweep:
-            title, parts = _sweep_parts(folder, sweep)
-        elif manifest is not None and "notebook" in manifest:
-            title, parts = _run_parts(folder, manifest)
-        else:
-            raise RunError(
-                f"nothing to report: got {folder}, expected a run folder (manifest.json of a notebook) or a sweep "
-                f"folder (sweep.json). {remedy}"
-            )
-    path = Path(output) if output is not None else folder / "report.html"
-    body = "\n".join([f"<h1>{_text(title)}</h1>", *parts])
-    with atomic_write(path, "w") as file:
-        file.write(
-            f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-            f'<meta name="viewport" content="width=device-width"><title>{_text(title)}</title>'
-            f"<style>{_STYLE}{_highlight_style()}</style></head>\n<body>\n{body}\n</body></html>\n"
+    if "notebook" not in record:
+        raise RunError(
+            f"nothing to report in {folder}, expected a run folder (manifest.json of a notebook) or a sweep folder "
+            f"(sweep.json). {remedy}"
         )
+    with failures_as(RunError, f"a file of {folder} is broken. Run it again with --force. {remedy}"):
+        title, parts = _sweep_parts(folder, record) if "runs" in record else _run_parts(folder, record)
+        parts |= {"Where it comes from": _mapping({key: record[key] for key in _PROVENANCE if record.get(key)})}
+    path = Path(output) if output is not None else folder / "report.html"
+    with atomic_write(path, "w") as file:
+        file.write(_HEAD.format(title=html.escape(title)))
+        file.writelines(f"<h2>{heading}</h2>\n{part}\n" for heading, part in parts.items())
+        file.write("</body></html>\n")
     return path
 
 
-def _run_parts(folder: Path, manifest: Mapping[str, Any]) -> tuple[str, list[str]]:
-    title = f"{manifest['notebook']} - run {manifest.get('run_hash', folder.name)}"
-    parts = [_status(manifest.get("status", "unknown"))]
+def _run_parts(folder: Path, manifest: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(template_name="basic", embed_images=True, exclude_input=True)
+    parts = {"Parameters": _mapping(manifest.get("parameters", {}))}
     if manifest.get("error"):
-        error = manifest["error"]
-        parts.append(f"<pre>{_text(error['cell'])}\n{_text(error['last_line'])}</pre>")
-    parts.append(_section("Parameters", _mapping(manifest.get("parameters", {}))))
-    for path in sorted(folder.glob("*.csv")):
-        parts.append(_section(f"Table {path.stem}", _table(_frame(path))))
-    for path in sorted(folder.glob("*.png")):
-        parts.append(_section(f"Figure {path.stem}", _figure(path)))
-    executed = folder / "executed.ipynb"
-    if executed.exists():
-        parts.append(_section("Notebook", _notebook(executed)))
-    parts.append(_section("Provenance", _provenance(manifest)))
+        parts = {"Error": _mapping(manifest["error"]), **parts}
+    if (folder / "executed.ipynb").exists():
+        parts["Notebook"], _ = exporter.from_filename(str(folder / "executed.ipynb"))
+    title = f"{manifest['notebook']} - run {manifest.get('run_hash', folder.name)}: {manifest.get('status')}"
     return title, parts
 
 
-def _sweep_parts(folder: Path, sweep: Mapping[str, Any]) -> tuple[str, list[str]]:
-    counts = {"complete": 0, "failed": 0}
-    for run in sweep["runs"]:
-        counts[run["status"]] = counts.get(run["status"], 0) + 1
-    told = f"{len(sweep['runs'])} runs: {counts['complete']} complete, {counts['failed']} failed"
-    parts = [_status("failed" if counts["failed"] else "complete", told)]
-    for failure in sweep.get("failed", ()):
-        parts.append(
-            f"<pre>{_text(failure['label'])}\n{_text(failure['cell'])}\n{_text(failure['last_line'])}\n"
-            f"{_text(failure['folder'])}</pre>"
-        )
-    for path in sorted(folder.glob("*.png")):
-        parts.append(_section("Summary" if path.stem == "summary" else f"Figure {path.stem}", _figure(path)))
-    if (folder / "results.csv").exists():
-        parts.append(_section("Results", _table(_frame(folder / "results.csv"))))
-    parts.append(_section("Provenance", _provenance(sweep)))
-    return f"{sweep['notebook']} - sweep {sweep['name']}", parts
+def _sweep_parts(folder: Path, sweep: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    import pandas as pd
 
-
-def _text(value: Any) -> str:
-    return html.escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>\n{content}</section>"
-
-
-def _status(status: str, told: str = "") -> str:
-    return f'<p class="{"good" if status == "complete" else "bad"}">{_text(told or status)}</p>'
+    parts = {}
+    if sweep.get("failed"):
+        columns = ["label", "cell", "last_line", "folder"]
+        parts["Failed"] = pd.DataFrame(sweep["failed"], columns=columns).to_html(index=False, border=0)
+    if (folder / "summary.png").exists():
+        data = base64.b64encode((folder / "summary.png").read_bytes()).decode()
+        parts["Summary"] = f'<img alt="summary" src="data:image/png;base64,{data}">'
+    if (folder / "results.parquet").exists():
+        frame = pd.read_parquet(folder / "results.parquet")
+        shown = f"{min(len(frame), _MOST_ROWS)} of {len(frame)} rows"
+        parts[f"Results ({shown})"] = frame.head(_MOST_ROWS).to_html(index=False, border=0)
+    complete = sum(run["status"] == "complete" for run in sweep["runs"])
+    title = f"{sweep['notebook']} - sweep {sweep['name']}: {complete} of {len(sweep['runs'])} runs complete"
+    return title, parts
 
 
 def _mapping(content: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in content.items())
-    return f"<table>{rows}</table>" if rows else '<p class="note">none</p>'
-
-
-def _provenance(manifest: Mapping[str, Any]) -> str:
-    git = manifest.get("git") or {}
-    commit = f"{git['commit']}{' with local changes' if git.get('dirty') else ''}" if git.get("commit") else "unknown"
-    rows = {"commit": commit}
-    rows |= {name: manifest[name] for name in ("device", "seed", "started", "ended", "elapsed_s", "workers", "reused",
-                                               "notebook_sha256", "recorded") if manifest.get(name) not in (None, {})}  # fmt: skip
-    rows |= {f"input {path}": digest for path, digest in (manifest.get("inputs") or {}).items()}
-    rows |= {f"version of {name}": version for name, version in (manifest.get("versions") or {}).items()}
-    return _mapping(rows)
-
-
-def _frame(path: Path) -> pd.DataFrame:
+    """Return a two-column table of names and values; nested mappings stand as JSON."""
     import pandas as pd
 
-    try:
-        return pd.read_csv(path, keep_default_na=False)
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame()
-
-
-def _table(frame: pd.DataFrame) -> str:
-    shown = frame.head(_MOST_ROWS)
-    note = f'<p class="note">the first {_MOST_ROWS} of {len(frame)} rows</p>' if len(frame) > _MOST_ROWS else ""
-    return f'{note}<div class="scroll">{shown.to_html(index=False, border=0, escape=True)}</div>'
-
-
-def _figure(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img alt="{_text(path.stem)}" src="data:image/png;base64,{data}"></figure>'
-
-
-_TAGS = (
-    "a abbr b blockquote br caption code dd del div dl dt em h1 h2 h3 h4 h5 h6 hr i kbd li ol p pre s small span strong "
-    "sub sup table tbody td tfoot th thead tr ul"
-)
-
-
-def _notebook(path: Path) -> str:
-    """Return the executed notebook as an HTML fragment, cleaned of scripts, styles and foreign images."""
-    import nbformat
-    from nbconvert import HTMLExporter
-    from traitlets.config import Config
-
-    node = nbformat.read(path, as_version=4)
-    for cell in node.cells:
-        for output in cell.get("outputs", ()):
-            shown = output.get("data", {})
-            if "text/html" in shown:  # the cleaner would show their content as text
-                shown["text/html"] = re.sub(r"(?is)<(style|script)\b.*?</\1\s*>", "", shown["text/html"])
-    config = Config()
-    config.SanitizeHTML.tags = _TAGS.split()
-    exporter = HTMLExporter(config=config, template_name="basic", sanitize_html=True)
-    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
-    fragment, _ = exporter.from_notebook_node(node)
-    return fragment
-
-
-def _highlight_style() -> str:
-    from pygments.formatters import HtmlFormatter
-
-    return HtmlFormatter(style="default").get_style_defs(".highlight")
+    texts = {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in content.items()
+    }
+    with pd.option_context("display.max_colwidth", None):
+        return pd.Series(texts, dtype=object).to_frame().to_html(header=False, border=0)
