@@ -13,14 +13,15 @@ from tests.benchmarks.rows import Row
 from tests.benchmarks.tuning_cases import CASES, POCKET, TuningCase
 from tests.reference_data import MISSING
 from ttsnap_lib import Schedule
-from ttsnap_lib.tuning.optimize import Setup, _choose, best_of_n_per_prompt, make_setup, per_prompt
-from ttsnap_lib.tuning.race import Race, Scorer, Trial
+from ttsnap_lib.tuning.optimize import Setup, choose_best, make_setup
+from ttsnap_lib.tuning.race import Race, Trial
 from ttsnap_lib.tuning.space import SearchSpace
 
 __all__ = ["run"]
 
 SECONDS = 15.0  # CPU time of each search: what else the machine does favours neither
 SEEDS = (0, 1, 2)
+ITERATIONS = 48  # of the last round of the race
 FINAL = 192  # iterations of the final choice and of the report
 
 
@@ -59,24 +60,20 @@ def run() -> list[Row]:
 
 
 def _setup(case: TuningCase, dataset) -> Setup:
-    return make_setup(
-        dataset, case.cost, case.budgets, "ttsnap", tune=None, test=None, objective="area", n_trials=1,
-        time_limit_s=None, max_stages=4, iterations=48, combine="rank_sum", weights=None, report=None,
-        copied_steps=False,
-    )  # fmt: skip
+    return make_setup(dataset, case.cost, case.budgets, "ttsnap", "area")
 
 
 def search(setup: Setup, run_search, seed: int, seconds: float = SECONDS) -> Found:
     """Search for `seconds` of CPU time, then choose among the best as the optimiser does, and report."""
     streams = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(4)]
-    tuning = Scorer(*setup.arrays(streams[0].permutation(setup.tune)), setup.selection, setup.iterations, streams[0])
+    tuning = setup.scorer(streams[0].permutation(setup.tune), ITERATIONS, streams[0])
     race = Race(setup.space, tuning, setup.goals, streams[1], config.NUMBA_NUM_THREADS)
     run_search(race, seconds, seed)
     final = tuning.redrawn(FINAL, streams[2])
-    single, _, tuned = _choose(race, final, setup.goals, lambda: np.inf)
-    test = Scorer(*setup.arrays(setup.test), setup.selection, FINAL, streams[3])
-    curve = per_prompt(test, single.schedule.steps, single.counts)[:, :, 0].mean(1)
-    baseline = best_of_n_per_prompt(test, setup.goals.n)[:, :, 0].mean(1)
+    single, _, tuned = choose_best(race, final, setup.goals, lambda: np.inf)
+    test = setup.scorer(setup.test, FINAL, streams[3])
+    curve = test.per_prompt(single.schedule.steps, single.counts)[:, :, 0].mean(1)
+    baseline = test.best_of_n(setup.goals.n)[:, :, 0].mean(1)
     return Found(float(tuned[-1]), float(setup.goals.overall(curve, baseline)), len(race.trials))
 
 

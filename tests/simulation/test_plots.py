@@ -1,15 +1,29 @@
+"""Figures and tables that a reader takes from a simulation, and the commands that follow from it."""
+
+import shlex
+
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from ttsnap_lib import CostModel, Schedule
+from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel, Schedule, save_rewards
+from ttsnap_lib.__main__ import main
 from ttsnap_lib.errors import ConfigError
 from ttsnap_lib.simulation import metrics, plots
+from ttsnap_lib.simulation.plots import (
+    by_budget,
+    optimize_command,
+    pruning_method,
+    search_command,
+)
 from ttsnap_lib.simulation.simulate import curves
-from ttsnap_lib.tensors.tensor import synthetic_rewards
+from ttsnap_lib.tensors.tensor import make_rewards, synthetic_rewards
+
+PRESET = "flux-512+image_reward"
 
 COST = CostModel(step=3, verify=0.5, decode=1, n_steps=8)
 SCHEDULE = Schedule((1, 4), (0.5, 0.4))
@@ -19,6 +33,14 @@ SCHEDULE = Schedule((1, 4), (0.5, 0.4))
 def result():
     dataset = synthetic_rewards(12, 40, 8, rewards=("image_reward", "pickscore"))
     return curves(dataset, ["best_of_n", "ttsp", "ttsnap"], [80, 120, 200], COST, SCHEDULE)
+
+
+@pytest.fixture(scope="module")
+def two_methods():
+    cost = CostModel.load(PRESET)
+    rewards = synthetic_rewards(12, 120, 20, rewards=("image_reward", "pickscore"))
+    budgets = [multiple * cost.total(1) for multiple in (2, 4, 8)]
+    return curves(rewards, ["best_of_n", "ttsnap"], budgets, cost, PUBLISHED_SCHEDULE, iterations=40, rng=0)
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +75,12 @@ def test_gain_bars(result):
 
 
 def test_tau_per_step():
-    dataset = synthetic_rewards(5, 20, 8)
-    final = dataset["base"].values[0, :, :, -1]
-    both = [metrics.kendall_tau(dataset[name].values[0], final) for name in ("base", "noise_aware")]
-    ax = plots.tau_per_step(*both, steps=np.arange(8))
+    dataset = synthetic_rewards(5, 20, 8).isel(step=[0, 3, 7])
+    ax = plots.tau_per_step(dataset)
     assert [line.get_label() for line in ax.get_lines()] == ["base reward", "noise-aware reward"]
-    assert np.array_equal(ax.get_lines()[1].get_ydata(), both[1].mean)
-    assert len(plots.tau_per_step(both[0]).get_lines()) == 1
+    aware = metrics.kendall_tau(dataset["noise_aware"].values[0], dataset["base"].values[0, :, :, -1])
+    assert np.array_equal(ax.get_lines()[1].get_ydata(), aware.mean)
+    assert ax.get_lines()[1].get_xdata().tolist() == [0, 3, 7]
 
 
 def test_survivor_funnel():
@@ -68,3 +89,106 @@ def test_survivor_funnel():
     texts = " ".join(text.get_text() for text in ax.texts)
     assert "keep ratio (alpha) 0.5" in texts and "choose one" in texts
     assert f"{COST.total(20, SCHEDULE):.4g}" in ax.get_title(loc="left")
+
+
+def test_the_table_sets_the_methods_side_by_side(two_methods):
+    result = two_methods
+    table, frame = by_budget(result, "TFLOPs"), result.frame()
+    assert table.index.names == ["reward", "budget (TFLOPs)"] and len(table) == 2 * 3
+    assert list(dict.fromkeys(table.columns.get_level_values(0))) == ["Best-of-N", "TTSnap"]
+    assert ("Best-of-N", "over Best-of-N") not in table.columns
+    ours = frame[frame["method"] == "ttsnap"]
+    assert table["TTSnap", "N"].tolist() == ours["n"].tolist()
+    assert table["TTSnap", "mean reward"].tolist() == [f"{mean:.3f}" for mean in ours["mean"]]
+    assert table["TTSnap", "over Best-of-N"].iloc[0].startswith(f"{ours['gain'].iloc[0]:+.3f} [")
+
+
+def test_what_best_of_n_needs_lies_on_its_own_curve(two_methods):
+    result = two_methods
+    table, frame = by_budget(result, "TFLOPs"), result.frame()
+    base, ours = (frame[frame["method"] == name].reset_index(drop=True) for name in ("best_of_n", "ttsnap"))
+    told = 0
+    for k, text in enumerate(table["TTSnap", "Best-of-N needs (TFLOPs)"]):
+        curve, mean = base[base["reward"] == ours["reward"][k]], ours["mean"][k]
+        if text:
+            told += 1
+            assert np.interp(float(text), curve["budget"], curve["mean"]) == pytest.approx(mean, abs=2e-3)
+        else:
+            assert not curve["mean"].min() <= mean <= curve["mean"].max()
+    assert told  # at the smaller budgets Best-of-N comes that far
+
+
+def test_the_notebook_answers_for_one_budget(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TTSNAP_DATA_CACHE", str(tmp_path))
+    given = {"multiples": "[4]", "iterations": "20", "trials": "20"}
+    assert main(["run", "simulate", *(word for key, value in given.items() for word in ("-p", key, value))]) == 0
+    folder = next((tmp_path / "runs" / "simulate").glob("*/schedules.csv")).parent
+    schedules = pd.read_csv(folder / "schedules.csv")
+    assert str(PUBLISHED_SCHEDULE) in set(schedules["schedule"]) and schedules["behind"][0] == 0
+    tuned = [int(part.split()[1]) for part in schedules["schedule"][0].split(", ")]
+    assert f"steps: {tuned}" in capsys.readouterr().out  # the last line runs what was tuned
+
+
+def test_the_notebook_answers_for_a_tensor_without_noise_aware_rewards(tmp_path, monkeypatch, capsys):
+    """Such as `ttsnap score` writes before anything was finetuned."""
+    monkeypatch.setenv("TTSNAP_DATA_CACHE", str(tmp_path))
+    values = synthetic_rewards(4, 24, 20, rewards=("image_reward",))["base"].values
+    save_rewards(make_rewards(values, rewards=["image_reward"]), tmp_path / "base.zarr")
+    given = {
+        "tensor": str(tmp_path / "base.zarr"),
+        "cost": PRESET,
+        "multiples": "[2, 3]",
+        "iterations": "20",
+        "trials": "20",
+    }
+    assert main(["run", "simulate", *(word for key, value in given.items() for word in ("-p", key, value))]) == 0
+    optimize, search = capsys.readouterr().out.strip().splitlines()[-4:-1:2]
+    assert "--method ttsp" in optimize and "--adapters" not in search
+    assert next((tmp_path / "runs" / "simulate").glob("*/schedules.csv"))
+
+
+@pytest.mark.parametrize(("methods", "report", "wanted"), [
+    (["best_of_n", "ttsp", "ttsnap"], [], "ttsp"),  # the second reward is not noise-aware
+    (["best_of_n", "ttsp", "ttsnap"], ["second"], "ttsnap"),
+    (["ttsp", "best_of_n"], ["second"], "ttsp"),
+    (["best_of_n"], [], "best_of_n"),
+])  # fmt: skip
+def test_what_a_schedule_is_tuned_for(methods, report, wanted):
+    values, source = np.zeros((2, 2, 3, 4)), np.repeat([["finetuned"], ["copied_from_base"]], 4, axis=1)
+    dataset = make_rewards(values, values, rewards=["first", "second"], noise_aware_source=source)
+    assert pruning_method(dataset, methods, report) == wanted
+
+
+def test_a_long_error_of_a_cell_keeps_its_remedy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TTSNAP_DATA_CACHE", str(tmp_path))
+    assert main(["run", "simulate", "-p", "cost", "flux-512+imagereward"]) == 1
+    assert "Did you mean 'flux-512+image_reward'?" in capsys.readouterr().err
+
+
+def test_the_optimize_line_is_taken_by_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = optimize_command("synthetic", PRESET, [2.0000000001, 4, 6.5], ["image_reward"])
+    assert "--budgets 2,4,6.5" in line
+    assert main([*shlex.split(line)[1:], "--trials", "20", "-q"]) == 0
+    assert Schedule.from_yaml(tmp_path / "schedule.yaml").steps
+
+
+def test_the_search_line_runs_the_schedule_that_was_simulated(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    schedule = Schedule((2, 5), (0.5, 0.5))
+    line = search_command("pocket-flux", ["pocket-clip"], "pocket-flux-tiny+pocket-clip", 4, schedule)
+    assert "--adapters pocket" in line and "--tiny pocket-tiny" in line
+    assert main([*shlex.split(line)[1:], "--threads", "1", "-q"]) == 0
+    assert (tmp_path / "best" / "image.png").exists()
+    assert "ttsnap" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("model", "cost", "method", "wanted", "missing"), [
+    ("flux", PRESET, "ttsnap", ["black-forest-labs/FLUX.1-dev", "--size 512", "--adapters NOISE_AWARE"], "--tiny"),
+    ("sdxl", "sdxl-1024-tiny+image_reward", "ttsp", ["--size 1024", "--tiny madebyollin/taesdxl"], "--adapters"),
+    ("pocket-sdxl", "pocket-sdxl+pocket-clip", "best_of_n", ["--model pocket-sdxl"], "--schedule"),
+    ("synthetic stand-in", PRESET, "ttsnap", ["--model MODEL"], "synthetic"),
+])  # fmt: skip
+def test_the_search_line_names_what_the_tensor_was_made_with(model, cost, method, wanted, missing):
+    line = search_command(model, ["image_reward"], cost, 9, PUBLISHED_SCHEDULE, method)
+    assert all(words in line for words in wanted) and missing not in line

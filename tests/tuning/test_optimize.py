@@ -6,137 +6,21 @@ import dataclasses
 
 import numpy as np
 import pytest
-import yaml
 
 from tests.benchmarks.bench_optimize_rows import frontier_row
 from tests.benchmarks.tuning_cases import CASES, POCKET
 from tests.reference_data import MISSING
-from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel, Schedule, import_published, optimize_schedule, save_rewards
-from ttsnap_lib.__main__ import main
-from ttsnap_lib.commands.optimize import parse_range
+from tests.tuning.world import BUDGETS, COST, world
+from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel, Schedule, import_published, optimize_schedule
 from ttsnap_lib.errors import BudgetError, ConfigError, ScheduleError, TensorError
-from ttsnap_lib.simulation.pruning import best_of_n, prune
+from ttsnap_lib.simulation.plots import flatness_table, unbroken
 from ttsnap_lib.simulation.simulate import curves
-from ttsnap_lib.tensors.tensor import make_rewards
-from ttsnap_lib.tuning.optimize import Case, compare_schedules, flatness, transfer
-from ttsnap_lib.tuning.race import _CONTROL, Scorer, Selection, balanced_subsets
-from ttsnap_lib.tuning.space import SearchSpace
-
-COST = CostModel(step=1.0, verify=0.1, decode=0.1, n_steps=8)
-BUDGETS = np.arange(2, 7) * COST.total(1)
-
-
-def world(prompts=40, pool=32, steps=8, rewards=1, seed=0, noise=None):
-    """Return a tensor whose checks tell the final reward with noise that shrinks with the step."""
-    rng = np.random.default_rng(seed)
-    noise = np.linspace(1.2, 0, steps) if noise is None else noise
-    final = rng.normal(size=(rewards, prompts, pool, 1))
-    aware = final + rng.normal(size=(rewards, prompts, pool, steps)) * noise
-    base = final + 2 * rng.normal(size=(rewards, prompts, pool, steps)) * noise
-    base[..., -1] = aware[..., -1] = final[..., 0]
-    return make_rewards(base, aware, rewards=[f"r{k}" for k in range(rewards)])
+from ttsnap_lib.tuning.optimize import compare_schedules
 
 
 def fast(dataset, **options):
     options = {"n_trials": 150, "iterations": 12, "resamples": 200, **options}
     return optimize_schedule(dataset, options.pop("cost", COST), options.pop("budgets", BUDGETS), **options)
-
-
-@pytest.mark.parametrize("accounting", ["exact", "published"])
-def test_counts_equal_the_cost_model(accounting):
-    cost = dataclasses.replace(COST, accounting=accounting, per_prompt=0.7, preview_decode=0.1)
-    space = SearchSpace(tuple(range(7)), 4, cost, BUDGETS, 32)
-    rng = np.random.default_rng(0)
-    for _ in range(60):
-        schedule = space.random(rng)
-        counts = space.counts(schedule)
-        for budget, row in zip(BUDGETS, counts, strict=True):
-            n = cost.candidates(budget, schedule)
-            expected = schedule.survivors(n) if 1 <= n <= 32 else ((0 if n < 1 else -1),) * (len(schedule) + 1)
-            assert tuple(row) == expected
-
-
-def test_changes_stay_in_the_space():
-    space = SearchSpace((1, 2, 4, 6), 3, COST, BUDGETS, 32)
-    rng = np.random.default_rng(1)
-    schedule = space.random(rng)
-    for _ in range(400):
-        other = space.random(rng)
-        schedule = space.cross(space.change(schedule, rng), other, rng)
-        assert set(schedule.steps) <= {1, 2, 4, 6} and len(schedule) <= 3
-
-
-def test_subsets_are_balanced_permutations():
-    subsets = balanced_subsets(24, 8, np.random.default_rng(0))
-    assert (np.sort(subsets, axis=1) == np.arange(24)).all()
-    assert (np.bincount(subsets[:, :3].ravel(), minlength=24) == 1).all()
-
-
-@pytest.mark.parametrize("combine", ["single", "rank_sum", "z_score", "weighted_sum"])
-def test_scores_equal_prune(combine):
-    """Same winners as the public `prune`, given the same subsets, less the control where there is a closed form."""
-    rewards = 1 if combine == "single" else 2
-    data = world(prompts=6, pool=20, rewards=rewards)
-    checks = data["noise_aware"].transpose("prompt", "image", "step", "reward").values
-    final = data["base"].isel(step=-1).transpose("prompt", "image", "reward").values.astype(float)
-    weights = np.array([0.3, 0.7]) if combine == "weighted_sum" else None
-    chosen = "rank_sum" if combine == "single" else combine
-    selection = Selection(tuple(range(rewards)), chosen, weights, np.ones(rewards))
-    scorer = Scorer(checks, tuple(range(8)), final, selection, 16, np.random.default_rng(3))
-    schedule = Schedule((2, 5), (0.5, 0.4))
-    counts = np.array([schedule.survivors(n) for n in (5, 12)])
-    found = scorer.sums(schedule.steps, counts, 0, 16)
-    best = scorer.sums((), counts[:, :1], 0, 16)
-    for p in range(6):
-        for row, n in enumerate((5, 12)):
-            subsets = scorer._labels[p][scorer.subsets[:, :n]]
-            sums = []
-            for plan in (schedule, Schedule()):
-                won = prune(checks[p : p + 1], subsets, plan, final[p : p + 1], chosen, weights)[:, 0]
-                sums.append(final[p, won].sum())
-            if scorer.exact is not None:
-                control = sums[1] - 16 * scorer.exact[n - 1, p, 0]
-                sums = [sums[0] - _CONTROL * control, 16 * scorer.exact[n - 1, p, 0]]
-            assert [found[row, p], best[row, p]] == pytest.approx(sums, abs=1e-9)
-
-
-@pytest.mark.parametrize("pool", [150, 300])  # sets of several words; positions that do not fit into a byte
-def test_scores_of_large_pools_equal_prune(pool):
-    """Budgets from a few candidates to the whole pool go through tables of several widths."""
-    data = world(prompts=3, pool=pool)
-    checks = data["noise_aware"].transpose("prompt", "image", "step", "reward").values
-    final = data["base"].isel(step=-1).transpose("prompt", "image", "reward").values.astype(float)
-    selection = Selection((0,), "rank_sum", None, np.ones(1))
-    scorer = Scorer(checks, tuple(range(8)), final, selection, 4, np.random.default_rng(3))
-    schedule = Schedule((1, 3, 6), (0.7, 0.5, 0.1))
-    sizes = [1, 2, 40, 64, 65, 128, 129, pool]
-    found = scorer.sums(schedule.steps, np.array([schedule.survivors(n) for n in sizes]), 1, 4, prompts=slice(1, 3))
-    for p in (1, 2):
-        for row, n in enumerate(sizes):
-            subsets = scorer._labels[p][scorer.subsets[1:4, :n]]
-            pruned, best = (
-                final[p, prune(checks[p : p + 1], subsets, plan, final[p : p + 1])[:, 0]].sum()
-                for plan in (schedule, Schedule())
-            )
-            control = best - 3 * scorer.exact[n - 1, p, 0]
-            assert found[row, p - 1] == pytest.approx(pruned - _CONTROL * control, abs=1e-9)
-
-
-def test_missing_values_are_refused_by_the_scorer():
-    checks, final = np.zeros((2, 6, 1, 1)), np.zeros((2, 6, 1))
-    checks[1, 3] = np.nan
-    with pytest.raises(TensorError, match="missing"):
-        Scorer(checks, (0,), final, Selection((0,), "rank_sum", None, np.ones(1)), 2, np.random.default_rng(0))
-
-
-def test_closed_form_of_the_baseline():
-    data = world(prompts=5, pool=16)
-    final = data["base"].values[0, :, :, -1:]
-    scorer = Scorer(
-        final[:, :, None, :], (0,), final, Selection((0,), "rank_sum", None, np.ones(1)), 4, np.random.default_rng(0)
-    )
-    for n in (1, 4, 16):
-        np.testing.assert_allclose(scorer.exact[n - 1, :, 0], best_of_n(final[:, :, 0], n), rtol=1e-12)
 
 
 def test_same_seed_same_answer():
@@ -278,28 +162,27 @@ def test_time_limit_and_interrupt_keep_the_best_so_far():
     assert fast(data, n_trials=96).schedule == cut.schedule
 
 
+def test_how_flat_the_optimum_is():
+    data = world()
+    found = fast(data)
+    flat = found.flatness(data, top=10, also=[Schedule((6,), (0.9,))])
+    assert flat["schedule"][0] == found.schedule and flat["within"][0] and flat["behind"][0] == 0
+    # Pruning where little is gained by it is not as good as the best.
+    assert flat["schedule"][1] == Schedule((6,), (0.9,)) and not flat["within"][1] and flat["behind_low"][1] > 0
+    assert flat["within"][2:].any() and len(flat) <= 12
+    text = flatness_table(flat)
+    assert text["schedule"][0] == str(found.schedule) and text["as good"][:2].tolist() == ["yes", ""]
+    assert text.iloc[0, 1] == f"{flat['gain'][0]:.1f} [{flat['low'][0]:.1f}, {flat['high'][0]:.1f}]"
+    nowhere = flatness_table(compare_schedules(data, COST, BUDGETS, [Schedule((25,), (0.5,))]).assign(within=False))
+    assert nowhere.iloc[0, 1] == unbroken(nowhere).iloc[0, 2].replace("\N{NO-BREAK SPACE}", " ") == "cannot run"
+
+
 def test_racing_spends_little_on_poor_schedules():
     trials = fast(world(), n_trials=400).trials
     whole = trials["draws"].max() * len(trials)
     assert trials["draws"].sum() < 0.4 * whole
     last = trials["rounds"] == 3
     assert trials["score"][last].median() > trials["score"][~last].median()
-
-
-def test_transfer_and_flatness():
-    data = world(rewards=2)
-    cases = {name: Case(data.sel(reward=[name]), COST, BUDGETS) for name in ("r0", "r1")}
-    found = transfer(cases, n_trials=96, iterations=12)
-    assert list(found.gain.index) == ["r0", "r1", "published"] and list(found.gain.columns) == ["r0", "r1"]
-    assert found.behind.loc["r0", "r0"] == 0 and found.behind.loc["r1", "r1"] == 0
-    assert found.gain.loc["published"].isna().all()  # eight steps only
-    assert (found.low.iloc[:2] <= found.gain.iloc[:2]).all(None)
-    result = fast(cases["r0"].dataset)
-    flat = flatness(result, cases["r0"].dataset, top=10)
-    assert flat["schedule"][0] == result.schedule and flat["within"][0] and flat["behind"][0] == 0
-    # Pruning where nothing is known yet is not as good as the best.
-    bad = compare_schedules(data.sel(reward=["r0"]), COST, BUDGETS, [result.schedule, Schedule((6,), (0.9,))])
-    assert bad["behind_low"][1] > 0
 
 
 @pytest.mark.parametrize(
@@ -332,55 +215,6 @@ def test_missing_values_are_refused_before_the_search():
     with pytest.raises(TensorError, match="prompt 3"):
         fast(data)
     assert fast(data, tune=range(4, 20), test=range(20, 40)).complete  # prompt 3 takes no part
-
-
-def test_command(tmp_path, capsys):
-    tensor = save_rewards(world(prompts=20), tmp_path / "t.zarr")
-    COST.save(tmp_path / "cost.json")
-    out = tmp_path / "schedule.yaml"
-    arguments = ["optimize", str(tensor), "--cost", str(tmp_path / "cost.json"), "--budgets", "2:5", "--trials", "64"]
-    assert main([*arguments, "-q", "--out", str(out), "--trials-out", str(tmp_path / "trials.csv")]) == 0
-    printed = capsys.readouterr().out
-    schedule = Schedule.from_yaml(out)
-    assert str(list(schedule.steps)) in printed and "next: ttsnap run simulate" in printed
-    assert (
-        f"ttsnap search 'your prompt' --model MODEL --reward r0 --schedule '{{steps: {list(schedule.steps)}" in printed
-    )
-    assert (tmp_path / "trials.csv").read_text().count("\n") == 65
-    assert main([*arguments, "-q", "--objective", "frontier", "--out", str(out)]) == 0
-    content = yaml.safe_load(out.read_text())
-    assert len(content["frontier"]) == 4 and Schedule.from_dict(content["schedule"]) is not None
-    assert main(["optimize", str(tensor), "--cost", "nonsense"]) == 1
-    assert main([*arguments, "--tune", "5:1"]) == 1
-
-
-def test_command_tells_flatness_and_transfer(tmp_path, capsys):
-    tensor = save_rewards(world(prompts=20, rewards=2), tmp_path / "t.zarr")
-    other = save_rewards(world(prompts=20, seed=1), tmp_path / "u.zarr")
-    COST.save(tmp_path / "cost.json")
-    arguments = ["optimize", str(tensor), "--cost", str(tmp_path / "cost.json"), "--budgets", "2:5", "--trials", "64"]
-    assert main([*arguments, "-q", "--reward", "r0", "--flatness", "5"]) == 0
-    printed = capsys.readouterr().out
-    assert "as good as the chosen one" in printed and printed.count("step ") >= 6  # the chosen one and at least four
-    assert main([*arguments, "--transfer", str(other)]) == 0
-    printed = capsys.readouterr().out
-    lines = printed.splitlines()
-    cases = ["t/r0", "t/r1", "u"]
-    assert lines[3].split() == cases
-    rows = {line.split()[0]: line for line in lines[5:9]}
-    assert set(rows) == {*cases, "published"} and rows["published"].count("cannot run") == 6  # eight steps only
-    assert all(rows[name].count("0.0 [0.0, 0.0]") >= 1 for name in cases)  # each on its own ground
-    assert all(float(rows[name].split()[1]) > 0 for name in cases)
-    assert main([*arguments, "--transfer", str(other), "--out", str(tmp_path / "s.yaml")]) == 1
-    assert "--out with --transfer" in capsys.readouterr().err
-
-
-def test_ranges():
-    assert parse_range("x", "2:5", float) == [2, 3, 4, 5]
-    assert parse_range("x", "0:10:5,12", int) == [0, 5, 10, 12]
-    for text in ("", "a", "5:2", "1:2:0"):
-        with pytest.raises(ConfigError):
-            parse_range("x", text, int)
 
 
 @pytest.mark.slow

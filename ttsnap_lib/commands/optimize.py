@@ -46,10 +46,6 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--flatness", type=int, metavar="N", help="tell which of the N best schedules are as good, on the test prompts"
     )
-    parser.add_argument(
-        "--transfer", nargs="*", metavar="TENSOR",
-        help="tune each reward of this tensor, and of those named, alone, and use every schedule on every other",
-    )  # fmt: skip
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(func=_optimize)
 
@@ -57,32 +53,22 @@ def add(commands: Any) -> None:
 def _optimize(arguments: argparse.Namespace) -> int:
     import numpy as np
 
-    from ttsnap_lib.checks import choice
     from ttsnap_lib.costs import CostModel
     from ttsnap_lib.files import atomic_write
     from ttsnap_lib.schedule import Schedule
-    from ttsnap_lib.simulation.plots import search_command
+    from ttsnap_lib.simulation.plots import flatness_table, search_command
     from ttsnap_lib.style import progress_bar
-    from ttsnap_lib.tensors.tensor import drop_repeats, open_rewards
+    from ttsnap_lib.tensors.tensor import drop_repeats, open_rewards, select_rewards
     from ttsnap_lib.tuning.optimize import optimize_schedule
 
-    if arguments.transfer is not None:
-        _refuse_beside_transfer(arguments)
     dataset = open_rewards(arguments.tensor)
     cost = CostModel.load(arguments.cost)
     multiples = parse_range("--budgets", arguments.budgets, float)
     known = [str(name) for name in dataset["reward"].values]
     report = arguments.report or []
     names = arguments.reward or [name for name in known if name not in report]
-    for name in (*names, *report):
-        choice("reward", name, known)
-    dataset = dataset.sel(reward=[*names, *(name for name in report if name not in names)])
+    dataset = select_rewards(dataset, list(dict.fromkeys([*names, *report])))
     dataset = drop_repeats(dataset) if arguments.distinct else dataset
-    if arguments.transfer is not None:
-        others = {name: open_rewards(name) for name in arguments.transfer}
-        if arguments.distinct:
-            others = {name: drop_repeats(other) for name, other in others.items()}
-        return _transfer(arguments, {arguments.tensor: dataset, **others}, cost, np.array(multiples) * cost.total(1))
     objective = arguments.objective or ("area" if len(multiples) > 1 else "single")
     result = optimize_schedule(
         dataset,
@@ -103,7 +89,11 @@ def _optimize(arguments: argparse.Namespace) -> int:
     )
     print(_summary(result, multiples, cost.unit))
     if arguments.flatness is not None:
-        print(_flatness(result, dataset, arguments))
+        shared = {"combine": arguments.combine, "report": report, "seed": arguments.seed}
+        tried = result.flatness(dataset, top=arguments.flatness, **shared)
+        as_good = f"{int(tried['within'].sum())} of {len(tried)} schedules are as good as the chosen one"
+        print(f"\n{as_good}, within the paired interval")
+        print(f"\n{flatness_table(tried).to_string(index=False)}")
     if arguments.trials_out:
         with atomic_write(arguments.trials_out, "w") as file:
             result.trials.to_csv(file, index=False)
@@ -144,56 +134,6 @@ def _summary(result: Any, multiples: list[float], unit: str) -> str:
     tried = f"{len(result.trials)} schedules in {result.elapsed_s:.0f} s"
     lines.append(f"\n{tried}" + ("" if result.complete else ", cut short: the best so far"))
     return "\n".join(lines)
-
-
-def _flatness(result: Any, dataset: Any, arguments: argparse.Namespace) -> str:
-    from ttsnap_lib.simulation.plots import flatness_table
-    from ttsnap_lib.tuning.optimize import flatness
-
-    shared = {"combine": arguments.combine, "report": arguments.report or []}
-    table = flatness(result, dataset, top=arguments.flatness, seed=arguments.seed, **shared)
-    head = f"\n{int(table['within'].sum())} of {len(table)} schedules are as good as the chosen one, within the paired"
-    return f"{head} interval\n\n{flatness_table(table).to_string(index=False)}"
-
-
-def _refuse_beside_transfer(arguments: argparse.Namespace) -> None:
-    """Name an option that a matrix of many schedules has no use for, instead of passing it over."""
-    from ttsnap_lib.errors import ConfigError
-
-    for name in ("objective", "report", "flatness", "out", "trials_out"):
-        if getattr(arguments, name) is not None:
-            option = "--" + name.replace("_", "-")
-            raise ConfigError(
-                f"{option} with --transfer: got {getattr(arguments, name)}, expected --transfer alone: it tunes many "
-                f"schedules, each by one reward. Leave out {option}, or run the command once more without --transfer."
-            )
-
-
-def _transfer(arguments: argparse.Namespace, tensors: dict[str, Any], cost: Any, budgets: Any) -> int:
-    """Print what a schedule that was tuned on one reward of one tensor gains on the others."""
-    from ttsnap_lib.simulation.plots import transfer_table
-    from ttsnap_lib.tuning.optimize import cases_by_reward, transfer
-
-    stems = [Path(tensor).stem for tensor in tensors]
-    names = stems if len(set(stems)) == len(stems) else list(tensors)
-    cases = cases_by_reward(dict(zip(names, tensors.values(), strict=True)), cost, budgets)
-    options = {"n_trials": arguments.trials, "max_stages": arguments.max_stages, "time_limit_s": arguments.time_limit}
-    found = transfer(
-        cases,
-        arguments.method,
-        tune=parse_range("--tune", arguments.tune, int) if arguments.tune else None,
-        test=parse_range("--test", arguments.test, int) if arguments.test else None,
-        seed=arguments.seed,
-        copied_steps=arguments.copied_steps,
-        **options,
-    )
-    print("on test prompts; rows: tuned on, columns: used on; gain over Best-of-N in percent, and points behind the")
-    print("schedule that was tuned there, with 95% intervals\n")
-    print(transfer_table(found).to_string())
-    print()
-    for name, schedule in found.schedules.items():
-        print(f"{name}: {schedule}")
-    return 0
 
 
 def _as_yaml(result: Any) -> str:

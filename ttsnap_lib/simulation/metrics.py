@@ -14,22 +14,21 @@ import numpy as np
 
 from ttsnap_lib.checks import integer, real
 from ttsnap_lib.errors import ConfigError, TensorError
+from ttsnap_lib.schedule import kept
+from ttsnap_lib.simulation.pruning import best_of_n, run_threads
+
+# 0.05 to 0.95, the ratios that the released evaluation averages over.
+TOP_SELECT_RATIOS = tuple(round(0.05 * k, 2) for k in range(1, 20))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts with its interval; fields are floats or equally shaped arrays.
-
-    Attributes
-    ----------
-    mean, low, high : float or ndarray
-    per_prompt : ndarray (prompt, ...)
-    """
+    """A mean over prompts with its interval; fields are floats or equally shaped arrays."""
 
     mean: np.ndarray | Any
     low: np.ndarray | Any
     high: np.ndarray | Any
-    per_prompt: np.ndarray
+    per_prompt: np.ndarray  # (prompt, ...)
 
     @classmethod
     def over_prompts(
@@ -53,7 +52,7 @@ class Estimate:
         return cls(mean, low, high, values)
 
 
-def percentile_interval(samples: np.ndarray, level: float) -> np.ndarray:
+def percentile_interval(samples: np.ndarray, level: float = 0.95) -> np.ndarray:
     """Return (low, high) over the first axis. Resamples that are NaN (of dropped prompts alone) are left out."""
     tail = (1 - level) / 2
     if not np.isnan(samples).any():
@@ -66,27 +65,19 @@ def percentile_interval(samples: np.ndarray, level: float) -> np.ndarray:
 def bootstrap_means(
     values: np.ndarray, rng: np.random.Generator | int | None = None, resamples: int = 1000
 ) -> np.ndarray:
-    """Return means over resampled prompts; all cells of a resample share its prompts, so differences are paired.
+    """Return means over resampled prompts, float64 (resample, ...), of values (prompt, ...); `rng` is 0 by default.
 
-    Parameters
-    ----------
-    values : (prompt, ...)
-    rng : numpy.random.Generator or int, optional
-        0 by default. A Generator is advanced.
-    resamples : int
-
-    Returns
-    -------
-    float64 (resample, ...)
-        All NaN for a single prompt: how prompts differ is then unknown, not zero.
+    All cells of a resample share its prompts, so that differences are paired. All NaN for a single prompt: how prompts
+    differ is then unknown, not zero.
     """
+    resamples = integer("resamples", resamples, 1)
     values = np.asarray(values, dtype=np.float64)
     n_prompts = values.shape[0]
     if n_prompts < 2:
-        return np.full((integer("resamples", resamples, 1), *values.shape[1:]), np.nan)
+        return np.full((resamples, *values.shape[1:]), np.nan)
     rng = np.random.default_rng(0 if rng is None else rng)
     flat = values.reshape(n_prompts, -1)
-    means = np.empty((integer("resamples", resamples, 1), flat.shape[1]))
+    means = np.empty((resamples, flat.shape[1]))
     block = max(1, 1_000_000 // n_prompts)  # bounds the matrix of counts
     for start in range(0, resamples, block):
         rows = min(block, resamples - start)
@@ -95,10 +86,6 @@ def bootstrap_means(
         counts = np.bincount(drawn.ravel(), minlength=rows * n_prompts).reshape(rows, n_prompts)
         means[start : start + rows] = counts @ flat / n_prompts
     return means.reshape(resamples, *values.shape[1:])
-
-
-TOP_SELECT_RATIOS = tuple(round(0.05 * k, 2) for k in range(1, 20))
-"""0.05 to 0.95, the ratios that the released evaluation averages over."""
 
 
 def relative_gain(budgets: np.ndarray, rewards: np.ndarray, baseline: np.ndarray) -> float:
@@ -129,10 +116,9 @@ def relative_gain(budgets: np.ndarray, rewards: np.ndarray, baseline: np.ndarray
     for name, curve in (("rewards", rewards), ("baseline", baseline)):
         if curve.ndim == 0 or curve.shape[-1] != len(budgets) or np.isnan(curve).any():
             raise ConfigError(
-                f"{name}: got "
-                f"{f'shape {curve.shape}' + (' with NaN' if curve.ndim and np.isnan(curve).any() else '')!r}, expected "
-                f"numbers with {len(budgets)} on the last axis, one per budget. Put the budgets on the last axis and "
-                "score what is missing."
+                f"{name}: got shape {curve.shape}{' with NaN' if np.isnan(curve).any() else ''}, expected numbers with "
+                f"{len(budgets)} on the last axis, one per budget. Put the budgets on the last axis and score what is "
+                "missing."
             )
     return float(
         relative_gain_of(budgets, rewards.reshape(-1, len(budgets)).mean(0), baseline.reshape(-1, len(budgets)).mean(0))
@@ -145,17 +131,6 @@ def relative_gain_of(
     """Return :func:`relative_gain` of each curve of a stack, (..., budget) to (...).
 
     With ``strict=False`` a baseline without area gives NaN instead of an error.
-
-    Parameters
-    ----------
-    budgets : (budget,)
-    rewards, baseline : (..., budget)
-    strict : bool
-
-    Raises
-    ------
-    ConfigError
-        Shapes or budgets that do not fit, or, when `strict`, a baseline without area.
     """
     from scipy.integrate import simpson
 
@@ -188,18 +163,16 @@ def kendall_tau(
     Estimate
         Arrays (step,); ``per_prompt`` is (prompt, step), NaN where a reward is constant or missing.
     """
-    from ttsnap_lib.simulation import kernels as _kernels
-    from ttsnap_lib.simulation.pruning import run_threads
+    from ttsnap_lib.simulation.kernels import tau_b
 
     scores, final = _scores(scores, final)
     out = np.empty((scores.shape[0], scores.shape[2]))
-    parts = [slice(start, start + 16) for start in range(0, len(scores), 16)]
-    run_threads(
-        lambda part: _kernels.tau_b(
-            np.ascontiguousarray(scores[part], np.float64), np.ascontiguousarray(final[part], np.float64), out[part]
-        ),
-        parts,
-    )
+
+    def work(part: slice) -> None:
+        x, y = np.ascontiguousarray(scores[part], np.float64), np.ascontiguousarray(final[part], np.float64)
+        tau_b(x, y, out[part])
+
+    run_threads(work, [slice(start, start + 16) for start in range(0, len(scores), 16)])
     return Estimate.over_prompts(out, rng, **options)
 
 
@@ -229,8 +202,6 @@ def top_select(
     accuracy, gap : Estimate
         Arrays (step,).
     """
-    from ttsnap_lib.schedule import kept
-
     scores, final = _scores(scores, final)
     shares = np.atleast_1d(np.asarray(ratios, object))
     keeps = [kept(final.shape[1], real("ratio", share, 0, 1, open_low=True)) for share in shares]
@@ -247,40 +218,19 @@ def top_select(
 def perfect_verifier(final: np.ndarray, n: int, rng: np.random.Generator | int | None = None, **options) -> Estimate:
     """Return the ceiling of a schedule that starts with `n` candidates: no check ever drops the best one.
 
-    A perfect verifier knows the final reward at every check, so it ends with Best-of-n at the price of the schedule.
-
-    Parameters
-    ----------
-    final : (prompt, image)
-    n : int
-        Candidates at the start.
-    rng, options
-        Of the interval, see :meth:`Estimate.over_prompts`.
+    A perfect verifier knows the final reward, (prompt, image), at every check, so it ends with Best-of-n at the price
+    of the schedule.
     """
-    from ttsnap_lib.simulation.pruning import best_of_n
-
     return Estimate.over_prompts(best_of_n(final, n), rng, **options)
 
 
 def compute_saved(budgets: np.ndarray, mean: np.ndarray, final: np.ndarray, candidate_cost: float) -> np.ndarray:
     """Return the share of compute that Best-of-N would need more for the same mean reward: ``1 - budget / needed``.
 
-    Parameters
-    ----------
-    budgets, mean : (budget,)
-        What a method spent and reached.
-    final : (prompt, image)
-        Clean-image rewards; the exact Best-of-N curve over whole candidates, linear in between, is the yardstick.
-    candidate_cost : float
-        Cost of one Best-of-N candidate in the budgets' unit.
-
-    Returns
-    -------
-    float64 (budget,)
-        Negative where the method is worse; NaN where even the whole pool does not reach the reward.
+    `budgets` and `mean` are what a method spent and reached; the yardstick is the exact Best-of-N curve of `final`
+    (prompt, image) over whole candidates of `candidate_cost`, linear in between. Negative where the method is worse;
+    NaN where even the whole pool does not reach the reward.
     """
-    from ttsnap_lib.simulation.pruning import best_of_n
-
     pool = np.asarray(final).shape[1]
     curve = np.maximum.accumulate([best_of_n(final, n).mean() for n in range(1, pool + 1)])
     needed = np.interp(mean, curve, np.arange(1, pool + 1), left=np.nan, right=np.nan) * candidate_cost
@@ -290,15 +240,7 @@ def compute_saved(budgets: np.ndarray, mean: np.ndarray, final: np.ndarray, cand
 def effective_pool_size(final: np.ndarray) -> np.ndarray:
     """Return how many equally likely, distinct images the pool of each prompt is worth: ``1 / sum(share ** 2)``.
 
-    Images of one prompt with equal rewards count as repeats of one. A pool without repeats has its own size.
-
-    Parameters
-    ----------
-    final : (prompt, image), or (prompt, image, step) to compare whole trajectories
-
-    Returns
-    -------
-    float64 (prompt,)
+    Images of one prompt with equal rewards, (prompt, image[, step]), count as repeats of one.
     """
     values = np.asarray(final)
     values = values[:, :, None] if values.ndim == 2 else values
@@ -310,6 +252,7 @@ def effective_pool_size(final: np.ndarray) -> np.ndarray:
 
 
 def _scores(scores: np.ndarray, final: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return both as arrays of shapes that go together."""
     scores, final = np.asarray(scores), np.asarray(final)
     if scores.ndim != 3 or final.shape != scores.shape[:2] or final.shape[-1] < 2:
         raise TensorError(

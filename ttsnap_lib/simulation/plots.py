@@ -1,4 +1,4 @@
-"""What a reader takes from a simulation: tables of methods and schedules, and the commands that tune and run one."""
+"""What a reader takes from a simulation: figures, tables of methods and schedules, and the commands that come next."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ttsnap_lib.checks import choice
 from ttsnap_lib.costs import CostModel
 from ttsnap_lib.errors import ConfigError
 from ttsnap_lib.schedule import Schedule
+from ttsnap_lib.simulation.metrics import kendall_tau
 from ttsnap_lib.simulation.simulate import Curves
 from ttsnap_lib.style import METHOD_LABELS, axes_or_new, method_style, reward_label, tidy
 from ttsnap_lib.tensors.tensor import noise_aware_steps
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ttsnap_lib.simulation.metrics import Estimate
-    from ttsnap_lib.tuning.optimize import Transfer
+# The models of the published tensors, by the short name that those carry.
+_PUBLISHED = {"flux": "black-forest-labs/FLUX.1-dev", "sdxl": "SG161222/RealVisXL_V4.0"}
 
 
 def reward_against_budget(
@@ -114,17 +116,13 @@ def gain_bars(gains: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return tidy(ax)
 
 
-def tau_per_step(
-    base: Estimate, noise_aware: Estimate | None = None, *, steps: np.ndarray | None = None, ax: Axes | None = None
-) -> Axes:
-    """Draw the mean per-prompt Kendall tau between the reward at each step and the final reward.
+def tau_per_step(dataset: xr.Dataset, *, ax: Axes | None = None) -> Axes:
+    """Draw the mean per-prompt Kendall tau between the first reward at each step and that of the final image.
 
     Parameters
     ----------
-    base, noise_aware : Estimate
-        As :func:`ttsnap_lib.metrics.kendall_tau` returns them, arrays (step,).
-    steps : (step,), optional
-        Denoising step of each position.
+    dataset : xarray.Dataset
+        A reward tensor.
     ax : matplotlib Axes, optional
 
     Returns
@@ -132,14 +130,13 @@ def tau_per_step(
     Axes
     """
     ax = axes_or_new(ax, (5.2, 3.4))
-    drawn = [(base, "base reward", "ttsp"), (noise_aware, "noise-aware reward", "ttsnap")]
-    for estimate, label, like in drawn:
-        if estimate is None:
-            continue
-        x = np.arange(len(estimate.mean)) if steps is None else np.asarray(steps)
+    first = dataset.isel(reward=0).transpose("prompt", "image", "step")
+    steps, final = dataset["step"].values, first["base"].values[:, :, -1]
+    for variable, label, like in (("base", "base reward", "ttsp"), ("noise_aware", "noise-aware reward", "ttsnap")):
+        tau = kendall_tau(first[variable].values, final)
         style = method_style(like)
-        ax.fill_between(x, estimate.low, estimate.high, color=style["color"], alpha=0.18, linewidth=0)
-        ax.plot(x, estimate.mean, label=label, markersize=4, linewidth=1.6, **style)
+        ax.fill_between(steps, tau.low, tau.high, color=style["color"], alpha=0.18, linewidth=0)
+        ax.plot(steps, tau.mean, label=label, markersize=4, linewidth=1.6, **style)
     ax.set(xlabel="denoising step", ylabel="Kendall tau with the final reward", ylim=(min(0, ax.get_ylim()[0]), 1.03))
     ax.locator_params(axis="x", integer=True)
     ax.legend(frameon=False, loc="lower right")
@@ -184,17 +181,12 @@ def survivor_funnel(cost: CostModel, schedule: Schedule, n: int, *, ax: Axes | N
 
 
 def _one_reward(frame: pd.DataFrame, reward: str | None) -> tuple[pd.DataFrame, str]:
+    """Return the rows of one reward of a frame, and its name."""
     rewards = list(dict.fromkeys(frame["reward"]))
     if reward is None and len(rewards) > 1:
-        raise ConfigError(f"reward: got {reward!r}, expected one of {rewards}. Name the reward to draw.")
-    reward = rewards[0] if reward is None else reward
-    if reward not in rewards:
-        raise ConfigError(f"reward: got {reward!r}, expected one of {rewards}. Name a reward of the frame.")
+        raise ConfigError(f"reward: got None, expected one of {rewards}. Name the reward to draw.")
+    reward = choice("reward", rewards[0] if reward is None else reward, rewards)
     return frame[frame["reward"] == reward], reward
-
-
-# The models of the published tensors, by the short name that those carry.
-_PUBLISHED = {"flux": "black-forest-labs/FLUX.1-dev", "sdxl": "SG161222/RealVisXL_V4.0"}
 
 
 def by_budget(curves: Curves, unit: str) -> pd.DataFrame:
@@ -242,7 +234,7 @@ def by_budget(curves: Curves, unit: str) -> pd.DataFrame:
 
 
 def flatness_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Return what :func:`~ttsnap_lib.transfer.flatness` tells as text: a row per schedule, the chosen one first."""
+    """Return what ``flatness`` of the optimiser tells as text: a row per schedule, the chosen one first."""
     import pandas as pd
 
     return pd.DataFrame({
@@ -253,28 +245,8 @@ def flatness_table(table: pd.DataFrame) -> pd.DataFrame:
     })  # fmt: skip
 
 
-def transfer_table(found: Transfer) -> pd.DataFrame:
-    """Return gains of schedules where they were not tuned, as text; rows: tuned on, columns: used on.
-
-    Parameters
-    ----------
-    found : Transfer
-
-    Returns
-    -------
-    DataFrame
-        ``gain`` over Best-of-N in percent, and points ``behind`` the schedule that was tuned there, both with intervals.
-    """
-    import pandas as pd
-
-    columns = {}
-    for name in found.gain.columns:
-        columns[name, "gain"] = _with_interval(found.gain[name], found.low[name], found.high[name])
-        columns[name, "behind"] = _with_interval(found.behind[name], found.behind_low[name], found.behind_high[name])
-    return pd.DataFrame(columns)
-
-
 def _with_interval(value: pd.Series, low: pd.Series, high: pd.Series, form: str = ".1f") -> pd.Series:
+    """Return numbers with their intervals as text."""
     text = [_interval(*given, form) for given in zip(value, low, high, strict=True)]
     return value.astype(object).where(value.isna(), text).where(value.notna(), "cannot run")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -10,195 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ttsnap_lib.checks import integer
-from ttsnap_lib.errors import BudgetError, ScheduleError, TensorError, TTSnapError
+from ttsnap_lib.errors import BudgetError, ScheduleError, TensorError
 from ttsnap_lib.schedule import Schedule, check_combine
+from ttsnap_lib.tensors.tensor import numbers_array
 
 if TYPE_CHECKING:
     import xarray as xr
 
-
 _CHUNK = 64  # prompts ranked at a time: bounds the memory beside the tensor
-
-
-class NaNRead(TensorError):
-    """A NaN that a pruning run would have read; ``.prompt`` and ``.stage`` say where."""
-
-    def __init__(self, prompt: int, stage: int, missing: Sequence[str] = ()) -> None:
-        self.prompt, self.stage = prompt, stage
-        listed = f"; {len(missing)} scores are missing in all" if missing else ""
-        super().__init__(
-            f"reward of prompt {prompt} at stage {stage} of the schedule: got {list(missing[:8]) or 'NaN'}{listed}, expected a "
-            "number for every candidate that is scored there. Score the missing images, or drop them: "
-            "tensors.drop_missing(), or `-p missing drop` of simulate.ipynb."
-        )
-
-
-@dataclass(frozen=True)
-class Level:
-    """Order of the pool at one stage: best first, ties by the lower image index, NaN last.
-
-    Attributes
-    ----------
-    rank : int32 (prompt, image)
-    order : int32 (prompt, image), the inverse of `rank`
-    valid : int32 (prompt,), how many images have a value
-    """
-
-    rank: np.ndarray
-    order: np.ndarray
-    valid: np.ndarray
-
-    def take(self, prompts: slice | np.ndarray) -> Level:
-        """Return the level of some prompts."""
-        return Level(self.rank[prompts], self.order[prompts], self.valid[prompts])
-
-
-def rank_level(column: np.ndarray) -> Level:
-    """Rank the images of each prompt by one reward; `column` is (prompt, image)."""
-    order = np.argsort(-column, axis=-1, kind="stable").astype(np.int32)
-    rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.arange(column.shape[-1], dtype=np.int32)[None, :], axis=-1)
-    return Level(rank, order, (~np.isnan(column)).sum(-1, dtype=np.int32))
-
-
-def prune_levels(
-    levels: Sequence[Level],
-    values: np.ndarray,
-    subsets: np.ndarray,
-    counts: np.ndarray,
-    winners: np.ndarray | None = None,
-    labels: np.ndarray | None = None,
-) -> np.ndarray:
-    """Prune by one reward on ranks made before; single-threaded, releases the GIL.
-
-    Parameters
-    ----------
-    levels : sequence of Level
-        One per pruning step, then the final choice.
-    values : float64 (prompt, image, reward)
-        What is summed for the winners.
-    subsets : int64 (iteration, n)
-        Distinct image indices; budgets take prefixes of a row.
-    counts : int64 (budget, stage + 1)
-        Candidates at work in each stage, rows in ascending order of the first column.
-    winners : int32 (budget, iteration, prompt), optional
-        Filled with the winning image indices.
-    labels : int64 (prompt, image), optional
-        A permutation of the images for each prompt, applied to the subsets: with random ones every prompt has
-        subsets of its own although one table is drawn.
-
-    Returns
-    -------
-    float64 (budget, prompt, reward)
-        Sum over iterations of the winners' values.
-
-    Raises
-    ------
-    NaNRead
-        When a candidate that is scored somewhere has no value there.
-    """
-    from ttsnap_lib.simulation.kernels import single_reward
-
-    n_prompts, pool = levels[0].rank.shape
-    moves = np.empty((n_prompts, len(levels) - 1, pool), np.int32)
-    for k in range(len(levels) - 1):
-        moves[:, k] = np.take_along_axis(levels[k + 1].rank, levels[k].order, axis=1)
-    first = levels[0].rank if labels is None else np.take_along_axis(levels[0].rank, labels, axis=1)
-    valid = np.stack([level.valid for level in levels], axis=1)
-    return _run(single_reward, (first, moves, levels[-1].order, valid), values, subsets, counts, winners)
-
-
-def prune_columns(
-    columns: Sequence[np.ndarray],
-    values: np.ndarray,
-    subsets: np.ndarray,
-    counts: np.ndarray,
-    *,
-    combine: str = "rank_sum",
-    weights: np.ndarray | None = None,
-    keep_winners: bool = False,
-    labels: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Prune every prompt, chunk by chunk, in threads.
-
-    Parameters
-    ----------
-    columns : sequence of float (prompt, image, reward)
-        The rewards that select, at each pruning step and at the end.
-    values, subsets, counts, labels
-        As in :func:`prune_levels`.
-    combine : {"rank_sum", "z_score", "weighted_sum"}
-        How several rewards select jointly.
-    weights : float (reward,), optional
-        For ``"weighted_sum"``.
-
-    Returns
-    -------
-    sums : float64 (budget, prompt, reward)
-    winners : int32 (budget, iteration, prompt) or None
-    """
-    n_prompts = columns[0].shape[0]
-    sums = np.empty((len(counts), n_prompts, values.shape[2]))
-    winners = np.empty((len(counts), len(subsets), n_prompts), np.int32) if keep_winners else None
-
-    def work(part: slice) -> None:
-        chunk = [column[part] for column in columns]
-        # A chunk of its own: the kernel writes contiguous arrays.
-        part_labels = None if labels is None else labels[part]
-        won = None if winners is None else np.empty((len(counts), len(subsets), chunk[0].shape[0]), np.int32)
-        part_values = np.ascontiguousarray(values[part], dtype=np.float64)
-        try:
-            if chunk[0].shape[2] == 1 or combine == "weighted_sum":
-                if combine == "weighted_sum" and weights is not None:
-                    chunk = [(column.astype(np.float64) @ weights)[:, :, None] for column in chunk]
-                levels = [rank_level(column[:, :, 0]) for column in chunk]
-                sums[:, part] = prune_levels(levels, part_values, subsets, counts, won, part_labels)
-            else:
-                sums[:, part] = _prune_multi(chunk, part_values, subsets, counts, combine, won, part_labels)
-        except NaNRead as error:
-            raise NaNRead(error.prompt + part.start, error.stage) from None
-        if winners is not None and won is not None:
-            winners[:, :, part] = won
-
-    parts = [slice(start, min(start + _CHUNK, n_prompts)) for start in range(0, n_prompts, _CHUNK)]
-    run_threads(work, parts)
-    return sums, winners
-
-
-def run_threads(work, items: Sequence) -> list:
-    """Return ``[work(item) for item in items]``, in threads when there is more than one core."""
-    from numba import config  # honours CPU affinity and NUMBA_NUM_THREADS
-
-    threads = min(config.NUMBA_NUM_THREADS, len(items))  # type: ignore[attr-defined]  # set when numba is imported
-    if threads <= 1:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, items))
-
-
-def _prune_multi(columns, values, subsets, counts, combine, winners, labels) -> np.ndarray:
-    from ttsnap_lib.simulation import kernels as _kernels
-
-    scores = np.stack([np.moveaxis(column, 2, 1) for column in columns], axis=1).astype(np.float64)
-    n_prompts, n_levels, n_rewards, pool = scores.shape
-    flat = rank_level(scores.reshape(-1, pool))
-    if labels is None:
-        labels = np.broadcast_to(np.arange(pool), (n_prompts, pool))
-    mode = _kernels.RANK_SUM if combine == "rank_sum" else _kernels.Z_SCORE
-    valid = flat.valid.reshape(n_prompts, n_levels, n_rewards)
-    ranks, labels = flat.rank.reshape(scores.shape), np.ascontiguousarray(labels, np.int32)
-    return _run(_kernels.multi_reward, (mode, ranks, scores, valid, labels), values, subsets, counts, winners)
-
-
-def _run(kernel: Any, given: tuple, values, subsets, counts, winners) -> np.ndarray:
-    """Return the sums that a kernel fills in from what is `given` to it alone and what all take."""
-    sums = np.zeros((len(counts), len(values), values.shape[2]))
-    fault = np.full(2, -1, np.int64)
-    winners = np.empty((0, 0, 0), np.int32) if winners is None else winners
-    kernel(*given, subsets, counts, values, winners, sums, fault)
-    if fault[0] >= 0:
-        raise NaNRead(int(fault[0]), int(fault[1]))
-    return sums
 
 
 def best_of_n(final: np.ndarray, n: int) -> np.ndarray:
@@ -284,11 +103,11 @@ def prune(
         A step that the rewards do not hold, subsets that are not distinct indices of the pool, wrong shapes, NaN
         where it would be read.
     """
-    array, steps = checks_array(rewards)
+    array, steps = _checks_array(rewards)
     columns = [array[:, :, k] for k in step_positions(schedule, steps)]
-    last = array[:, :, -1] if final is None else final_array(final, array.shape)
+    last = array[:, :, -1] if final is None else _final_array(final, array.shape)
     shares = check_combine(combine, weights, array.shape[3])
-    subsets = check_subsets(subsets, array.shape[1])
+    subsets = _check_subsets(subsets, array.shape[1])
     counts = np.array([schedule.survivors(subsets.shape[1])], np.int64)
 
     no_values = np.empty((array.shape[0], array.shape[1], 0))
@@ -296,20 +115,6 @@ def prune(
         [*columns, last], no_values, subsets, counts, combine=combine, weights=shares, keep_winners=True
     )
     return cast("np.ndarray", winners)[0].astype(np.int64)
-
-
-def numbers_array(name: str, value: Any, error: type[TTSnapError]) -> np.ndarray:
-    """Return `value` as an array of real numbers."""
-    try:
-        array = np.asarray(value)
-    except (ValueError, TypeError) as failure:  # rows of different lengths
-        raise error(f"{name}: got {value!r}, expected numbers in rows of equal length. Fill the rows up.") from failure
-    if array.dtype.kind not in "fiu":
-        raise error(
-            f"{name}: got shape {array.shape} of {array.dtype}, expected numbers, integers where indices are meant. "
-            "Convert it with .astype(float) or .astype(int) where that is meant."
-        )
-    return array
 
 
 def step_positions(schedule: Schedule, steps: np.ndarray) -> list[int]:
@@ -325,24 +130,21 @@ def step_positions(schedule: Schedule, steps: np.ndarray) -> list[int]:
     return [where[step] for step in schedule.steps]
 
 
-def checks_array(rewards: Any) -> tuple[np.ndarray, np.ndarray]:
+def _checks_array(rewards: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return rewards as (prompt, image, step, reward), and the step coordinate."""
     steps = None
     if hasattr(rewards, "dims"):
         known = ("prompt", "image", "step", "reward")
-        missing = [dim for dim in known[:3] if dim not in rewards.dims]
-        if missing or set(rewards.dims) - set(known):
+        if {*rewards.dims, "reward"} != set(known):
             raise TensorError(
                 f"dims of rewards: got {rewards.dims!r}, expected prompt, image, step and perhaps reward. Select one "
                 "variable of the tensor, e.g. dataset['noise_aware']."
             )
-        if "step" in rewards.coords:
-            steps = rewards["step"].values
+        steps = rewards["step"].values if "step" in rewards.coords else None
         rewards = rewards.transpose(*(dim for dim in known if dim in rewards.dims)).values
     array = numbers_array("rewards", rewards, TensorError)
-    if array.ndim == 3:
-        array = array[:, :, :, None]
-    if array.ndim != 4 or 0 in array.shape or array.dtype.kind not in "fiu":
+    array = array[:, :, :, None] if array.ndim == 3 else array
+    if array.ndim != 4 or 0 in array.shape:
         raise TensorError(
             f"rewards: got shape {array.shape} of {array.dtype}, expected numbers of shape (prompt, image, step) or "
             "(prompt, image, step, reward). Order the axes so, or pass a DataArray with named dims."
@@ -350,34 +152,183 @@ def checks_array(rewards: Any) -> tuple[np.ndarray, np.ndarray]:
     return array, np.arange(array.shape[2]) if steps is None else steps
 
 
-def final_array(final: Any, shape: tuple[int, ...]) -> np.ndarray:
+def _final_array(final: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Return final rewards as (prompt, image, reward), to go with checks of `shape`."""
     if hasattr(final, "dims"):
         final = final.transpose(*(dim for dim in ("prompt", "image", "reward") if dim in final.dims)).values
     final = numbers_array("final", final, TensorError)
-    if final.ndim == 2:
-        final = final[:, :, None]
-    if final.shape != (shape[0], shape[1], shape[3]):
+    final = final[:, :, None] if final.ndim == 2 else final
+    wanted = (shape[0], shape[1], shape[3])
+    if final.shape != wanted:
         raise TensorError(
-            f"final: got {final.shape!r}, expected shape {(shape[0], shape[1])} or {(shape[0], shape[1], shape[3])}. "
-            "Pass the clean-image rewards of the same prompts, images and rewards."
+            f"final: got {final.shape!r}, expected shape {wanted[:2]} or {wanted}. Pass the clean-image rewards of the "
+            "same prompts, images and rewards."
         )
     return final
 
 
-def check_subsets(subsets: Any, pool: int) -> np.ndarray:
+def _check_subsets(subsets: Any, pool: int) -> np.ndarray:
+    """Return subsets as int64 (iteration, n)."""
     array = numbers_array("subsets", subsets, BudgetError)
-    bound = f"integers of shape (iteration, n), distinct within a row, in [0, {pool - 1}]"
-    remedy = "Draw them with rng.permuted(np.tile(np.arange(pool), (iterations, 1)), axis=1)[:, :n]."
-    if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "iu":
-        raise BudgetError(f"subsets: got shape {array.shape} of {array.dtype}, expected {bound}. {remedy}")
-    if array.min() < 0 or array.max() >= pool:
+    bad, where = array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "iu", ""
+    got = f"shape {array.shape} of {array.dtype}"
+    if not bad:
+        ordered = np.sort(array, axis=1)
+        rows = (ordered[:, 0] < 0) | (ordered[:, -1] >= pool) | (ordered[:, 1:] == ordered[:, :-1]).any(1)
+        bad, row = rows.any(), int(np.argmax(rows))
+        where, got = f", row {row}", f"{array[row].tolist()}"
+    if bad:
         raise BudgetError(
-            f"subsets: got {int(array.min() if array.min() < 0 else array.max())!r}, expected {bound}. {remedy}"
-        )
-    ordered = np.sort(array, axis=1)
-    if (ordered[:, 1:] == ordered[:, :-1]).any():
-        row = int(np.argmax((ordered[:, 1:] == ordered[:, :-1]).any(1)))
-        raise BudgetError(
-            f"subsets, row {row}: repeated image: got {array[row].tolist()!r}, expected {bound}. {remedy}"
+            f"subsets{where}: got {got}, expected integers of shape (iteration, n), distinct within a row, in "
+            f"[0, {pool - 1}]. Draw them with rng.permuted(np.tile(np.arange(pool), (iterations, 1)), axis=1)[:, :n]."
         )
     return np.ascontiguousarray(array, np.int64)
+
+
+# The rule itself stands in the kernels; here it is handed ranks
+
+
+class NaNRead(TensorError):
+    """A NaN that a pruning run would have read; ``.prompt`` and ``.stage`` say where."""
+
+    def __init__(self, prompt: int, stage: int, missing: Sequence[str] = ()) -> None:
+        self.prompt, self.stage = prompt, stage
+        listed = f"; {len(missing)} scores are missing in all" if missing else ""
+        super().__init__(
+            f"reward of prompt {prompt} at stage {stage} of the schedule: got {list(missing[:8]) or 'NaN'}{listed}, expected a "
+            "number for every candidate that is scored there. Score the missing images, or drop them: "
+            "tensors.drop_missing(), or `-p missing drop` of simulate.ipynb."
+        )
+
+
+@dataclass(frozen=True)
+class Level:
+    """Order of the pool at one stage: best first, ties by the lower image index, NaN last."""
+
+    rank: np.ndarray  # int32 (prompt, image)
+    order: np.ndarray  # int32 (prompt, image), the inverse of rank
+    valid: np.ndarray  # int32 (prompt,), how many images have a value
+
+    def take(self, prompts: slice | np.ndarray) -> Level:
+        """Return the level of some prompts."""
+        return Level(self.rank[prompts], self.order[prompts], self.valid[prompts])
+
+
+def rank_level(column: np.ndarray) -> Level:
+    """Rank the images of each prompt by one reward; `column` is (prompt, image)."""
+    order = np.argsort(-column, axis=-1, kind="stable").astype(np.int32)
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.arange(column.shape[-1], dtype=np.int32)[None, :], axis=-1)
+    return Level(rank, order, (~np.isnan(column)).sum(-1, dtype=np.int32))
+
+
+def prune_columns(
+    columns: Sequence[np.ndarray],
+    values: np.ndarray,
+    subsets: np.ndarray,
+    counts: np.ndarray,
+    *,
+    combine: str = "rank_sum",
+    weights: np.ndarray | None = None,
+    keep_winners: bool = False,
+    labels: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Prune every prompt, chunk by chunk, in threads.
+
+    `columns` are the rewards that select, (prompt, image, reward), at each pruning step and at the end; the rest is as
+    in :func:`prune_levels`. Returns the sums, and winners int32 (budget, iteration, prompt) when they are to be kept.
+    """
+    n_prompts, _, n_rewards = columns[0].shape
+    sums = np.empty((len(counts), n_prompts, values.shape[2]))
+    winners = np.empty((len(counts), len(subsets), n_prompts), np.int32) if keep_winners else None
+
+    def work(part: slice) -> None:
+        # A chunk of its own: the kernel writes contiguous arrays.
+        won = None if winners is None else np.empty((len(counts), len(subsets), part.stop - part.start), np.int32)
+        chunk = [column[part] for column in columns]
+        given = (np.ascontiguousarray(values[part], dtype=np.float64), subsets, counts, won,
+                 None if labels is None else labels[part])  # fmt: skip
+        try:
+            if weights is not None:
+                levels = [rank_level(column.astype(np.float64) @ weights) for column in chunk]
+                sums[:, part] = prune_levels(levels, *given)
+            elif n_rewards == 1:
+                sums[:, part] = prune_levels([rank_level(column[:, :, 0]) for column in chunk], *given)
+            else:
+                sums[:, part] = _prune_jointly(chunk, combine, *given)
+        except NaNRead as error:
+            raise NaNRead(error.prompt + part.start, error.stage) from None
+        if winners is not None and won is not None:
+            winners[:, :, part] = won
+
+    run_threads(work, [slice(start, min(start + _CHUNK, n_prompts)) for start in range(0, n_prompts, _CHUNK)])
+    return sums, winners
+
+
+def prune_levels(
+    levels: Sequence[Level],
+    values: np.ndarray,
+    subsets: np.ndarray,
+    counts: np.ndarray,
+    winners: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+) -> np.ndarray:
+    """Prune by one reward on ranks made before, one level per pruning step and the final choice; releases the GIL.
+
+    Returns the sum over iterations of the winners' values, float64 (budget, prompt, reward). `values` is float64
+    (prompt, image, reward), `subsets` int64 (iteration, n), of which budgets take prefixes, `counts` int64 (budget,
+    stage + 1), the candidates at work in each stage, ascending in the first column; `winners` is filled. `labels`
+    (prompt, image) is a permutation of the images for each prompt, applied to the subsets: with random ones every
+    prompt has subsets of its own although one table is drawn.
+    """
+    from ttsnap_lib.simulation.kernels import single_reward
+
+    n_prompts, pool = levels[0].rank.shape
+    moves = np.empty((n_prompts, len(levels) - 1, pool), np.int32)
+    for k in range(len(levels) - 1):
+        moves[:, k] = np.take_along_axis(levels[k + 1].rank, levels[k].order, axis=1)
+    first = levels[0].rank if labels is None else np.take_along_axis(levels[0].rank, labels, axis=1)
+    valid = np.stack([level.valid for level in levels], axis=1)
+    return run_kernel(single_reward, (first, moves, levels[-1].order, valid), values, subsets, counts, winners)
+
+
+def _prune_jointly(columns, combine, values, subsets, counts, winners, labels) -> np.ndarray:
+    """Do the same by several rewards, (prompt, image, reward) each."""
+    from ttsnap_lib.simulation.kernels import RANK_SUM, Z_SCORE, multi_reward
+
+    scores = np.stack([np.moveaxis(column, 2, 1) for column in columns], axis=1).astype(np.float64)
+    n_prompts, n_levels, n_rewards, pool = scores.shape
+    flat = rank_level(scores.reshape(-1, pool))
+    if labels is None:
+        labels = np.broadcast_to(np.arange(pool), (n_prompts, pool))
+    mode = RANK_SUM if combine == "rank_sum" else Z_SCORE
+    valid = flat.valid.reshape(n_prompts, n_levels, n_rewards)
+    ranks, labels = flat.rank.reshape(scores.shape), np.ascontiguousarray(labels, np.int32)
+    return run_kernel(multi_reward, (mode, ranks, scores, valid, labels), values, subsets, counts, winners)
+
+
+def run_kernel(kernel: Callable, given: tuple, values, subsets, counts, winners=None) -> np.ndarray:
+    """Return the sums that a kernel fills in from what is `given` to it alone and what all take."""
+    sums = np.zeros((len(counts), len(values), values.shape[2]))
+    fault = np.full(2, -1, np.int64)
+    winners = np.empty((0, 0, 0), np.int32) if winners is None else winners
+    kernel(*given, subsets, counts, values, winners, sums, fault)
+    if fault[0] >= 0:
+        raise NaNRead(int(fault[0]), int(fault[1]))
+    return sums
+
+
+def run_threads(work: Callable[[Any], Any], items: Sequence) -> list:
+    """Return ``[work(item) for item in items]``, in threads when there is more than one core."""
+    threads = min(n_threads(), len(items))
+    if threads <= 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, items))
+
+
+def n_threads() -> int:
+    """Return how many threads numba would take: that honours CPU affinity and NUMBA_NUM_THREADS."""
+    from numba import config
+
+    return max(1, config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]  # set when numba is imported

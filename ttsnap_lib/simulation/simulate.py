@@ -17,143 +17,18 @@ from ttsnap_lib.checks import choice, integer, real
 from ttsnap_lib.costs import CostModel
 from ttsnap_lib.errors import BudgetError, ConfigError, CostError, ScheduleError
 from ttsnap_lib.schedule import METHODS, Schedule, selecting_rewards
-from ttsnap_lib.simulation.metrics import bootstrap_means, relative_gain_of
-from ttsnap_lib.simulation.pruning import step_positions
+from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval, relative_gain_of
+from ttsnap_lib.simulation.pruning import NaNRead, prune_columns, step_positions
+from ttsnap_lib.tensors.tensor import check_rewards, read_steps
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
+VARIABLE = {"ttsp": "base", "ttsnap": "noise_aware"}  # what a method reads at its checks
 
-def candidates_table(methods, budgets, numbers, cost, schedule, pool: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return candidates and cost, both (method, budget), or raise when a budget buys none or more than the pool."""
-    if budgets is not None and not np.iterable(budgets):
-        raise BudgetError(f"budgets: got {budgets!r}, expected a list of numbers. Write it as a list, even of one.")
-    amounts = [real("budget", budget, 0) for budget in budgets] if budgets is not None else list(numbers)
-    if not amounts:
-        raise BudgetError(f"budgets: got {amounts!r}, expected at least one. Name one budget or more.")
-    table = np.empty((len(methods), len(amounts)), np.int64)
-    spent = np.full(table.shape, np.nan)
-    for m, method in enumerate(methods):
-        plan = None if method == "best_of_n" else schedule
-        for b, amount in enumerate(amounts):
-            n = cost.candidates(amount, plan) if budgets is not None else integer("n", amount, 1, error=BudgetError)
-            if n < 1:
-                raise BudgetError(
-                    f"budget for {method}: got {amount!r}, expected at least {cost.total(1, plan):.6g} {cost.unit}, "
-                    "the cost of one candidate. Raise the budget, or use a cheaper model, fewer steps or fewer checks."
-                )
-            if n > pool:
-                wanted = f"budget {amount} buys {n} candidates" if budgets is not None else f"n = {n}"
-                largest = "" if cost is None else f" (a budget of {cost.total(pool, plan):.6g} {cost.unit})"
-                raise BudgetError(
-                    f"{wanted} for {method}: got {n!r}, expected at most {pool}, the images in the pool{largest}. "
-                    "Lower the budget, or generate and score more images per prompt."
-                )
-            table[m, b] = n
-            spent[m, b] = np.nan if cost is None else cost.total(n, plan)
-    return table, spent
-
-
-def missing_scores(dataset: Any) -> list[str]:
-    """Return the scores that a reward tensor lacks, as text."""
-    base, aware = (dataset[name].transpose("reward", "prompt", "image", "step") for name in ("base", "noise_aware"))
-    rewards, prompts, images, steps = (base[dim].values for dim in base.dims)
-    return [
-        f"{rewards[r]}: prompt {prompts[p]}, image {images[i]}, step {steps[s]}"
-        for r, p, i, s in np.argwhere(np.isnan(base.values) | np.isnan(aware.values)).tolist()
-    ]
-
-
-def random_generator(rng: Any) -> np.random.Generator:
-    """Return `rng` as a generator; None is 0."""
-    if isinstance(rng, np.random.Generator):
-        return rng
-    return np.random.default_rng(integer("rng (a seed, or a numpy.random.Generator)", 0 if rng is None else rng, 0))
-
-
-def check_n_steps(cost: CostModel | None, steps: np.ndarray) -> None:
-    if cost is not None and cost.n_steps != int(steps[-1]) + 1:
-        raise CostError(
-            f"cost.n_steps: got {cost.n_steps!r}, expected {int(steps[-1]) + 1}, the steps of the reward tensor. Use a "
-            f"cost model with n_steps={int(steps[-1]) + 1} (dataclasses.replace changes one field)."
-        )
-
-
-@dataclass(frozen=True)
-class Curves:
-    """Mean reward of several methods at several budgets, per prompt, on shared subsets.
-
-    Attributes
-    ----------
-    methods, rewards : tuple of str, ``best_of_n`` always among the methods
-    budgets : float64 (budget,), in the unit of the cost model
-    n : int64 (method, budget), candidates per prompt
-    spent : float64 (method, budget), cost per prompt, at most the budget
-    per_prompt : float64 (method, budget, reward, prompt), mean over iterations of the winner's reward
-    winners : int64 (method, budget, iteration, prompt) or None
-    level : float, of the intervals
-    boot : float64 (resample, method, budget, reward), bootstrap means over prompts, one resample for all
-    """
-
-    methods: tuple[str, ...]
-    rewards: tuple[str, ...]
-    budgets: np.ndarray
-    n: np.ndarray
-    spent: np.ndarray
-    per_prompt: np.ndarray
-    winners: np.ndarray | None
-    level: float
-    boot: np.ndarray
-
-    def interval(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the percentile interval of `samples` (resample, ...)."""
-        tail = (1 - self.level) / 2
-        return tuple(np.quantile(samples, [tail, 1 - tail], axis=0))
-
-    def frame(self) -> pd.DataFrame:
-        """Return one row per method, reward and budget; ``gain`` is the paired difference to Best-of-N."""
-        import pandas as pd
-
-        mean = self.per_prompt.mean(-1)
-        low, high = self.interval(self.boot)
-        baseline = self.methods.index("best_of_n")
-        gain = mean - mean[[baseline]]
-        gain_low, gain_high = self.interval(self.boot - self.boot[:, [baseline]])
-        rows = []
-        for m, method in enumerate(self.methods):
-            for r, reward in enumerate(self.rewards):
-                for b, budget in enumerate(self.budgets):
-                    at = (m, b, r)
-                    cost = (budget, self.n[m, b], self.spent[m, b])
-                    rows.append(
-                        (method, reward, *cost, mean[at], low[at], high[at], gain[at], gain_low[at], gain_high[at])
-                    )
-        names = ["method", "reward", "budget", "n", "spent", "mean", "low", "high", "gain", "gain_low", "gain_high"]
-        return pd.DataFrame(rows, columns=names)
-
-    def relative_gains(self) -> pd.DataFrame:
-        """Return the area metric of each method and reward against Best-of-N, in percent, with its interval.
-
-        Raises
-        ------
-        ConfigError
-            Where :func:`ttsnap_lib.metrics.relative_gain` raises.
-        """
-        import pandas as pd
-
-        base = self.methods.index("best_of_n")
-        mean = self.per_prompt.mean(-1)
-        rows = []
-        for m, method in enumerate(self.methods):
-            if m == base:
-                continue
-            for r, reward in enumerate(self.rewards):
-                gain = float(relative_gain_of(self.budgets, mean[m, :, r], mean[base, :, r]))
-                samples = relative_gain_of(self.budgets, self.boot[:, m, :, r], self.boot[:, base, :, r], strict=False)
-                low, high = self.interval(samples)
-                rows.append((method, reward, gain, float(low), float(high)))
-        return pd.DataFrame(rows, columns=["method", "reward", "relative_gain", "low", "high"])
+# Most subsets, and most bootstrap samples: beyond, their tables fill the memory and no figure changes.
+MOST_DRAWS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -193,13 +68,6 @@ class Simulation:
         )
 
 
-MOST_DRAWS = 10_000_000
-"""Most subsets, and most bootstrap samples: beyond, their tables fill the memory and no figure changes."""
-
-
-_VARIABLE = {"ttsp": "base", "ttsnap": "noise_aware"}
-
-
 def simulate(
     dataset: xr.Dataset,
     method: str,
@@ -208,13 +76,7 @@ def simulate(
     n: int | None = None,
     cost: CostModel | None = None,
     schedule: Schedule | None = None,
-    iterations: int = 50,
-    rng: np.random.Generator | int | None = None,
-    combine: str = "rank_sum",
-    weights: Mapping[str, float] | Sequence[float] | None = None,
-    report: Sequence[str] | None = None,
-    level: float = 0.95,
-    resamples: int = 1000,
+    **options: Any,
 ) -> Simulation:
     """Simulate one method at one budget (or with `n` candidates) by Monte Carlo over random subsets.
 
@@ -231,16 +93,13 @@ def simulate(
         Needed with `budget`.
     schedule : Schedule, optional
         Needed by ``ttsp`` and ``ttsnap``, not read by ``best_of_n``.
-    iterations : int
-        Random subsets drawn for each prompt; equal for equal `rng` whatever the method and budget.
-    rng : numpy.random.Generator or int, optional
-        Source of the subsets and of the bootstrap; 0 by default. A Generator is advanced.
-    combine, weights
-        As in :func:`prune`; `weights` may name the rewards.
-    report : sequence of str, optional
-        Rewards measured on the winner without taking part in the choice (reward hacking shows there).
-    level, resamples
-        Of the bootstrap over prompts.
+    options : Any
+        Further ones, shared with :func:`sweep`:
+        ``iterations`` (50), random subsets drawn for each prompt, equal for equal `rng` whatever the method and budget;
+        ``rng``, a numpy.random.Generator (it is advanced) or a seed (0), of the subsets and of the bootstrap;
+        ``combine`` and ``weights`` as in :func:`prune`, where weights may name the rewards;
+        ``report``, rewards measured on the winner without taking part in the choice (reward hacking shows there);
+        ``level`` (0.95) and ``resamples`` (1000) of the bootstrap over prompts.
 
     Returns
     -------
@@ -253,14 +112,9 @@ def simulate(
     ConfigError, ScheduleError, CostError, TensorError
         As named by their messages, before anything is computed.
     """
-    if (budget is None) == (n is None):
-        raise ConfigError(
-            f"simulate: got { {'budget': budget, 'n': n}!r}, expected either budget or n. Give exactly one of them."
-        )
-    result = _run(
-        dataset, [method], None if budget is None else [budget], None if n is None else [n], cost, schedule,
-        iterations=iterations, rng=rng, combine=combine, weights=weights, report=report, level=level,
-        resamples=resamples, keep_winners=True,
+    result = curves(
+        dataset, [method], None if budget is None else [budget], cost, schedule, n=None if n is None else [n],
+        baseline=False, keep_winners=True, **options,
     )  # fmt: skip
     low, high = result.interval(result.boot)
     return Simulation(
@@ -310,13 +164,83 @@ def sweep(
     return frame[frame["method"].isin(list(methods))].reset_index(drop=True)
 
 
+@dataclass(frozen=True)
+class Curves:
+    """Mean reward of several methods at several budgets, per prompt, on shared subsets.
+
+    Attributes
+    ----------
+    methods, rewards : tuple of str
+    budgets : float64 (budget,), in the unit of the cost model
+    n : int64 (method, budget), candidates per prompt
+    spent : float64 (method, budget), cost per prompt, at most the budget
+    per_prompt : float64 (method, budget, reward, prompt), mean over iterations of the winner's reward
+    winners : int64 (method, budget, iteration, prompt) or None
+    level : float, of the intervals
+    boot : float64 (resample, method, budget, reward), bootstrap means over prompts, one resample for all
+    """
+
+    methods: tuple[str, ...]
+    rewards: tuple[str, ...]
+    budgets: np.ndarray
+    n: np.ndarray
+    spent: np.ndarray
+    per_prompt: np.ndarray
+    winners: np.ndarray | None
+    level: float
+    boot: np.ndarray
+
+    def interval(self, samples: np.ndarray) -> np.ndarray:
+        """Return the percentile interval (low, high) of `samples` (resample, ...)."""
+        return percentile_interval(samples, self.level)
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row per method, reward and budget; ``gain`` is the paired difference to Best-of-N."""
+        import pandas as pd
+
+        mean = self.per_prompt.mean(-1)
+        low, high = self.interval(self.boot)
+        baseline = self.methods.index("best_of_n")
+        gain = mean - mean[[baseline]]
+        gain_low, gain_high = self.interval(self.boot - self.boot[:, [baseline]])
+        rows = []
+        for m, method in enumerate(self.methods):
+            for r, reward in enumerate(self.rewards):
+                for b, budget in enumerate(self.budgets):
+                    at = (m, b, r)
+                    cost = (budget, self.n[m, b], self.spent[m, b])
+                    rows.append(
+                        (method, reward, *cost, mean[at], low[at], high[at], gain[at], gain_low[at], gain_high[at])
+                    )
+        names = ["method", "reward", "budget", "n", "spent", "mean", "low", "high", "gain", "gain_low", "gain_high"]
+        return pd.DataFrame(rows, columns=names)
+
+    def relative_gains(self) -> pd.DataFrame:
+        """Return the area metric of each method and reward against Best-of-N, in percent, with its interval."""
+        import pandas as pd
+
+        base = self.methods.index("best_of_n")
+        mean = self.per_prompt.mean(-1)
+        rows = []
+        for m, method in enumerate(self.methods):
+            if m == base:
+                continue
+            for r, reward in enumerate(self.rewards):
+                gain = float(relative_gain_of(self.budgets, mean[m, :, r], mean[base, :, r]))
+                samples = relative_gain_of(self.budgets, self.boot[:, m, :, r], self.boot[:, base, :, r], strict=False)
+                low, high = self.interval(samples)
+                rows.append((method, reward, gain, float(low), float(high)))
+        return pd.DataFrame(rows, columns=["method", "reward", "relative_gain", "low", "high"])
+
+
 def curves(
     dataset: xr.Dataset,
     methods: Sequence[str],
-    budgets: Sequence[float],
-    cost: CostModel,
+    budgets: Sequence[float] | None,
+    cost: CostModel | None,
     schedule: Schedule | None = None,
     *,
+    n: Sequence[int] | None = None,
     iterations: int = 50,
     rng: np.random.Generator | int | None = None,
     combine: str = "rank_sum",
@@ -325,44 +249,13 @@ def curves(
     level: float = 0.95,
     resamples: int = 1000,
     keep_winners: bool = False,
+    baseline: bool = True,
 ) -> Curves:
     """Return what :func:`sweep` tabulates, with the values per prompt and the area metric's interval.
 
-    Best-of-N always runs along as the baseline.
+    Candidates `n` may stand instead of `budgets`. Best-of-N always runs along as the baseline, unless that is false.
     """
     methods = [methods] if isinstance(methods, str) else list(methods)
-    with_baseline = methods if not methods or "best_of_n" in methods else ["best_of_n", *methods]
-    return _run(
-        dataset, with_baseline, budgets, None, cost, schedule, iterations=iterations, rng=rng, combine=combine,
-        weights=weights, report=report, level=level, resamples=resamples, keep_winners=keep_winners,
-    )  # fmt: skip
-
-
-# -- behind the interface -------------------------------------------------------------------------------------------
-
-
-def _run(
-    dataset: xr.Dataset,
-    methods: Sequence[str],
-    budgets: Sequence[float] | None,
-    numbers: Sequence[int] | None,
-    cost: CostModel | None,
-    schedule: Schedule | None,
-    *,
-    iterations: int,
-    rng: np.random.Generator | int | None,
-    combine: str,
-    weights: Mapping[str, float] | Sequence[float] | None,
-    report: Sequence[str] | None,
-    level: float,
-    resamples: int,
-    keep_winners: bool,
-) -> Curves:
-    from ttsnap_lib.tensors import tensor as tensors
-
-    iterations = integer("iterations", iterations, 1, MOST_DRAWS)
-    resamples = integer("resamples", resamples, 1, MOST_DRAWS)
-    level = real("level", level, 0, 1, open_low=True)
     for method in methods:
         choice("method", method, METHODS)
         if method != "best_of_n" and not isinstance(schedule, Schedule):
@@ -372,68 +265,113 @@ def _run(
             )
     if not methods:
         raise ConfigError(f"methods: got {methods!r}, expected one or more of {METHODS}. Name one.")
-    if cost is not None and not isinstance(cost, CostModel):
-        raise CostError(f"cost: got {cost!r}, expected a CostModel. Pass CostModel.preset(name) or load(file).")
-    if cost is None and budgets is not None:
-        raise CostError(
-            f"budget without a cost model: got {cost!r}, expected a CostModel. Pass cost=CostModel.preset('published') "
-            "or one of your own."
-        )
-    tensors.check_rewards(dataset)
+    if baseline and "best_of_n" not in methods:
+        methods = ["best_of_n", *methods]
+    if (budgets is None) == (n is None):
+        raise ConfigError(f"budget and n: got {(budgets, n)}, expected either budget or n. Give exactly one of them.")
+    iterations = integer("iterations", iterations, 1, MOST_DRAWS)
+    resamples = integer("resamples", resamples, 1, MOST_DRAWS)
+    level = real("level", level, 0, 1, open_low=True)
+    check_rewards(dataset)
+    steps = dataset["step"].values
+    if cost is not None or budgets is not None:
+        check_n_steps(cost, steps)
     names = [str(name) for name in dataset["reward"].values]
     selecting, shares = selecting_rewards(names, report, combine, weights)
-    steps = dataset["step"].values
-    check_n_steps(cost, steps)
-    pool = dataset.sizes["image"]
-    numbers_table, spent = candidates_table(methods, budgets, numbers, cost, schedule, pool)
-
-    rng = random_generator(rng)
+    n_prompts, pool = dataset.sizes["prompt"], dataset.sizes["image"]
+    candidates, spent = candidates_table(methods, budgets, n, cost, schedule, pool)
+    positions = step_positions(schedule, steps) if schedule is not None and set(methods) - {"best_of_n"} else []
+    if not isinstance(rng, np.random.Generator):
+        rng = integer("rng (a seed, or a numpy.random.Generator)", 0 if rng is None else rng, 0)
+    rng = np.random.default_rng(rng)
     subsets = rng.permuted(np.tile(np.arange(pool), (iterations, 1)), axis=1)
     # Subsets of their own for every prompt: with one table for all, what a subset happens to hold (repeated images,
     # say) would move all prompts together and the mean would not settle with their number.
-    labels = rng.permuted(np.tile(np.arange(pool), (dataset.sizes["prompt"], 1)), axis=1)
-    positions = step_positions(schedule, steps) if schedule is not None and set(methods) - {"best_of_n"} else []
+    labels = rng.permuted(np.tile(np.arange(pool), (n_prompts, 1)), axis=1)
 
-    final = tensors.read_steps(dataset["base"], [-1])  # (prompt, image, 1, reward)
-    values = final[:, :, 0, :]
-    last = values[:, :, selecting]
-    shape = (len(methods), numbers_table.shape[1])
-    per_prompt = np.empty((*shape, len(names), dataset.sizes["prompt"]))
-    winners = np.empty((*shape, iterations, dataset.sizes["prompt"]), np.int64) if keep_winners else None
-    from ttsnap_lib.simulation.pruning import NaNRead, prune_columns
-
+    values = read_steps(dataset["base"], [-1])[:, :, 0, :]
+    shape = candidates.shape
+    per_prompt = np.empty((*shape, len(names), n_prompts))
+    winners = np.empty((*shape, iterations, n_prompts), np.int64) if keep_winners else None
     for m, method in enumerate(methods):
-        stages = schedule if method != "best_of_n" and schedule is not None else Schedule()
-        checks = []
+        stages = Schedule() if method == "best_of_n" or schedule is None else schedule
+        columns = [values[:, :, selecting]]
         if len(stages):
-            block = tensors.read_steps(dataset[_VARIABLE[method]], positions)
-            checks = [block[:, :, k, :][:, :, selecting] for k in range(len(positions))]
-        ascending = np.argsort(numbers_table[m], kind="stable")
-        counts = np.array([stages.survivors(int(n)) for n in numbers_table[m][ascending]], np.int64)
+            block = read_steps(dataset[VARIABLE[method]], positions)
+            columns = [*(block[:, :, k, :][:, :, selecting] for k in range(len(positions))), *columns]
+        ascending = np.argsort(candidates[m], kind="stable")
+        counts = np.array([stages.survivors(int(k)) for k in candidates[m][ascending]], np.int64)
         try:
             sums, won = prune_columns(
-                [*checks, last],
-                values,
-                subsets,
-                counts,
-                combine=combine,
-                weights=shares,
-                keep_winners=keep_winners,
+                columns, values, subsets, counts, combine=combine, weights=shares, keep_winners=keep_winners,
                 labels=labels,
-            )
+            )  # fmt: skip
         except NaNRead as error:
-            raise NaNRead(error.prompt, error.stage, missing_scores(dataset)) from None
+            raise NaNRead(error.prompt, error.stage, _missing_scores(dataset)) from None
         per_prompt[m, ascending] = np.moveaxis(sums, 1, 2) / iterations
         if winners is not None and won is not None:
             winners[m, ascending] = won
     return Curves(
         methods=tuple(methods),
         rewards=tuple(names),
-        budgets=np.asarray(budgets if budgets is not None else [np.nan], dtype=np.float64),
-        n=numbers_table,
+        budgets=np.asarray([np.nan] if budgets is None else budgets, dtype=np.float64),
+        n=candidates,
         spent=spent,
         per_prompt=per_prompt,
         winners=winners,
         level=level,
         boot=bootstrap_means(np.moveaxis(per_prompt, -1, 0), rng, resamples),
     )
+
+
+def check_n_steps(cost: Any, steps: np.ndarray) -> None:
+    """Refuse what is no cost model, or one of another number of steps than a tensor with these steps."""
+    if not isinstance(cost, CostModel):
+        raise CostError(
+            f"cost: got {cost!r}, expected a CostModel. Pass CostModel.preset('published') or one of yours."
+        )
+    if cost.n_steps != int(steps[-1]) + 1:
+        raise CostError(
+            f"cost.n_steps: got {cost.n_steps!r}, expected {int(steps[-1]) + 1}, the steps of the reward tensor. Use a "
+            f"cost model with n_steps={int(steps[-1]) + 1} (dataclasses.replace changes one field)."
+        )
+
+
+def candidates_table(methods, budgets, numbers, cost, schedule, pool: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return candidates and cost, both (method, budget), or raise when a budget buys none or more than the pool."""
+    if budgets is not None and not np.iterable(budgets):
+        raise BudgetError(f"budgets: got {budgets!r}, expected a list of numbers. Write it as a list, even of one.")
+    amounts = list(numbers) if budgets is None else [real("budget", budget, 0) for budget in budgets]
+    if not amounts:
+        raise BudgetError("budgets: got none, expected at least one. Name one budget or more.")
+    table = np.empty((len(methods), len(amounts)), np.int64)
+    spent = np.full(table.shape, np.nan)
+    for m, method in enumerate(methods):
+        plan = None if method == "best_of_n" else schedule
+        for b, amount in enumerate(amounts):
+            n = integer("n", amount, 1, error=BudgetError) if budgets is None else cost.candidates(amount, plan)
+            if n < 1:
+                raise BudgetError(
+                    f"budget for {method}: got {amount!r}, expected at least {cost.total(1, plan):.6g} {cost.unit}, "
+                    "the cost of one candidate. Raise the budget, or use a cheaper model, fewer steps or fewer checks."
+                )
+            if n > pool:
+                wanted = f"n = {n}" if budgets is None else f"budget {amount} buys {n} candidates"
+                largest = "" if cost is None else f" (a budget of {cost.total(pool, plan):.6g} {cost.unit})"
+                raise BudgetError(
+                    f"{wanted} for {method}: got {n!r}, expected at most {pool}, the images in the pool{largest}. "
+                    "Lower the budget, or generate and score more images per prompt."
+                )
+            table[m, b] = n
+            spent[m, b] = np.nan if cost is None else cost.total(n, plan)
+    return table, spent
+
+
+def _missing_scores(dataset: Any) -> list[str]:
+    """Return the scores that a reward tensor lacks, as text."""
+    base, aware = (dataset[name].transpose("reward", "prompt", "image", "step") for name in ("base", "noise_aware"))
+    rewards, prompts, images, steps = (base[dim].values for dim in base.dims)
+    return [
+        f"{rewards[r]}: prompt {prompts[p]}, image {images[i]}, step {steps[s]}"
+        for r, p, i, s in np.argwhere(np.isnan(base.values) | np.isnan(aware.values)).tolist()
+    ]

@@ -280,10 +280,14 @@ def noise_aware_steps(dataset: xr.Dataset) -> dict[str, list[int]]:
     }
 
 
-def select_rewards(dataset: xr.Dataset, names: Sequence[str]) -> xr.Dataset:
-    """Return the tensor of the rewards in `names` alone, in that order; all of it when `names` is empty."""
+def select_rewards(dataset: xr.Dataset, names: Sequence[str], missing: str = "raise") -> xr.Dataset:
+    """Return the tensor of the rewards in `names` alone, in that order; all of it when `names` is empty.
+
+    With `missing` set to ``"drop"`` instead of ``"raise"`` also without what :func:`drop_missing` drops.
+    """
     known = [str(name) for name in dataset["reward"].values]
-    return dataset.sel(reward=[choice("reward", name, known) for name in names]) if len(names) else dataset
+    dataset = dataset.sel(reward=[choice("reward", name, known) for name in names]) if len(names) else dataset
+    return drop_missing(dataset) if choice("missing", missing, ("raise", "drop")) == "drop" else dataset
 
 
 def repeated_images(dataset: xr.Dataset) -> np.ndarray:

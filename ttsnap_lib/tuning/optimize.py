@@ -1,10 +1,10 @@
-"""Whether a tuned schedule carries over to other tensors, and how flat the optimum is."""
+"""The best schedule for a budget or a range of budgets, told on prompts it was not tuned on; and how flat the optimum is."""
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,356 +13,21 @@ import numpy as np
 
 from ttsnap_lib.checks import choice, integer, real
 from ttsnap_lib.costs import CostModel
-from ttsnap_lib.errors import BudgetError, ConfigError, CostError, ScheduleError, TensorError
+from ttsnap_lib.errors import BudgetError, ConfigError, ScheduleError, TensorError
 from ttsnap_lib.schedule import PUBLISHED_SCHEDULE, Schedule, selecting_rewards
 from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval
-from ttsnap_lib.simulation.simulate import MOST_DRAWS, candidates_table, check_n_steps
+from ttsnap_lib.simulation.pruning import n_threads
+from ttsnap_lib.simulation.simulate import MOST_DRAWS, VARIABLE, candidates_table, check_n_steps
 from ttsnap_lib.tensors.tensor import COPIED, check_rewards, read_steps
-from ttsnap_lib.tuning.race import OBJECTIVES, Goals, Race, Scorer, Selection, Trial, best_indices, check_budgets
+from ttsnap_lib.tuning.race import Goals, Race, Scorer, Selection, Trial, best_indices
 from ttsnap_lib.tuning.space import SearchSpace
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-
-VARIABLE = {"ttsp": "base", "ttsnap": "noise_aware"}
-
-
 _TRIALS = {"area": 3000, "single": 3000, "frontier": 10000}
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A tuning run, checked: values in memory, who tunes and who tests, what may be tried and what for."""
-
-    checks: np.ndarray  # (prompt, image, step, reward), the rewards that a check reads
-    steps: tuple[int, ...]  # of the third axis
-    final: np.ndarray  # (prompt, image, reward)
-    names: tuple[str, ...]
-    tune: np.ndarray
-    test: np.ndarray
-    selection: Selection
-    goals: Goals
-    space: SearchSpace
-    published: Schedule | None
-    n_trials: int
-    iterations: int
-
-    def arrays(self, prompts: np.ndarray) -> tuple[np.ndarray, tuple[int, ...], np.ndarray]:
-        """Return what a :class:`~ttsnap_lib._scoring.Scorer` of some prompts takes."""
-        return self.checks[prompts], self.steps, self.final[prompts]
-
-
-def make_setup(
-    dataset: Any,
-    cost: CostModel,
-    budgets: Sequence[float] | np.ndarray | float,
-    method: str,
-    *,
-    tune: Sequence[int] | None,
-    test: Sequence[int] | None,
-    objective: str,
-    n_trials: int | None,
-    time_limit_s: float | None,
-    max_stages: int,
-    iterations: int,
-    combine: str,
-    weights: Mapping[str, float] | Sequence[float] | None,
-    report: Sequence[str] | None,
-    copied_steps: bool,
-    prompts: np.ndarray | None = None,
-) -> Setup:
-    """Check the arguments of ``optimize_schedule`` and read the tensor once; `prompts` stand for tune and test both."""
-    choice("method", method, VARIABLE)
-    choice("objective", objective, OBJECTIVES)
-    if not isinstance(cost, CostModel):
-        raise CostError(f"cost: got {cost!r}, expected a CostModel. Pass CostModel.preset('flux-512+pickscore').")
-    n_trials = integer("n_trials", _TRIALS[objective] if n_trials is None else n_trials, 1)
-    if time_limit_s is not None:
-        real("time_limit_s", time_limit_s, 0, open_low=True)
-    iterations = integer("iterations", iterations, 1, MOST_DRAWS)
-    max_stages = integer("max_stages", max_stages, 0)
-    amounts = np.array([real("budget", b, 0, error=BudgetError) for b in np.atleast_1d(np.asarray(budgets, object))])
-    check_budgets(objective, amounts)
-    check_rewards(dataset)
-    names = [str(name) for name in dataset["reward"].values]
-    selecting, shares = selecting_rewards(names, report, combine, weights)
-    scored = [int(step) for step in dataset["step"].values]
-    check_n_steps(cost, dataset["step"].values)
-    pool = dataset.sizes["image"]
-    n = candidates_table(["best_of_n"], amounts, None, cost, None, pool)[0][0]
-    if objective == "single" and n[0] < 2:
-        raise BudgetError(
-            f"budget for objective 'single': got {float(amounts[0])!r}, expected at least {cost.total(2):.6g} "
-            f"{cost.unit}, two Best-of-N candidates. Raise the budget: the gain is told in percent of what Best-of-N "
-            "gains over one candidate."
-        )
-    if prompts is None:
-        tune_at, test_at = split_prompts(dataset.sizes["prompt"], tune, test)
-    else:
-        tune_at = test_at = prompts
-    allowed = allowed_steps(dataset, method, selecting, copied_steps)
-    space = SearchSpace(tuple(allowed), max_stages, cost, amounts, pool)
-    published = _published(scored, space)
-
-    wanted = sorted({*allowed, *(published.steps if published is not None else ())})
-    checks = read_steps(dataset[VARIABLE[method]], [scored.index(step) for step in wanted])
-    final = read_steps(dataset["base"], [-1])[:, :, 0, :]
-    read = np.concatenate([tune_at, test_at])
-    for name, values in (("final rewards", final[read]), (f"{method} rewards at the checks", checks[read])):
-        if np.isnan(values).any():
-            raise TensorError(
-                f"{name} of prompt {int(read[np.argwhere(np.isnan(values))[0][0]])}: got {float('nan')!r}, expected a "
-                "number for every image, at every step that a schedule may check. Score the missing images, or drop "
-                "them with tensors.drop_missing()."
-            )
-    merit = np.zeros(len(names))
-    if shares is not None:
-        merit[selecting] = shares
-    else:  # in units of the spread within a prompt, so that no reward counts for more by its scale
-        spread = final[tune_at].std(axis=1).mean(0)[selecting]
-        merit[selecting] = 1 / np.where(spread > 0, spread, 1.0) / len(selecting) if len(selecting) > 1 else 1.0
-    return Setup(
-        checks=checks,
-        steps=tuple(wanted),
-        final=final,
-        names=tuple(names),
-        tune=tune_at,
-        test=test_at,
-        selection=Selection(tuple(selecting), combine, shares, merit),
-        goals=Goals(objective, amounts, n),
-        space=space,
-        published=published,
-        n_trials=n_trials,
-        iterations=iterations,
-    )
-
-
-def split_prompts(
-    n_prompts: int, tune: Sequence[int] | None, test: Sequence[int] | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return positions that tune and positions that test; even and odd ones when nothing is named."""
-    everyone = np.arange(n_prompts)
-    if n_prompts < 2:
-        raise ConfigError(
-            f"prompts: got {n_prompts!r}, expected two or more, to tune on some and test on others. Score more."
-        )
-    named = {}
-    for name, given in (("tune", tune), ("test", test)):
-        if given is None:
-            continue
-        positions = [integer(f"{name} prompt", k, 0, n_prompts - 1) for k in np.asarray(given).ravel().tolist()]
-        if not positions or len(set(positions)) != len(positions):
-            raise ConfigError(
-                f"{name}: got {positions!r}, expected prompt positions, each once. Name one prompt or more in {name}."
-            )
-        named[name] = np.array(positions)
-    if not named:
-        return everyone[::2], everyone[1::2]
-    for name, other in (("tune", "test"), ("test", "tune")):
-        if name not in named:
-            named[name] = np.setdiff1d(everyone, named[other])
-    shared = np.intersect1d(named["tune"], named["test"])
-    if len(shared) or not len(named["tune"]) or not len(named["test"]):
-        raise ConfigError(
-            f"tune and test: got {shared.tolist() or 'all prompts in one of them'!r}, expected two groups of prompts "
-            "without overlap, neither empty. Tune on some prompts and test on the others, for instance even and odd "
-            "ones."
-        )
-    return named["tune"], named["test"]
-
-
-def allowed_steps(dataset: Any, method: str, selecting: Sequence[int], copied_steps: bool) -> list[int]:
-    """Return the steps at which a check may stand: scored, not the last, for ttsnap with a noise-aware reward."""
-    steps = [int(step) for step in dataset["step"].values[:-1]]
-    if method == "ttsnap" and not copied_steps and "noise_aware_source" in dataset:
-        source = dataset["noise_aware_source"].transpose("reward", "step").values[list(selecting), :-1]
-        steps = [step for step, names in zip(steps, source.T, strict=True) if not (names == COPIED).any()]
-        if not steps:
-            raise ScheduleError(
-                f"steps with a noise-aware reward: got {[]!r}, expected one or more of a finetuned reward. Score with "
-                "a noise-aware checkpoint, or tune method 'ttsp' on the base reward."
-            )
-    return steps
-
-
-def _published(scored: Sequence[int], space: SearchSpace) -> Schedule | None:
-    if not set(PUBLISHED_SCHEDULE.steps) <= set(scored[:-1]) or not space.feasible(PUBLISHED_SCHEDULE).all():
-        return None
-    return PUBLISHED_SCHEDULE
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Gains on the test prompts.
-
-    Attributes
-    ----------
-    gain, interval : of the chosen schedules, in percent
-    published_gain, over_published, over_published_interval : None without a published schedule
-    rewards : pandas.DataFrame, one row per reward
-    mean, best_of_n, low, high : float64 (budget,)
-        Mean merit, that of Best-of-N, and the interval of their difference.
-    percent : float64 (budget,), gain per budget
-    single, over_single_low, over_single_high : float64 (budget,)
-        Mean merit of the best single schedule, and the interval of `mean` minus that, paired; NaN where it cannot run.
-    """
-
-    gain: float
-    interval: tuple[float, float]
-    published_gain: float | None
-    over_published: float | None
-    over_published_interval: tuple[float, float] | None
-    rewards: pd.DataFrame
-    mean: np.ndarray
-    best_of_n: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    percent: np.ndarray
-    single: np.ndarray
-    over_single_low: np.ndarray
-    over_single_high: np.ndarray
-
-
-def per_prompt(scorer: Scorer, steps: tuple[int, ...], counts: np.ndarray) -> np.ndarray:
-    """Return the mean of merit and of every reward, (budget, prompt, 1 + reward), over all iterations."""
-    return scorer.sums(steps, counts, 0, scorer.iterations, every_reward=True) / scorer.iterations
-
-
-def best_of_n_per_prompt(scorer: Scorer, n: np.ndarray) -> np.ndarray:
-    """Return Best-of-N's, exactly or on the scorer's own subsets: (1 + budget, prompt, 1 + reward), one candidate first."""
-    n = np.concatenate([[1], n])
-    return per_prompt(scorer, (), n[:, None]) if scorer.exact is None else scorer.exact[n - 1]
-
-
-def held_out(
-    scorer: Scorer,
-    goals: Goals,
-    space: SearchSpace,
-    chosen: Sequence[Trial],
-    single: Trial,
-    published: Schedule | None,
-    names: Sequence[str],
-    selection: Selection,
-    rng: np.random.Generator,
-    level: float,
-    resamples: int,
-) -> HeldOut:
-    """Score the schedule chosen at each budget, the single one, the published one and Best-of-N, paired.
-
-    All on the test prompts, that is, those of `scorer`.
-    """
-    import pandas as pd
-
-    pruned, alone = np.full((2, len(goals.n), scorer.n_prompts, 1 + scorer.n_rewards), np.nan)
-    for trial in {id(trial): trial for trial in chosen}.values():
-        rows = [b for b, other in enumerate(chosen) if other is trial]
-        pruned[rows] = per_prompt(scorer, trial.schedule.steps, trial.counts[rows])
-    if all(trial is single for trial in chosen):
-        alone = pruned
-    else:
-        runs = single.counts[:, 0] > 0
-        alone[runs] = per_prompt(scorer, single.schedule.steps, single.counts[runs])
-    curves = [best_of_n_per_prompt(scorer, goals.n), pruned, alone]
-    if published is not None:
-        curves.append(per_prompt(scorer, published.steps, space.counts(published)))
-    sizes = np.cumsum([len(curve) for curve in curves])[:-1]
-    stacked = np.moveaxis(np.concatenate(curves), 1, 0)  # (prompt, curve and budget, column)
-    boot = np.split(bootstrap_means(stacked, rng, resamples), sizes, axis=1)
-    mean = np.split(stacked.mean(0), sizes, axis=0)
-
-    def interval(samples: np.ndarray) -> np.ndarray:
-        return percentile_interval(samples, level)
-
-    def pair(samples: np.ndarray) -> tuple[float, float]:
-        low, high = interval(samples)
-        return float(low), float(high)
-
-    def gains(k: int, column: int) -> tuple[float, np.ndarray]:
-        point = goals.overall(mean[k][:, column], mean[0][:, column])
-        return float(point), goals.overall(boot[k][:, :, column], boot[0][:, :, column])
-
-    gain, samples = gains(1, 0)
-    published_gain = over = over_interval = None
-    if published is not None:
-        published_gain, published_samples = gains(3, 0)
-        over = gain - published_gain
-        over_interval = pair(samples - published_samples)
-    table: list[tuple] = []
-    for r, name in enumerate(names):
-        point, spread = gains(1, 1 + r)
-        table.append((name, r in selection.selecting, point, *pair(spread)))
-    low, high = interval(boot[1][:, :, 0] - boot[0][:, 1:, 0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a budget that the single schedule cannot run has no interval
-        single_low, single_high = interval(boot[1][:, :, 0] - boot[2][:, :, 0])
-    return HeldOut(
-        gain=gain,
-        interval=pair(samples),
-        published_gain=published_gain,
-        over_published=over,
-        over_published_interval=over_interval,
-        rewards=pd.DataFrame(table, columns=["reward", "selects", "gain", "low", "high"]),
-        mean=mean[1][:, 0],
-        best_of_n=mean[0][1:, 0],
-        low=low,
-        high=high,
-        percent=goals.per_budget(mean[1][:, 0], mean[0][:, 0]),
-        single=mean[2][:, 0],
-        over_single_low=single_low,
-        over_single_high=single_high,
-    )
-
-
-def frontier_table(
-    outcome: HeldOut, goals: Goals, space: SearchSpace, chosen: Sequence[Trial], tuned: np.ndarray
-) -> pd.DataFrame:
-    """Return one row per budget: the schedule that runs there and what it gives on the test prompts."""
-    import pandas as pd
-
-    n = [int(trial.counts[b, 0]) for b, trial in enumerate(chosen)]
-    return pd.DataFrame(
-        {
-            "budget": goals.budgets,
-            "n": n,
-            "spent": [space.cost.total(k, trial.schedule) for k, trial in zip(n, chosen, strict=True)],
-            "schedule": [trial.schedule for trial in chosen],
-            "steps": [trial.schedule.steps for trial in chosen],
-            "keep_ratios": [trial.schedule.keep_ratios for trial in chosen],
-            "mean": outcome.mean,
-            "best_of_n": outcome.best_of_n,
-            "gain": outcome.mean - outcome.best_of_n,
-            "low": outcome.low,
-            "high": outcome.high,
-            "gain_percent": outcome.percent,
-            "tuned_gain_percent": tuned,
-            "single": outcome.single,
-            "over_single": outcome.mean - outcome.single,
-            "over_single_low": outcome.over_single_low,
-            "over_single_high": outcome.over_single_high,
-        }
-    )
-
-
-def trials_table(trials: Sequence[Trial]) -> pd.DataFrame:
-    """Return every schedule tried, in the order of trying."""
-    import pandas as pd
-
-    return pd.DataFrame(
-        {
-            "steps": [trial.schedule.steps for trial in trials],
-            "keep_ratios": [trial.schedule.keep_ratios for trial in trials],
-            "rounds": [len(trial.scores) for trial in trials],
-            "draws": [trial.draws for trial in trials],
-            "score": [float(np.nanmax(trial.scores[-1])) for trial in trials],
-        }
-    )
-
-
 _FINALISTS = 16
-
-
 _FINAL_ITERATIONS = 4  # times those of the last round
 
 
@@ -425,6 +90,38 @@ class OptimizedSchedule:
     test: np.ndarray
     elapsed_s: float
 
+    def flatness(
+        self, dataset: xr.Dataset, *, top: int = 50, also: Sequence[Schedule] = (), **options: Any
+    ) -> pd.DataFrame:
+        """Tell which of the schedules tried are as good as the chosen one on the test prompts, within the interval.
+
+        Parameters
+        ----------
+        dataset : xarray.Dataset
+            The tensor that it was tuned on.
+        top : int
+            Schedules compared: those that scored best in the last round of the search.
+        also : sequence of Schedule
+            Others to compare, such as the one in use so far.
+        options : Any
+            Further ones of :func:`compare_schedules`: iterations, seed, combine, weights, report, level, resamples.
+
+        Returns
+        -------
+        pandas.DataFrame
+            As :func:`compare_schedules`, the chosen schedule first, then `also`, with ``within``: the interval of the
+            points by which it trails holds 0.
+        """
+        tried = self.trials[self.trials["rounds"] == self.trials["rounds"].max()]
+        best = tried.iloc[best_indices(tried["score"].to_numpy(), integer("top", top, 1))]
+        tried_best = [Schedule(*pair) for pair in zip(best["steps"], best["keep_ratios"], strict=True)]
+        schedules = list(dict.fromkeys([self.schedule, *also, *tried_best]))
+        table = compare_schedules(
+            dataset, self.cost, self.budgets, schedules, self.method, prompts=self.test, **options
+        )
+        table["within"] = (table["behind_low"] <= 0) & (table["behind_high"] >= 0)
+        return table
+
     def __str__(self) -> str:
         low, high = self.test_interval
         text = f"{self.schedule}: {self.test_gain:+.1f}% over Best-of-N on test prompts [{low:+.1f}, {high:+.1f}]"
@@ -482,7 +179,7 @@ def optimize_schedule(
     iterations : int
         Subsets per prompt in the last round of the race; the finalists and the report use four times as many.
     combine, weights, report
-        How several rewards select, as in :func:`ttsnap_lib.simulate.simulate`. What is tuned for is the weighted sum
+        How several rewards select, as in :func:`ttsnap_lib.simulate`. What is tuned for is the weighted sum
         of rewards for ``"weighted_sum"``, else the mean of the rewards in units of their spread within a prompt.
     copied_steps : bool
         Admit, for ttsnap, checks where the noise-aware reward is a copy of the base reward.
@@ -502,56 +199,46 @@ def optimize_schedule(
     """
     started = time.monotonic()
     setup = make_setup(
-        dataset, cost, budgets, method, tune=tune, test=test, objective=objective, n_trials=n_trials,
-        time_limit_s=time_limit_s, max_stages=max_stages, iterations=iterations, combine=combine, weights=weights,
-        report=report, copied_steps=copied_steps,
+        dataset, cost, budgets, method, objective, tune=tune, test=test, max_stages=max_stages, combine=combine,
+        weights=weights, report=report, copied_steps=copied_steps,
     )  # fmt: skip
+    n_trials = integer("n_trials", _TRIALS[objective] if n_trials is None else n_trials, 1)
+    if time_limit_s is not None:
+        real("time_limit_s", time_limit_s, 0, open_low=True)
+    iterations = integer("iterations", iterations, 1, MOST_DRAWS)
     level = real("level", level, 0, 1, open_low=True)
     resamples = integer("resamples", resamples, 1, MOST_DRAWS)
-    goals, space = setup.goals, setup.space
+    goals = setup.goals
     streams = [np.random.default_rng(child) for child in np.random.SeedSequence(integer("seed", seed, 0)).spawn(5)]
     # In random order: the first round of the race takes the first half of the tune prompts.
-    tuning = Scorer(*setup.arrays(streams[0].permutation(setup.tune)), setup.selection, setup.iterations, streams[0])
-    from numba import config
-
-    threads = max(1, config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]  # set when numba is imported
-    race = Race(space, tuning, goals, streams[1], threads)
+    tuning = setup.scorer(streams[0].permutation(setup.tune), iterations, streams[0])
+    race = Race(setup.space, tuning, goals, streams[1], n_threads())
     if np.isnan(goals.overall(race.baselines[-1][1:], race.baselines[-1])):
         raise BudgetError(
             "gain of Best-of-N over these budgets on the tune prompts: got 0.0, expected above 0, since every gain is "
             "told in percent of it. Raise the budgets or widen their range, or use more prompts."
         )
-    final_iterations = _FINAL_ITERATIONS * setup.iterations
 
     def until(draws: float) -> float:
         """Return when the work before must end so that `draws` of a schedule still fit into the time limit."""
         limit = np.inf if time_limit_s is None else started + time_limit_s
         return limit - 1.3 * draws * race.seconds_per_draw - 0.3
 
+    final_iterations = _FINAL_ITERATIONS * iterations
     finalists = _FINALISTS * (len(goals.n) ** 0.5 if objective == "frontier" else 1)
     report_draws = final_iterations * 5 * race.threads * len(setup.test)
     final_draws = report_draws + final_iterations * finalists * len(setup.tune)
-    complete = race.run(setup.n_trials, lambda: until(final_draws), progress)
+    complete = race.run(n_trials, lambda: until(final_draws), progress)
     if not race.finished():
-        raise _infeasible("schedules that the budgets can run", space.pool)
+        raise _infeasible("schedules that the budgets can run", setup.space.pool)
     final = tuning.redrawn(final_iterations, streams[2])
-    single, chosen, tuned = _choose(race, final, goals, lambda: until(report_draws))
-    test_scorer = Scorer(*setup.arrays(setup.test), setup.selection, final_iterations, streams[3])
-    outcome = held_out(
-        test_scorer, goals, space, chosen, single, setup.published, setup.names, setup.selection, streams[4], level,
-        resamples,
-    )  # fmt: skip
+    single, chosen, tuned = choose_best(race, final, goals, lambda: until(report_draws))
+    scorer = setup.scorer(setup.test, final_iterations, streams[3])
     return OptimizedSchedule(
         schedule=single.schedule,
         tuned_gain=float(tuned[-1]),
-        test_gain=outcome.gain,
-        test_interval=outcome.interval,
-        published_gain=outcome.published_gain,
-        over_published=outcome.over_published,
-        over_published_interval=outcome.over_published_interval,
-        frontier=frontier_table(outcome, goals, space, chosen, tuned[:-1]),
-        rewards=outcome.rewards,
-        trials=trials_table(race.trials),
+        **_told_on(scorer, setup, chosen, single, tuned[:-1], streams[4], level, resamples),
+        trials=_trials_table(race.trials),
         complete=complete,
         infeasible=race.infeasible,
         objective=objective,
@@ -562,92 +249,6 @@ def optimize_schedule(
         test=setup.test,
         elapsed_s=time.monotonic() - started,
     )
-
-
-def _choose(
-    race: Race, final: Scorer, goals: Goals, deadline: Callable[[], float]
-) -> tuple[Trial, list[Trial], np.ndarray]:
-    """Return the best single schedule, the one for every budget, and the tuned gain (all last, then per budget).
-
-    The finalists are compared on subsets that the search has not seen.
-    """
-    *others, overall_best = race.elites(_FINALISTS)
-    elites = [*(best[:3] for best in others), overall_best]
-    finalists = list({id(trial): trial for best in elites for trial in best}.values())
-    sums: np.ndarray | float = 0.0
-    done, size = [], -(-final.iterations // _FINAL_ITERATIONS)
-    for first in range(0, final.iterations, size):
-        block = (slice(0, final.n_prompts), first, min(final.iterations, first + size))
-        sums = sums + np.array(race.map(partial(race.sums, blocks=[block], scorer=final), finalists))
-        done.append([block])
-        if time.monotonic() > deadline():
-            break
-    curves = sums / (final.n_prompts * block[2])
-    baseline = goals.baseline(final, done)
-    per_budget = goals.per_budget(curves, baseline)
-    overall = goals.overall(curves, baseline)
-    # A range of budgets that no schedule runs throughout has no single best one: take that of the largest budget.
-    one = (best_indices(overall, 1) or best_indices(curves[:, -1], 1) or [0])[0]
-    if goals.objective != "frontier":
-        return finalists[one], [finalists[one]] * len(goals.budgets), np.append(per_budget[one], overall[one])
-    rows = []
-    for b, budget in enumerate(goals.budgets):
-        best = best_indices(curves[:, b], 1)
-        if not best:
-            raise _infeasible(f"schedules that budget {budget:.6g} can run", final.pool)
-        rows += best
-    each = np.arange(len(rows))
-    curve = curves[rows, each]
-    tuned = np.append(per_budget[rows, each], goals.overall(curve, baseline))
-    return finalists[one], [finalists[k] for k in rows], tuned
-
-
-def _infeasible(what: str, pool: int) -> BudgetError:
-    return BudgetError(
-        f"{what}: got 0, expected one or more; the pool holds {pool} images. Lower the largest budget, or score more "
-        "images per prompt."
-    )
-
-
-@dataclass(frozen=True)
-class Case:
-    """A tensor with what its candidates cost: one row and column of a transfer matrix.
-
-    Parameters
-    ----------
-    dataset : xarray.Dataset
-        One reward, model and prompt set, e.g. ``ds.sel(reward=["pickscore"])``.
-    cost : CostModel
-    budgets : sequence of float
-    """
-
-    dataset: xr.Dataset
-    cost: CostModel
-    budgets: Sequence[float] | np.ndarray
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """Gains of schedules tuned on one case and used on another.
-
-    Attributes
-    ----------
-    gain : pandas.DataFrame
-        Percent over Best-of-N on the test prompts; rows: tuned on (and ``published``), columns: used on. NaN where
-        the schedule cannot run: a step is not scored, or a budget buys none or more than the pool.
-    low, high : pandas.DataFrame, its interval
-    behind, behind_low, behind_high : pandas.DataFrame
-        Points by which the schedule trails the one tuned on the column's own case, paired.
-    schedules : dict of str to Schedule
-    """
-
-    gain: pd.DataFrame
-    low: pd.DataFrame
-    high: pd.DataFrame
-    behind: pd.DataFrame
-    behind_low: pd.DataFrame
-    behind_high: pd.DataFrame
-    schedules: dict[str, Schedule]
 
 
 def compare_schedules(
@@ -671,7 +272,7 @@ def compare_schedules(
     Parameters
     ----------
     dataset, cost, budgets, method, combine, weights, report, level, resamples
-        As in :func:`~ttsnap_lib.optimize.optimize_schedule`.
+        As in :func:`optimize_schedule`.
     schedules : sequence of Schedule
     prompts : sequence of int, optional
         Positions along the prompt axis; all by default.
@@ -686,11 +287,6 @@ def compare_schedules(
         One row per schedule: schedule, gain (percent over Best-of-N; the paper's relative gain over several budgets,
         for one budget as for objective ``"single"``), low, high, behind (points behind the first schedule),
         behind_low, behind_high. NaN where a schedule cannot run.
-
-    Raises
-    ------
-    TTSnapError
-        As :func:`~ttsnap_lib.optimize.optimize_schedule` for its arguments.
     """
     import pandas as pd
 
@@ -698,155 +294,331 @@ def compare_schedules(
         raise ScheduleError(f"schedules: got {schedules!r}, expected one Schedule or more. Pass a list of them.")
     level = real("level", level, 0, 1, open_low=True)
     n_prompts = dataset.sizes["prompt"]
-    wanted = np.arange(n_prompts) if prompts is None else np.asarray(prompts)
-    wanted = np.array([integer("prompt", k, 0, n_prompts - 1) for k in wanted.ravel().tolist()])
-    if not len(wanted):
-        raise ConfigError(f"prompts: got {[]!r}, expected one or more. Name the prompts to compare on.")
+    wanted = _positions("prompts", range(n_prompts) if prompts is None else prompts, n_prompts)
     setup = make_setup(
-        dataset, cost, budgets, method, tune=None, test=None, objective="area" if np.size(budgets) > 1 else "single",
-        n_trials=1, time_limit_s=None, max_stages=cost.n_steps, iterations=iterations, combine=combine,
-        weights=weights, report=report, copied_steps=True, prompts=wanted,
+        dataset, cost, budgets, method, "area" if np.size(budgets) > 1 else "single", prompts=wanted,
+        max_stages=cost.n_steps, combine=combine, weights=weights, report=report, copied_steps=True,
     )  # fmt: skip
     rng = np.random.default_rng(integer("seed", seed, 0))
-    scorer = Scorer(*setup.arrays(wanted), setup.selection, setup.iterations, rng)
-    curves = [best_of_n_per_prompt(scorer, setup.goals.n)[:, :, 0]]
+    scorer = setup.scorer(wanted, integer("iterations", iterations, 1, MOST_DRAWS), rng)
+    curves = [scorer.best_of_n(setup.goals.n)[:, :, 0]]
     for schedule in schedules:
         runs = set(schedule.steps) <= set(setup.steps) and setup.space.feasible(schedule).all()
         blank = np.full((len(setup.goals.n), len(wanted)), np.nan)
-        curves.append(per_prompt(scorer, schedule.steps, setup.space.counts(schedule))[:, :, 0] if runs else blank)
-    sizes = np.cumsum([len(curve) for curve in curves])[:-1]
-    stacked = np.concatenate(curves).T  # (prompt, curve and budget)
-    mean = np.split(stacked.mean(0), sizes)
-    boot = np.split(bootstrap_means(stacked, rng, resamples), sizes, axis=1)
-    tail = [(1 - level) / 2, (1 + level) / 2]
-    first, rows = None, []
-    for k, schedule in enumerate(schedules, start=1):
-        gain, samples = setup.goals.overall(mean[k], mean[0]), setup.goals.overall(boot[k], boot[0])
-        first = (gain, samples) if first is None else first
-        interval = np.quantile(samples, tail)
-        behind = np.quantile(first[1] - samples, tail)
-        rows.append((schedule, float(gain), *interval, float(first[0] - gain), *behind))
+        curves.append(scorer.per_prompt(schedule.steps, setup.space.counts(schedule))[:, :, 0] if runs else blank)
+    mean, boot = _over_prompts(curves, rng, resamples)
+    gains = [setup.goals.overall(curve, mean[0]) for curve in mean[1:]]
+    samples = [setup.goals.overall(curve, boot[0]) for curve in boot[1:]]
+    rows = [
+        (
+            schedule, float(gain), *percentile_interval(sample, level),
+            float(gains[0] - gain), *percentile_interval(samples[0] - sample, level),
+        )
+        for schedule, gain, sample in zip(schedules, gains, samples, strict=True)
+    ]  # fmt: skip
     names = ["schedule", "gain", "low", "high", "behind", "behind_low", "behind_high"]
     return pd.DataFrame(rows, columns=names)
 
 
-def cases_by_reward(
-    tensors: Mapping[str, xr.Dataset], cost: CostModel, budgets: Sequence[float] | np.ndarray
-) -> dict[str, Case]:
-    """Return a case for each reward of each tensor, under the same costs: ``name`` or ``name/reward`` where it has several.
-
-    Parameters
-    ----------
-    tensors : mapping of name to xarray.Dataset
-    cost, budgets
-        As in :class:`Case`.
-    """
-    return {
-        name if dataset.sizes["reward"] == 1 else f"{name}/{reward}": Case(dataset.sel(reward=[reward]), cost, budgets)
-        for name, dataset in tensors.items()
-        for reward in map(str, dataset["reward"].values)
-    }
+# What a search starts from
 
 
-def transfer(
-    cases: Mapping[str, Case],
-    method: str = "ttsnap",
+@dataclass(frozen=True)
+class Setup:
+    """Checked arguments: values in memory, who tunes and who tests, what may be tried and what for."""
+
+    checks: np.ndarray  # (prompt, image, step, reward), the rewards that a check reads
+    steps: tuple[int, ...]  # of the third axis
+    final: np.ndarray  # (prompt, image, reward)
+    names: tuple[str, ...]
+    tune: np.ndarray
+    test: np.ndarray
+    selection: Selection
+    goals: Goals
+    space: SearchSpace
+    published: Schedule | None  # where the tensor and the budgets can run it
+
+    def scorer(self, prompts: np.ndarray, iterations: int, rng: np.random.Generator) -> Scorer:
+        """Return a scorer of some prompts."""
+        return Scorer(self.checks[prompts], self.steps, self.final[prompts], self.selection, iterations, rng)
+
+
+def make_setup(
+    dataset: Any,
+    cost: CostModel,
+    budgets: Sequence[float] | np.ndarray | float,
+    method: str,
+    objective: str,
     *,
     tune: Sequence[int] | None = None,
     test: Sequence[int] | None = None,
-    schedules: Mapping[str, Schedule] | None = None,
-    seed: int = 0,
-    **options,
-) -> Transfer:
-    """Tune a schedule on each case and use it on every other: rewards, models or prompt sets.
+    prompts: np.ndarray | None = None,
+    max_stages: int = 4,
+    combine: str = "rank_sum",
+    weights: Mapping[str, float] | Sequence[float] | None = None,
+    report: Sequence[str] | None = None,
+    copied_steps: bool = False,
+) -> Setup:
+    """Check the arguments of `optimize_schedule` and read the tensor once; `prompts` stand for tune and test both."""
+    choice("method", method, VARIABLE)
+    choice("objective", objective, _TRIALS)
+    check_rewards(dataset)
+    check_n_steps(cost, dataset["step"].values)
+    max_stages = integer("max_stages", max_stages, 0)
+    names = [str(name) for name in dataset["reward"].values]
+    selecting, shares = selecting_rewards(names, report, combine, weights)
+    pool = dataset.sizes["image"]
+    amounts = _budgets(budgets, objective)
+    n = candidates_table(["best_of_n"], amounts, None, cost, None, pool)[0][0]
+    if objective == "single" and n[0] < 2:
+        raise BudgetError(
+            f"budget for objective 'single': got {float(amounts[0])!r}, expected at least {cost.total(2):.6g} "
+            f"{cost.unit}, two Best-of-N candidates. Raise the budget: the gain is told in percent of what Best-of-N "
+            "gains over one candidate."
+        )
+    tune_at, test_at = (prompts, prompts) if prompts is not None else _split(dataset.sizes["prompt"], tune, test)
+    space = SearchSpace(_allowed_steps(dataset, method, selecting, copied_steps), max_stages, cost, amounts, pool)
+    scored = [int(step) for step in dataset["step"].values]
+    published = set(PUBLISHED_SCHEDULE.steps) <= set(scored[:-1]) and space.feasible(PUBLISHED_SCHEDULE).all()
 
-    Parameters
-    ----------
-    cases : mapping of name to Case
-    method : {"ttsnap", "ttsp"}
-    tune, test : sequence of int, optional
-        As in :func:`~ttsnap_lib.optimize.optimize_schedule`; even and odd prompts by default.
-    schedules : mapping of name to Schedule, optional
-        Schedules tuned before, by case; the others are tuned here.
-    seed : int
-    options
-        Further ones of ``optimize_schedule``, such as ``n_trials`` or ``max_stages``.
+    wanted = sorted({*space.steps, *(PUBLISHED_SCHEDULE.steps if published else ())})
+    checks = read_steps(dataset[VARIABLE[method]], [scored.index(step) for step in wanted])
+    final = read_steps(dataset["base"], [-1])[:, :, 0, :]
+    read = np.concatenate([tune_at, test_at])
+    for name, values in (("final rewards", final[read]), (f"{method} rewards at the checks", checks[read])):
+        if np.isnan(values).any():
+            raise TensorError(
+                f"{name} of prompt {int(read[np.argwhere(np.isnan(values))[0][0]])}: got NaN, expected a number for "
+                "every image, at every step that a schedule may check. Score the missing images, or drop them with "
+                "tensors.drop_missing()."
+            )
+    merit = np.zeros(len(names))
+    if shares is not None:
+        merit[selecting] = shares
+    else:  # in units of the spread within a prompt, so that no reward counts for more by its scale
+        spread = final[tune_at].std(axis=1).mean(0)[selecting]
+        merit[selecting] = 1 / np.where(spread > 0, spread, 1.0) / len(selecting) if len(selecting) > 1 else 1.0
+    return Setup(
+        checks=checks,
+        steps=tuple(wanted),
+        final=final,
+        names=tuple(names),
+        tune=tune_at,
+        test=test_at,
+        selection=Selection(tuple(selecting), combine, shares, merit),
+        goals=Goals(objective, amounts, n),
+        space=space,
+        published=PUBLISHED_SCHEDULE if published else None,
+    )
 
-    Returns
-    -------
-    Transfer
 
-    Raises
-    ------
-    ConfigError
-        No case.
+def _budgets(budgets: Any, objective: str) -> np.ndarray:
+    """Return budgets that the objective can use."""
+    amounts = np.array([real("budget", b, 0, error=BudgetError) for b in np.atleast_1d(np.asarray(budgets, object))])
+    wanted = {"single": "one budget", "area": "two or more numbers in strictly increasing order"}
+    fits = {"single": len(amounts) == 1, "area": len(amounts) > 1}.get(objective, True)
+    if not fits or (np.diff(amounts) <= 0).any():
+        raise BudgetError(
+            f"budgets for objective {objective!r}: got {amounts.tolist()!r}, expected "
+            f"{wanted.get(objective, 'increasing numbers')}. Sort the budgets and name each once; objective='single' "
+            "takes one."
+        )
+    return amounts
+
+
+def _split(n_prompts: int, tune: Sequence[int] | None, test: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return positions that tune and positions that test; even and odd ones when nothing is named."""
+    everyone = np.arange(n_prompts)
+    if n_prompts < 2:
+        raise ConfigError(
+            f"prompts: got {n_prompts!r}, expected two or more, to tune on some and test on others. Score more."
+        )
+    groups = (("tune", tune), ("test", test))
+    named = {name: _positions(name, given, n_prompts) for name, given in groups if given is not None}
+    if not named:
+        return everyone[::2], everyone[1::2]
+    tunes = named["tune"] if "tune" in named else np.setdiff1d(everyone, named["test"])
+    tests = named["test"] if "test" in named else np.setdiff1d(everyone, tunes)
+    shared = np.intersect1d(tunes, tests)
+    if len(shared) or not len(tunes) or not len(tests):
+        raise ConfigError(
+            f"tune and test: got {shared.tolist() or 'all prompts in one of them'!r}, expected two groups of prompts "
+            "without overlap, neither empty. Tune on some prompts and test on the others, for instance even and odd "
+            "ones."
+        )
+    return tunes, tests
+
+
+def _positions(name: str, given: Any, n_prompts: int) -> np.ndarray:
+    """Return prompt positions, each once."""
+    positions = [integer(f"{name} prompt", k, 0, n_prompts - 1) for k in np.asarray(given).ravel().tolist()]
+    if not positions or len(set(positions)) != len(positions):
+        raise ConfigError(
+            f"{name}: got {positions!r}, expected prompt positions, each once. Name one prompt or more in {name}."
+        )
+    return np.array(positions)
+
+
+def _allowed_steps(dataset: Any, method: str, selecting: Sequence[int], copied_steps: bool) -> tuple[int, ...]:
+    """Return the steps at which a check may stand: scored, not the last, for ttsnap with a noise-aware reward."""
+    steps = [int(step) for step in dataset["step"].values[:-1]]
+    if method == "ttsnap" and not copied_steps and "noise_aware_source" in dataset:
+        source = dataset["noise_aware_source"].transpose("reward", "step").values[list(selecting), :-1]
+        steps = [step for step, names in zip(steps, source.T, strict=True) if not (names == COPIED).any()]
+        if not steps:
+            raise ScheduleError(
+                "steps with a noise-aware reward: got [], expected one or more of a finetuned reward. Score with "
+                "a noise-aware checkpoint, or tune method 'ttsp' on the base reward."
+            )
+    return tuple(steps)
+
+
+# What it ends in
+
+
+def choose_best(
+    race: Race, final: Scorer, goals: Goals, deadline: Callable[[], float]
+) -> tuple[Trial, list[Trial], np.ndarray]:
+    """Return the best single schedule, the one for every budget, and the tuned gain (all last, then per budget).
+
+    The finalists are compared on subsets that the search has not seen.
+    """
+    *others, overall_best = race.elites(_FINALISTS)
+    elites = [*(best[:3] for best in others), overall_best]
+    finalists = list({id(trial): trial for best in elites for trial in best}.values())
+    sums: np.ndarray | float = 0.0
+    done, size = [], -(-final.iterations // _FINAL_ITERATIONS)
+    with ThreadPoolExecutor(race.threads) as pool:
+        for first in range(0, final.iterations, size):
+            block = (slice(0, final.n_prompts), first, min(final.iterations, first + size))
+            sums = sums + np.array(list(pool.map(partial(race.sums, blocks=[block], scorer=final), finalists)))
+            done.append([block])
+            if time.monotonic() > deadline():
+                break
+    curves = sums / (final.n_prompts * block[2])
+    baseline = goals.baseline(final, done)
+    per_budget = goals.per_budget(curves, baseline)
+    overall = goals.overall(curves, baseline)
+    # A range of budgets that no schedule runs throughout has no single best one: take that of the largest budget.
+    one = (best_indices(overall, 1) or best_indices(curves[:, -1], 1) or [0])[0]
+    if goals.objective != "frontier":
+        return finalists[one], [finalists[one]] * len(goals.budgets), np.append(per_budget[one], overall[one])
+    rows = []
+    for b, budget in enumerate(goals.budgets):
+        best = best_indices(curves[:, b], 1)
+        if not best:
+            raise _infeasible(f"schedules that budget {budget:.6g} can run", final.pool)
+        rows += best
+    each = np.arange(len(rows))
+    tuned = np.append(per_budget[rows, each], goals.overall(curves[rows, each], baseline))
+    return finalists[one], [finalists[k] for k in rows], tuned
+
+
+def _infeasible(what: str, pool: int) -> BudgetError:
+    return BudgetError(
+        f"{what}: got 0, expected one or more; the pool holds {pool} images. Lower the largest budget, or score more "
+        "images per prompt."
+    )
+
+
+def _over_prompts(
+    curves: Sequence[np.ndarray], rng: np.random.Generator, resamples: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return the means of curves (budget, prompt, ...) over prompts and over resampled prompts, the same for all."""
+    ends = np.cumsum([len(curve) for curve in curves])[:-1]
+    stacked = np.moveaxis(np.concatenate(curves), 1, 0)
+    return np.split(stacked.mean(0), ends), np.split(bootstrap_means(stacked, rng, resamples), ends, axis=1)
+
+
+def _told_on(
+    scorer: Scorer, setup: Setup, chosen: Sequence[Trial], single: Trial, tuned: np.ndarray, rng: np.random.Generator,
+    level: float, resamples: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what is told of the prompts of `scorer`, by field of :class:`OptimizedSchedule`.
+
+    That is the schedule chosen at each budget, the single one, the published one and Best-of-N, paired.
     """
     import pandas as pd
 
-    if not cases:
-        raise ConfigError(f"cases: got { {}!r}, expected one Case or more. Name the tensors to compare.")
-    known = dict(schedules or {})
-    for name, case in cases.items():
-        if name not in known:
-            known[name] = optimize_schedule(
-                case.dataset, case.cost, case.budgets, method, tune=tune, test=test, seed=seed, **options
-            ).schedule
-    rows = {**{name: known[name] for name in cases}, "published": PUBLISHED_SCHEDULE}
-    shared = {key: options[key] for key in ("combine", "weights", "report", "level", "resamples") if key in options}
-    parts: dict[str, dict[str, pd.Series]] = {}
-    for name, case in cases.items():
-        order = [name, *(other for other in rows if other != name)]
-        prompts = split_prompts(case.dataset.sizes["prompt"], tune, test)[1]
-        table = compare_schedules(
-            case.dataset, case.cost, case.budgets, [rows[other] for other in order], method,
-            prompts=prompts, seed=seed + 1, **shared,
-        )  # fmt: skip
-        table.index = order
-        for column in table.columns[1:]:
-            parts.setdefault(column, {})[name] = table[column].reindex(list(rows))
-    return Transfer(schedules=rows, **{column: pd.DataFrame(series) for column, series in parts.items()})
+    goals, space = setup.goals, setup.space
+    pruned, alone = np.full((2, len(goals.n), scorer.n_prompts, 1 + scorer.n_rewards), np.nan)
+    for trial in {id(trial): trial for trial in chosen}.values():
+        rows = [b for b, other in enumerate(chosen) if other is trial]
+        pruned[rows] = scorer.per_prompt(trial.schedule.steps, trial.counts[rows])
+    if all(trial is single for trial in chosen):
+        alone = pruned
+    else:
+        runs = single.counts[:, 0] > 0
+        alone[runs] = scorer.per_prompt(single.schedule.steps, single.counts[runs])
+    curves = [scorer.best_of_n(goals.n), pruned, alone]
+    if setup.published is not None:
+        curves.append(scorer.per_prompt(setup.published.steps, space.counts(setup.published)))
+    mean, boot = _over_prompts(curves, rng, resamples)
+    interval = partial(percentile_interval, level=level)
+
+    def pair(samples: np.ndarray) -> tuple[float, float]:
+        low, high = interval(samples)
+        return float(low), float(high)
+
+    def gains(k: int, column: int) -> tuple[float, np.ndarray]:
+        point = goals.overall(mean[k][:, column], mean[0][:, column])
+        return float(point), goals.overall(boot[k][:, :, column], boot[0][:, :, column])
+
+    gain, samples = gains(1, 0)
+    published_gain = over_published = over_interval = None
+    if setup.published is not None:
+        published_gain, published_samples = gains(3, 0)
+        over_published, over_interval = gain - published_gain, pair(samples - published_samples)
+    rewards: list[tuple] = []
+    for r, name in enumerate(setup.names):
+        point, spread = gains(1, 1 + r)
+        rewards.append((name, r in setup.selection.selecting, point, *pair(spread)))
+    best_of_n, own, one = mean[0][1:, 0], mean[1][:, 0], mean[2][:, 0]
+    low, high = interval(boot[1][:, :, 0] - boot[0][:, 1:, 0])
+    single_low, single_high = interval(boot[1][:, :, 0] - boot[2][:, :, 0])
+    n = [int(trial.counts[b, 0]) for b, trial in enumerate(chosen)]
+    frontier = pd.DataFrame(
+        {
+            "budget": goals.budgets,
+            "n": n,
+            "spent": [space.cost.total(k, trial.schedule) for k, trial in zip(n, chosen, strict=True)],
+            "schedule": [trial.schedule for trial in chosen],
+            "steps": [trial.schedule.steps for trial in chosen],
+            "keep_ratios": [trial.schedule.keep_ratios for trial in chosen],
+            "mean": own,
+            "best_of_n": best_of_n,
+            "gain": own - best_of_n,
+            "low": low,
+            "high": high,
+            "gain_percent": goals.per_budget(own, mean[0][:, 0]),
+            "tuned_gain_percent": tuned,
+            "single": one,
+            "over_single": own - one,
+            "over_single_low": single_low,
+            "over_single_high": single_high,
+        }
+    )
+    return {
+        "test_gain": gain,
+        "test_interval": pair(samples),
+        "published_gain": published_gain,
+        "over_published": over_published,
+        "over_published_interval": over_interval,
+        "frontier": frontier,
+        "rewards": pd.DataFrame(rewards, columns=["reward", "selects", "gain", "low", "high"]),
+    }
 
 
-def flatness(
-    result: OptimizedSchedule,
-    dataset: xr.Dataset,
-    *,
-    top: int = 50,
-    also: Sequence[Schedule] = (),
-    prompts: Sequence[int] | np.ndarray | None = None,
-    iterations: int = 200,
-    seed: int = 0,
-    **options,
-) -> pd.DataFrame:
-    """Tell which of the schedules tried are as good as the chosen one, within the paired interval.
+def _trials_table(trials: Sequence[Trial]) -> pd.DataFrame:
+    """Return every schedule tried, in the order of trying."""
+    import pandas as pd
 
-    Parameters
-    ----------
-    result : OptimizedSchedule
-    dataset : xarray.Dataset
-        The tensor that it was tuned on.
-    top : int
-        Schedules compared: those that scored best in the last round of the search.
-    also : sequence of Schedule
-        Others to compare, such as the one in use so far.
-    prompts : sequence of int, optional
-        The result's test prompts by default.
-    iterations, seed, options
-        As in :func:`compare_schedules`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        As :func:`compare_schedules`, the chosen schedule first, then `also`, with ``within``: the interval of the points by which
-        it trails holds 0.
-    """
-    tried = result.trials[result.trials["rounds"] == result.trials["rounds"].max()]
-    best = tried.iloc[best_indices(tried["score"].to_numpy(), integer("top", top, 1))]
-    tried_best = [Schedule(*pair) for pair in zip(best["steps"], best["keep_ratios"], strict=True)]
-    schedules = list(dict.fromkeys([result.schedule, *also, *tried_best]))
-    table = compare_schedules(
-        dataset, result.cost, result.budgets, schedules, result.method,
-        prompts=result.test if prompts is None else prompts, iterations=iterations, seed=seed, **options,
-    )  # fmt: skip
-    table["within"] = (table["behind_low"] <= 0) & (table["behind_high"] >= 0)
-    return table
+    return pd.DataFrame(
+        {
+            "steps": [trial.schedule.steps for trial in trials],
+            "keep_ratios": [trial.schedule.keep_ratios for trial in trials],
+            "rounds": [len(trial.scores) for trial in trials],
+            "draws": [trial.draws for trial in trials],
+            "score": [float(np.nanmax(trial.scores[-1])) for trial in trials],
+        }
+    )

@@ -16,36 +16,30 @@ from typing import Any
 
 import numpy as np
 
-from ttsnap_lib.errors import BudgetError, ConfigError, TensorError
 from ttsnap_lib.schedule import Schedule
+from ttsnap_lib.simulation.metrics import relative_gain_of
 from ttsnap_lib.simulation.pruning import Level, best_of_n_weights, rank_level
 from ttsnap_lib.tuning.space import SearchSpace
 
-_CONTROL = 0.8  # share of the control that is taken off; the best share lies between 0.7 and 1 on the published data
-
-
+CONTROL = 0.8  # share of the control that is taken off; the best share lies between 0.7 and 1 on the published data
 _BLOCK = 8  # rotations of one order
-
-
 _NARROWEST = 64  # candidates of the narrowest table: one machine word
+
+_GENERATION = 32
+_PROMOTED = (0.34, 0.34)  # at most this share of a generation goes on from each round
+_MARGIN = 2.0  # standard deviations by which a schedule may trail the elite and still go on
+_RANDOM = 0.1  # share of proposals that start afresh
+_CROSSED = 0.15
 
 
 @dataclass(frozen=True)
 class Selection:
-    """How the rewards of a tensor select, and what is to be gained.
+    """How the rewards of a tensor select, and what is to be gained."""
 
-    Attributes
-    ----------
-    selecting : tuple of int, positions of the rewards that select
-    combine : str
-    weights : float64 (selecting,) or None, for ``weighted_sum``
-    merit : float64 (reward,), the reward that is optimised is ``rewards @ merit``; 0 for rewards that are reported only
-    """
-
-    selecting: tuple[int, ...]
+    selecting: tuple[int, ...]  # positions of the rewards that select
     combine: str
-    weights: np.ndarray | None
-    merit: np.ndarray
+    weights: np.ndarray | None  # (selecting,), for weighted_sum
+    merit: np.ndarray  # (reward,): what is optimised is rewards @ merit; 0 for rewards that are reported only
 
     @property
     def joint(self) -> bool:
@@ -53,29 +47,12 @@ class Selection:
         return len(self.selecting) > 1 and self.combine != "weighted_sum"
 
 
-def balanced_subsets(pool: int, iterations: int, rng: np.random.Generator) -> np.ndarray:
-    """Return permutations of the pool, int64 (iteration, pool), in blocks of rotations of one random order."""
-    rows: list[np.ndarray] = []
-    while len(rows) < iterations:
-        order = rng.permutation(pool)
-        turns = min(_BLOCK, iterations - len(rows))
-        rows += [np.roll(order, -(k * pool // turns)) for k in range(turns)]
-    return np.array(rows, np.int64)
-
-
 class Scorer:
     """Scores schedules on fixed prompts and subsets.
 
-    Parameters
-    ----------
-    checks : float (prompt, image, step, reward)
-        Rewards at the steps of `steps`.
-    steps : tuple of int
-    final : float (prompt, image, reward)
-    selection : Selection
-    iterations : int
-        Subsets drawn for each prompt.
-    rng : numpy.random.Generator
+    `checks` is (prompt, image, step, reward) at the steps of `steps`, `final` is (prompt, image, reward), both without
+    NaN; `iterations` subsets are drawn for each prompt. ``exact`` is the closed form of Best-of-n where there is one,
+    (n, prompt, 1 + reward), the merit first.
     """
 
     def __init__(
@@ -97,11 +74,7 @@ class Scorer:
         chosen = list(selection.selecting)
         columns = {step: checks[:, :, k][:, :, chosen] for k, step in enumerate(steps)}
         columns[-1] = rewards[:, :, chosen]  # the final choice
-        if any(np.isnan(column).any() for column in columns.values()):
-            raise TensorError(
-                f"reward tensor with missing values: got {float('nan')!r}, expected a number for every image, at every "
-                "step that a schedule may check. Score the missing images, or drop them with tensors.drop_missing()."
-            )
+        self.exact: Any = None
         if selection.joint:
             self._scores, self._ranks, self._valid = {}, {}, {}
             for step, column in columns.items():
@@ -110,7 +83,6 @@ class Scorer:
                 self._scores[step] = score
                 self._ranks[step] = flat.rank.reshape(score.shape)
                 self._valid[step] = flat.valid.reshape(score.shape[:2])
-            self.exact: Any = None  # no closed form
             return
         weights = np.ones(1) if selection.weights is None else selection.weights
         scores = {step: column.astype(np.float64) @ weights for step, column in columns.items()}
@@ -119,7 +91,7 @@ class Scorer:
         order = self._levels[-1].order[:, ::-1]
         ordered = np.take_along_axis(self._values, order[:, :, None], axis=1)
         by_n = np.stack([best_of_n_weights(self.pool, n) for n in range(1, self.pool + 1)])
-        self.exact = np.moveaxis(np.tensordot(ordered, by_n, axes=(1, 1)), 2, 0)  # (n, prompt, 1 + reward)
+        self.exact = np.moveaxis(np.tensordot(ordered, by_n, axes=(1, 1)), 2, 0)
 
     def redrawn(self, iterations: int, rng: np.random.Generator) -> Scorer:
         """Return a scorer of the same prompts on fresh subsets."""
@@ -131,11 +103,20 @@ class Scorer:
         self.iterations = iterations
         self.subsets = balanced_subsets(self.pool, iterations, rng)
         # Images in another order for each prompt, so that prompts have subsets of their own.
-        self._labels = rng.permuted(np.tile(np.arange(self.pool), (self.n_prompts, 1)), axis=1).astype(np.int32)
+        self.labels = rng.permuted(np.tile(np.arange(self.pool), (self.n_prompts, 1)), axis=1).astype(np.int32)
         self._orders: dict[int, np.ndarray] = {}
         self._ordered: set[tuple[int, int]] = set()
         self._controls: dict[tuple[int, int], np.ndarray] = {}
         self._lock = threading.Lock()
+
+    def per_prompt(self, steps: tuple[int, ...], counts: np.ndarray) -> np.ndarray:
+        """Return the mean of merit and of every reward, (budget, prompt, 1 + reward), over all iterations."""
+        return self.sums(steps, counts, 0, self.iterations, every_reward=True) / self.iterations
+
+    def best_of_n(self, n: np.ndarray) -> np.ndarray:
+        """Return the same of Best-of-N, exactly where that goes: of one candidate, then of each `n`."""
+        n = np.concatenate([[1], n])
+        return self.per_prompt((), n[:, None]) if self.exact is None else self.exact[n - 1]
 
     def sums(
         self, steps: tuple[int, ...], counts: np.ndarray, first: int, last: int, *, every_reward: bool = False,
@@ -152,7 +133,7 @@ class Scorer:
             self._add_joint(steps, counts, slice(first, last), prompts, values, sums)
         else:
             self._add(steps, counts, (first, last), (start, stop), values, sums)
-            share = _CONTROL if steps else 1.0  # without a check the control is the thing itself
+            share = CONTROL if steps else 1.0  # without a check the control is the thing itself
             sums -= share * self._control(first, last, every_reward)[counts[:, 0] - 1][:, prompts]
         return sums if every_reward else sums[:, :, 0]
 
@@ -166,20 +147,20 @@ class Scorer:
             if rows.stop > rows.start:
                 path = np.array([self._table(step, width) for step in (*steps, -1)])
                 prefix_sums(
-                    self._orders[width], path, self._labels, self.subsets, prompts, iterations, counts[rows], values,
+                    self._orders[width], path, self.labels, self.subsets, prompts, iterations, counts[rows], values,
                     sums[rows],
                 )  # fmt: skip
             done, width = rows.stop, 2 * width
 
     def _add_joint(self, steps, counts, iterations, prompts, values, sums) -> None:
-        from ttsnap_lib.simulation import kernels as _kernels
+        from ttsnap_lib.simulation.kernels import RANK_SUM, Z_SCORE, multi_reward
 
-        mode = _kernels.RANK_SUM if self._selection.combine == "rank_sum" else _kernels.Z_SCORE
+        mode = RANK_SUM if self._selection.combine == "rank_sum" else Z_SCORE
         ranks, scores, valid = (
             np.stack([table[s][prompts] for s in (*steps, -1)], 1) for table in (self._ranks, self._scores, self._valid)
         )
-        _kernels.multi_reward(
-            mode, ranks, scores, valid, self._labels[prompts], self.subsets[iterations], counts, values[prompts],
+        multi_reward(
+            mode, ranks, scores, valid, self.labels[prompts], self.subsets[iterations], counts, values[prompts],
             np.empty((0, 0, 0), np.int32), sums, np.full(2, -1, np.int64),
         )  # fmt: skip
 
@@ -194,7 +175,7 @@ class Scorer:
                     shape = (len(self._levels), self.n_prompts, self.iterations, width)
                     self._orders[width] = np.empty(shape, np.uint8 if width <= 256 else np.uint16)
             # Two threads may both fill it: with the same.
-            ordered_positions(self._levels[step].rank, self._labels, self.subsets, self._orders[width][k])
+            ordered_positions(self._levels[step].rank, self.labels, self.subsets, self._orders[width][k])
             self._ordered.add((step, width))
         return k
 
@@ -203,7 +184,7 @@ class Scorer:
         key = (first, last)
         with self._lock:
             if key not in self._controls:
-                rank = np.take_along_axis(self._levels[-1].rank, self._labels, axis=1)
+                rank = np.take_along_axis(self._levels[-1].rank, self.labels, axis=1)
                 total = np.zeros_like(self.exact)
                 prompts = np.arange(self.n_prompts)
                 for row in self.subsets[first:last]:
@@ -213,24 +194,23 @@ class Scorer:
         return self._controls[key] if every_reward else self._controls[key][:, :, :1]
 
 
-OBJECTIVES = ("area", "single", "frontier")
+def balanced_subsets(pool: int, iterations: int, rng: np.random.Generator) -> np.ndarray:
+    """Return permutations of the pool, int64 (iteration, pool), in blocks of rotations of one random order."""
+    rows: list[np.ndarray] = []
+    while len(rows) < iterations:
+        order = rng.permutation(pool)
+        turns = min(_BLOCK, iterations - len(rows))
+        rows += [np.roll(order, -(k * pool // turns)) for k in range(turns)]
+    return np.array(rows, np.int64)
 
 
 @dataclass(frozen=True)
 class Goals:
-    """Turns a curve of mean merit over budgets into scores in percent.
+    """Turns a curve of mean merit over budgets into scores in percent."""
 
-    Parameters
-    ----------
-    objective : {"area", "single", "frontier"}
-    budgets : float64 (budget,)
-    n : int64 (budget,)
-        Best-of-N candidates at each budget.
-    """
-
-    objective: str
-    budgets: np.ndarray
-    n: np.ndarray
+    objective: str  # area, single or frontier
+    budgets: np.ndarray  # float64 (budget,)
+    n: np.ndarray  # int64 (budget,), Best-of-N candidates at each
 
     @property
     def elites(self) -> int:
@@ -250,12 +230,11 @@ class Goals:
         if scorer.exact is not None:
             stop = max(prompts.stop for blocks in rounds for prompts, _, _ in blocks)
             return scorer.exact[n - 1, :stop, 0].mean(1)
-        sums, draws = np.zeros(len(n)), 0
-        for blocks in rounds:
-            for prompts, first, last in blocks:
-                sums += scorer.sums((), n[:, None], first, last, prompts=prompts).sum(1)
-                draws += (prompts.stop - prompts.start) * (last - first)
-        return sums / draws
+        blocks = [block for blocks in rounds for block in blocks]
+        sums = np.zeros(len(n))
+        for prompts, first, last in blocks:
+            sums += scorer.sums((), n[:, None], first, last, prompts=prompts).sum(1)
+        return sums / draws(blocks)
 
     def score(self, curve: np.ndarray, baseline: np.ndarray) -> np.ndarray:
         """Return (..., goal) scores of curves (..., budget) against `baseline` (..., 1 + budget).
@@ -274,8 +253,6 @@ class Goals:
         """
         if len(self.budgets) == 1:
             return self.per_budget(curve, baseline)[..., 0]
-        from ttsnap_lib.simulation.metrics import relative_gain_of
-
         return relative_gain_of(self.budgets, curve, baseline[..., 1:], strict=False)
 
     def per_budget(self, curve: np.ndarray, baseline: np.ndarray) -> np.ndarray:
@@ -289,67 +266,26 @@ class Goals:
             return np.where(yardstick > 0, 100 * (curve - baseline[..., 1:]) / yardstick, np.nan)
 
 
-def check_budgets(objective: str, budgets: np.ndarray) -> None:
-    """Refuse budgets that the objective cannot use."""
-    if objective == "single" and len(budgets) != 1:
-        raise BudgetError(
-            f"budgets for objective 'single': got {budgets.tolist()!r}, expected one budget. Name one budget."
-        )
-    increasing = (np.diff(budgets) > 0).all()
-    if not increasing or (objective == "area" and len(budgets) < 2):
-        raise ConfigError(
-            f"budgets for objective {objective!r}: got {budgets.tolist()!r}, expected "
-            f"{'two or more numbers in strictly increasing order' if objective == 'area' else 'increasing numbers'}. "
-            "Sort the budgets and name each once; objective='single' takes one."
-        )
-
-
-_GENERATION = 32
-
-
-_PROMOTED = (0.34, 0.34)  # at most this share of a generation goes on from each round
-
-
-_MARGIN = 2.0  # standard deviations by which a schedule may trail the elite and still go on
-
-
-_RANDOM = 0.1  # share of proposals that start afresh
-
-
-_CROSSED = 0.15
-
-
 @dataclass
 class Trial:
-    """One schedule and what is known of it.
-
-    Attributes
-    ----------
-    schedule : Schedule
-    counts : int64 (budget, stage + 1), rows of 0 or -1 where it is infeasible
-    scores : list of float64 (goal,), one for each round it ran in
-    sums : float64 (budget,), over prompts and iterations so far; NaN where infeasible
-    draws : int, prompts x iterations so far
-    """
+    """One schedule and what is known of it."""
 
     schedule: Schedule
-    counts: np.ndarray
-    scores: list[np.ndarray] = field(default_factory=list)
-    sums: np.ndarray | float = 0.0
-    draws: int = 0
+    counts: np.ndarray  # int64 (budget, stage + 1), rows of 0 or -1 where it is infeasible
+    scores: list[np.ndarray] = field(default_factory=list)  # float64 (goal,), one for each round it ran in
+    sums: np.ndarray | float = 0.0  # (budget,), over prompts and iterations so far; NaN where infeasible
+    draws: int = 0  # prompts x iterations so far
+
+
+def draws(blocks: Sequence[tuple[slice, int, int]]) -> int:
+    """Return the prompts x iterations of some blocks (prompts, first iteration, one past the last)."""
+    return sum((prompts.stop - prompts.start) * (last - first) for prompts, first, last in blocks)
 
 
 class Race:
     """Searches a space of schedules; interrupted anywhere, it keeps what it knows.
 
-    Parameters
-    ----------
-    space : SearchSpace
-    scorer : Scorer
-        Its iterations are those of the last round.
-    goals : Goals
-    rng : numpy.random.Generator
-    threads : int
+    The iterations of `scorer` are those of the last round.
     """
 
     def __init__(
@@ -375,8 +311,6 @@ class Race:
         scorer.sums(space.steps[:1], np.full((1, len(space.steps[:1]) + 1), 1), 0, 1)  # compiles, before time is taken
         self.baselines = [goals.baseline(scorer, self.rounds[: r + 1]) for r in range(3)]
 
-    # -- running ------------------------------------------------------------------------------------------------
-
     def run(self, n_trials: int, deadline: Callable[[], float], progress: Callable[[int, int], None] | None) -> bool:
         """Search until `n_trials` schedules were tried; False when the deadline or Ctrl-C came first."""
         try:
@@ -397,20 +331,19 @@ class Race:
 
     def _run_generation(self, batch: list[Trial], pool: ThreadPoolExecutor, deadline: Callable[[], float]) -> bool:
         running = batch
-        for r in range(len(self.rounds)):
+        for r, blocks in enumerate(self.rounds):
             started = time.monotonic()
             for start in range(0, len(running), 4 * self.threads):
                 if time.monotonic() > deadline() and self.finished():
                     return False
                 part = running[start : start + 4 * self.threads]
-                for trial, sums in zip(part, pool.map(self.sums, part, [self.rounds[r]] * len(part)), strict=True):
+                for trial, sums in zip(part, pool.map(self.sums, part, [blocks] * len(part)), strict=True):
                     trial.sums = trial.sums + sums
-                    trial.draws += sum((b.stop - b.start) * (last - first) for b, first, last in self.rounds[r])
+                    trial.draws += draws(blocks)
                     trial.scores.append(self.goals.score(trial.sums / trial.draws, self.baselines[r]))
                     if r == 0:
                         self.trials.append(trial)
-            draws = sum((b.stop - b.start) * (last - first) for b, first, last in self.rounds[r])
-            spent = (time.monotonic() - started) / (len(running) * draws)
+            spent = (time.monotonic() - started) / (len(running) * draws(blocks))
             self.seconds_per_draw = (self.seconds_per_draw + spent) / 2 if self.seconds_per_draw else spent
             if r + 1 < len(self.rounds):
                 running = self._promote(running, r)
@@ -418,11 +351,6 @@ class Race:
                     return True
         self._learn(running)
         return True
-
-    def map(self, work: Callable[[Trial], np.ndarray], trials: Sequence[Trial]) -> list[np.ndarray]:
-        """Return ``[work(trial) for trial in trials]``, in threads."""
-        with ThreadPoolExecutor(self.threads) as pool:
-            return list(pool.map(work, trials))
 
     def sums(self, trial: Trial, blocks: Sequence[tuple[slice, int, int]], scorer: Scorer | None = None) -> np.ndarray:
         """Return the sum of merit over some prompts and iterations at each budget, NaN where infeasible."""
@@ -433,8 +361,6 @@ class Race:
             part = scorer.sums(trial.schedule.steps, trial.counts[fits], first, last, prompts=prompts).sum(1)
             found[fits] = np.where(np.isnan(found[fits]), 0.0, found[fits]) + part
         return found
-
-    # -- racing -------------------------------------------------------------------------------------------------
 
     def finished(self) -> list[Trial]:
         """Return the trials that ran in every round."""
@@ -449,6 +375,7 @@ class Race:
         return [[done[k] for k in best_indices(table[:, g], each)] for g in range(table.shape[1])]
 
     def _promote(self, running: list[Trial], r: int) -> list[Trial]:
+        """Return the trials of a generation that go on from a round."""
         scores = np.array([trial.scores[r] for trial in running])
         lead = np.full(scores.shape[1], -np.inf)
         for g, best in enumerate(self.elites(self.goals.elites)):
@@ -461,14 +388,13 @@ class Race:
         return [running[k] for k in best_indices(order, keep) if reach[k].max() >= -_MARGIN]
 
     def _learn(self, last_round: list[Trial]) -> None:
+        """Take in how far the scores of the first rounds were from those of the last."""
         for r in range(2):
             self._gaps[r] += [trial.scores[-1] - trial.scores[r] for trial in last_round]
             self._gaps[r] = self._gaps[r][-200:]
             if len(self._gaps[r]) >= 20:
                 gaps = np.ma.masked_invalid(self._gaps[r])
                 self._spread[r] = gaps.std(axis=0).filled(np.inf)
-
-    # -- proposing ----------------------------------------------------------------------------------------------
 
     def propose(self, count: int) -> list[Trial]:
         """Return up to `count` schedules not seen before that are feasible where the goals need them."""

@@ -12,47 +12,25 @@ from ttsnap_lib.costs import CostModel
 from ttsnap_lib.schedule import PUBLISHED_SCHEDULE, Schedule
 
 _TOLERANCE = 1e-9  # relative, as in CostModel.candidates
-
-
 _LOW, _HIGH = 0.02, 0.98  # a ratio of 1 would pay for a check and drop nothing
-
-
 _DIGITS = 3  # of a keep ratio: finer than any count it rounds to in a pool of a few hundred
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Schedules of up to `max_stages` stages on the `steps` allowed, under a cost model.
+    """Schedules of up to `max_stages` stages on the `steps` allowed, under a cost model."""
 
-    Parameters
-    ----------
-    steps : tuple of int
-        Steps at which a check may stand.
-    max_stages : int
-    cost : CostModel
-    budgets : float64 (budget,)
-        Ascending.
-    pool : int
-        Images per prompt: no schedule may start with more candidates.
-    """
-
-    steps: tuple[int, ...]
+    steps: tuple[int, ...]  # at which a check may stand
     max_stages: int
     cost: CostModel
-    budgets: np.ndarray
-    pool: int
-
-    # -- what a schedule buys -----------------------------------------------------------------------------------
+    budgets: np.ndarray  # float64 (budget,), ascending
+    pool: int  # images per prompt: no schedule may start with more candidates
 
     def counts(self, schedule: Schedule) -> np.ndarray:
-        """Return the candidates at work in each stage at each budget.
+        """Return the candidates at work in each stage at each budget, int64 (budget, stage + 1).
 
-        The first column equals :meth:`CostModel.candidates`, computed for all budgets at once.
-
-        Returns
-        -------
-        int64 (budget, stage + 1)
-            Rows of 0 where the budget buys no candidate, of -1 where it buys more than the pool.
+        The first column equals :meth:`CostModel.candidates`, computed for all budgets at once. Rows are 0 where the
+        budget buys no candidate, -1 where it buys more than the pool.
         """
         survivors, totals = self._table(schedule)
         n = np.searchsorted(totals, self.budgets * (1 + _TOLERANCE), side="right")
@@ -77,12 +55,7 @@ class SearchSpace:
             survivors[:, k + 1] = np.maximum(1, np.rint(survivors[:, k] * ratio))
             fractions[:, k + 1] = fractions[:, k] * ratio
         at_work = survivors if self.cost.accounting == "exact" else fractions
-        return survivors, self.cost.per_prompt + at_work @ self._unit_costs(schedule.steps)
-
-    def _unit_costs(self, steps: tuple[int, ...]) -> np.ndarray:
-        return _unit_costs(self.cost, steps)
-
-    # -- schedules to try ---------------------------------------------------------------------------------------
+        return survivors, self.cost.per_prompt + at_work @ _unit_costs(self.cost, schedule.steps)
 
     def first(self) -> list[Schedule]:
         """Return what every search starts with: no pruning, the published schedule, evenly spread checks."""
@@ -164,6 +137,7 @@ def _unit_costs(cost: CostModel, steps: tuple[int, ...]) -> np.ndarray:
 
 
 def _make(steps: Iterable[int], ratios: Iterable[float]) -> Schedule:
+    """Return a schedule whose ratios are within bounds and of few digits."""
     return Schedule(
         tuple(int(step) for step in steps), tuple(round(float(min(max(r, _LOW), _HIGH)), _DIGITS) for r in ratios)
     )
