@@ -91,15 +91,16 @@ print(time.process_time() - begin, peak() - before)
 _PLAN = """
 import tempfile
 from ttsnap_lib.trajectories.generate import blocks_for, wanted_rows
-from ttsnap_lib.scoring.score import InlineScorer
-from ttsnap_lib.rewards import load_reward
+from ttsnap_lib.scoring.score import InlineScorer, open_scorer
+from ttsnap_lib.rewards.loading import load_reward
 reward = load_reward(lambda prompt, images: [0.0] * len(images), name="r")
 def work(prompts):
     texts = [f"prompt {k}" for k in range(prompts)]
-    with tempfile.TemporaryDirectory() as folder, InlineScorer(f"{folder}/r.zarr", reward, texts, IMAGES, STEPS) as scorer:
+    options = {"source": "", "shard": (0, 1), "where": "{} {} {}".format}
+    with tempfile.TemporaryDirectory() as folder, open_scorer(f"{folder}/r.zarr", [reward], texts, IMAGES, list(range(STEPS)), {}, **options) as scorer:
         blocks = blocks_for(8, {"size": 8}, prompts, IMAGES)
         batches = list(blocks.starts(prompts, IMAGES))
-        assert len(wanted_rows(blocks, batches, prompts, IMAGES, STEPS, scorer.only)) == prompts * IMAGES
+        assert len(wanted_rows(blocks, batches, prompts, IMAGES, STEPS, InlineScorer(scorer).only)) == prompts * IMAGES
 work(1)
 before, begin = peak(), time.process_time()
 work(PROMPTS)

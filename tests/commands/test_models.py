@@ -109,7 +109,7 @@ def test_every_module_of_commands_is_in_the_help_and_defaults_are_told_once():
     from ttsnap_lib import commands
     from ttsnap_lib.__main__ import parser
 
-    assert {info.name for info in pkgutil.iter_modules(commands.__path__)} == {*commands.MODULES, "options"}
+    assert {info.name for info in pkgutil.iter_modules(commands.__path__)} == {*commands.COMMANDS, "options"}
     choices = parser()._subparsers._group_actions[0].choices
     for name, one in choices.items():
         text = " ".join(one.format_help().split())

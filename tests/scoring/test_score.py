@@ -20,7 +20,7 @@ from ttsnap_lib import Schedule, open_rewards, simulate
 from ttsnap_lib.diffusion.denoise import Settings
 from ttsnap_lib.errors import CheckpointError, ConfigError, DiskError, RewardError, TensorError, TrajectoryError
 from ttsnap_lib.rewards.loading import load_reward
-from ttsnap_lib.scoring.score import InlineScorer, generate_scores, score
+from ttsnap_lib.scoring.score import InlineScorer, generate_scores, open_scorer, score
 from ttsnap_lib.tensors.tensor import drop_missing
 from ttsnap_lib.trajectories.generate import generate
 from ttsnap_lib.trajectories.read import Trajectories
@@ -426,10 +426,14 @@ def test_inline_scoring_refuses(pipeline, tmp_path):
 def test_shards_of_inline_scoring_take_whole_chunks(tmp_path):
     prompts = [f"prompt {k}" for k in range(30)]
     pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    for shard, expected in (("0/2", range(25)), ("1/2", range(25, 30))):
-        with InlineScorer(tmp_path / "r.zarr", brightness, prompts, 2, 1, shard=shard) as scorer:
-            assert scorer.only == [(prompt, image) for prompt in expected for image in range(2)]
+    where = "{} {} {}".format
+    for shard, expected in (((0, 2), range(25)), ((1, 2), range(25, 30))):
+        with open_scorer(
+            tmp_path / "r.zarr", [load_reward(brightness)], prompts, 2, [0], {}, source="", shard=shard, where=where
+        ) as scorer:
+            inline = InlineScorer(scorer)
+            assert inline.only == [(prompt, image) for prompt in expected for image in range(2)]
             for prompt in expected:
-                scorer(prompt, [0, 1], 0, pixels)
-            assert scorer.only == []
+                inline(prompt, [0, 1], 0, pixels)
+            assert inline.only == []
     assert set(open_rewards(tmp_path / "r.zarr")["status"].values) == {"scored"}

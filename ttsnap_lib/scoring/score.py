@@ -5,12 +5,12 @@ Both are sources of one :class:`Scorer`, which takes pictures in batches and wri
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,19 +144,16 @@ def score(
     models = load_rewards(
         rewards, noise_aware, steps=found.n_steps, device=device, dtype=dtype, compile=compile, batch_size=batch_size
     )
-    plans = [reward_plan(model, chosen) for model in models]
-    attributes = {
-        "model": str(found.manifest.identity.get("model", "")),
-        "source": "ttsnap score",
-        "trajectories": digest(found.manifest.identity),
-    }
-    with open_store(out, plans, found.prompts, n_images, chosen, shard=part, attributes=attributes) as store:
-        works = plan_work(store, models, chosen, n_images)
+    scoring = open_scorer(
+        out, models, found.prompts, n_images, chosen, found.manifest.identity,
+        source="ttsnap score", shard=part, where=found.path, skip=on_error == "skip",
+    )  # fmt: skip
+    with scoring as scorer:
+        report, works = scorer.report, scorer.works
         if on_error == "raise":
             for prompt in dict.fromkeys(work.prompt for work in works):
                 found.require_whole(prompt, range(n_images))
-        scorer = Scorer(store, found.prompts, ScoreReport(Path(out)), found.path, skip=on_error == "skip")
-        begin, report, total = time.perf_counter(), scorer.report, sum(len(work) for work in works)
+        begin, total = time.perf_counter(), sum(len(work) for work in works)
         if progress is not None:
             progress(0, total)
         portions = read_portions(found, works, batch_size, workers)
@@ -221,23 +218,20 @@ def generate_scores(
             "folder: images that are scored as they are made are not kept. To keep them, generate into a folder first "
             "and score the folder."
         )
-    prompts = read_prompts(prompts)
+    prompts, part = read_prompts(prompts), parse_shard(shard)
     denoiser = Denoiser(pipeline, settings)
-    identity = {**identity_of(denoiser), "seed": seed, "negtome": None if negtome is None else negtome.to_dict()}
-    attributes = {
-        "model": str(identity.get("model", type(pipeline).__name__)),
-        "source": "ttsnap generate --score",
-        "trajectories": digest(identity),
-    }
     n_steps = denoiser.settings.n_steps
-    scorer = InlineScorer(
-        out, rewards, prompts, images_per_prompt, n_steps,
-        steps=steps, shard=shard, noise_aware=noise_aware, attributes=attributes,
-    )  # fmt: skip
+    chosen, models = chosen_steps(steps, n_steps), load_rewards(rewards, noise_aware, steps=n_steps)
+    identity = {**identity_of(denoiser), "seed": seed, "negtome": None if negtome is None else negtome.to_dict()}
     begin = time.perf_counter()
-    with scorer:
+    scoring = open_scorer(
+        out, models, prompts, images_per_prompt, chosen, identity,
+        source="ttsnap generate --score", shard=part, where="prompt {}, image {}, step {}".format,
+    )  # fmt: skip
+    with scoring as scorer:
+        inline = InlineScorer(scorer)
         generate(
-            pipeline, prompts, on_batch=scorer, only=scorer.only, steps=scorer.steps, shard=(0, 1),
+            pipeline, prompts, on_batch=inline, only=inline.only, steps=chosen, shard=(0, 1),
             images_per_prompt=images_per_prompt, settings=settings, seed=seed, negtome=negtome, **generate_options,
         )  # fmt: skip
     scorer.report.elapsed_s = time.perf_counter() - begin
@@ -245,53 +239,22 @@ def generate_scores(
 
 
 class InlineScorer:
-    """What ``generate(on_batch=...)`` hands its pictures to, which never leave the device; a context manager.
+    """What ``generate(on_batch=...)`` hands its pictures to, which never leave the device.
 
     A prompt is written when all its images have come. What a process that is killed leaves is a tensor of whole
-    prompts; :attr:`only` names the images of the others. Pass :attr:`steps` to `generate`, so that it decodes no others,
-    and run it unsharded: `shard` here takes prompts in whole chunks of 25.
+    prompts; :attr:`only` names the images of the others, for ``generate(only=...)``.
     """
 
-    def __init__(
-        self,
-        out: str | Path,
-        rewards: Rewards,
-        prompts: Sequence[str],
-        images_per_prompt: int,
-        n_steps: int,
-        *,
-        steps: Sequence[int] | None = None,
-        shard: tuple[int, int] | str | None = None,
-        noise_aware: NoiseAware = None,
-        attributes: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.steps = chosen_steps(steps, n_steps)
-        self.report = ScoreReport(Path(out))
-        self._rewards = load_rewards(rewards, noise_aware, steps=n_steps)
-        self._prompts, self._n_images = list(prompts), images_per_prompt
-        self._shard, self._attributes = parse_shard(shard), attributes
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        plans = [reward_plan(reward, self.steps) for reward in self._rewards]
-        opened = open_store(
-            self.report.path, plans, self._prompts, self._n_images, self.steps,
-            shard=self._shard, attributes=self._attributes,
-        )  # fmt: skip
-        store = self._stack.enter_context(opened)
-        self._scorer = Scorer(store, self._prompts, self.report, "prompt {}, image {}, step {}".format)
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
         self._works: dict[int, Work] = {}
-        for work in plan_work(store, self._rewards, self.steps, self._n_images):
-            self._works.setdefault(work.prompt, Work(work.prompt, [], self._n_images)).calls.extend(work.calls)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        for work in scorer.works:  # one pass for all of a prompt: the pictures come once
+            self._works.setdefault(work.prompt, Work(work.prompt, [], work.n_images)).calls.extend(work.calls)
 
     @property
     def only(self) -> list[tuple[int, int]]:
-        """The (prompt, image) pairs that are still to be generated, for ``generate(only=...)``."""
-        return [(prompt, image) for prompt in self._works for image in range(self._n_images)]
+        """The (prompt, image) pairs that are still to be generated."""
+        return [(prompt, image) for prompt, work in self._works.items() for image in range(work.n_images)]
 
     def __call__(self, prompt: int, images: list[int], step: int, pixels: torch.Tensor) -> None:
         """Score the pictures ``pixels`` (n, 3, height, width) of one prompt at one step."""
@@ -340,13 +303,6 @@ def load_rewards(rewards: Rewards, noise_aware: NoiseAware = None, *, steps: int
                 f"expected steps below {steps}. Use a series that was trained on trajectories of as many steps."
             )
     return models
-
-
-def reward_plan(reward: Reward, steps: Sequence[int]) -> RewardPlan:
-    """Return what a tensor keeps to tell this reward from another one of the same name."""
-    reward.use_step(None)
-    series = {step: reward.step_fingerprint(step) for step in reward.adapter_steps if step in steps}
-    return RewardPlan(reward.name, reward.fingerprint(), series)
 
 
 def chosen_steps(given: Sequence[int] | None, n: int) -> list[int]:
@@ -477,6 +433,31 @@ def read_portions(found: Trajectories, works: Sequence[Work], batch_size: int, w
 # Scoring it
 
 
+@contextlib.contextmanager
+def open_scorer(
+    out: str | Path,
+    rewards: Sequence[Reward],
+    prompts: Sequence[str],
+    n_images: int,
+    steps: Sequence[int],
+    identity: Mapping[str, Any],
+    *,
+    source: str,
+    shard: tuple[int, int],
+    where: Callable[[int, int, int], object],
+    skip: bool = False,
+) -> Iterator[Scorer]:
+    """Open the tensor at `out`, and plan what is left to score of trajectories of an `identity`."""
+    plans = []
+    for reward in rewards:
+        reward.use_step(None)
+        series = {step: reward.step_fingerprint(step) for step in reward.adapter_steps if step in steps}
+        plans.append(RewardPlan(reward.name, reward.fingerprint(), series))
+    attributes = {"model": str(identity.get("model", "")), "source": source, "trajectories": digest(identity)}
+    with open_store(out, plans, prompts, n_images, steps, shard=shard, attributes=attributes) as store:
+        yield Scorer(store, plan_work(store, rewards, steps, n_images), prompts, where, skip)
+
+
 class Scorer:
     """Scores pictures as they come, and writes the scores of a work when its last picture is through.
 
@@ -487,15 +468,14 @@ class Scorer:
     def __init__(
         self,
         store: RewardStore,
+        works: list[Work],
         prompts: Sequence[str],
-        report: ScoreReport,
         where: Callable[[int, int, int], object],
-        *,
-        skip: bool = False,
+        skip: bool,
     ) -> None:
-        self.store, self.prompts, self.report, self.where, self.skip = store, prompts, report, where, skip
+        self.store, self.works, self.prompts, self.where, self.skip = store, works, prompts, where, skip
         self.clock = Clock()
-        report.seconds = self.clock.seconds
+        self.report = ScoreReport(store.path, seconds=self.clock.seconds)
         self._column = {step: k for k, step in enumerate(store.steps)}
 
     def take(self, portion: Portion) -> bool:
