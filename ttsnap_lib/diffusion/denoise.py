@@ -55,11 +55,6 @@ class Settings:
         What to steer away from; needs classifier-free guidance.
     true_guidance : float, optional
         Classifier-free guidance on top of FLUX's embedded guidance (``true_cfg_scale``).
-
-    Raises
-    ------
-    ConfigError
-        A value that can be right for no pipeline; :class:`Denoiser` checks the rest.
     """
 
     n_steps: int = 20
@@ -71,20 +66,19 @@ class Settings:
     true_guidance: float | None = None
 
     def __post_init__(self) -> None:
-        put = object.__setattr__
-        put(self, "n_steps", integer("n_steps", self.n_steps, 1, MAX_STEPS))
-        for name in ("height", "width"):
+        bounds = {"n_steps": MAX_STEPS, "height": MAX_PIXELS, "width": MAX_PIXELS, "max_sequence_length": 512}
+        for name, high in bounds.items():
             if getattr(self, name) is not None:
-                put(self, name, integer(name, getattr(self, name), 1, MAX_PIXELS))
+                object.__setattr__(self, name, integer(name, getattr(self, name), 1, high))
         if self.height is not None and self.width is not None:
             integer("height x width", self.height * self.width, 1, MAX_PIXELS)
-        if self.max_sequence_length is not None:
-            put(self, "max_sequence_length", integer("max_sequence_length", self.max_sequence_length, 1, 512))
         for name in ("guidance", "true_guidance"):
             if getattr(self, name) is not None:
-                put(self, name, real(name, getattr(self, name), 0))
+                object.__setattr__(self, name, real(name, getattr(self, name), 0))
         if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
-            raise ConfigError(f"negative_prompt: got {self.negative_prompt!r}, expected one text for all images.")
+            raise ConfigError(
+                f"negative_prompt: got {self.negative_prompt!r}, expected one text. It serves all images."
+            )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -105,20 +99,16 @@ class Settings:
 
 
 def as_settings(value: Any) -> Settings:
-    """Return `value` when it is a Settings; None is the default ones."""
+    """Return `value` as Settings: a mapping of some of them, or None for the default ones."""
+    if isinstance(value, Mapping):
+        return Settings.from_dict(value)
     if value is not None and not isinstance(value, Settings):
         raise ConfigError(f"settings: got {value!r}, expected a Settings. Pass Settings(n_steps=..., ...).")
     return value or Settings()
 
 
 def resolve(settings: Settings, pipeline: Any) -> Settings:
-    """Return `settings` with every default filled in, checked against what `pipeline` can take.
-
-    Raises
-    ------
-    ConfigError
-        A size, text length or guidance that this pipeline cannot take.
-    """
+    """Return `settings` with every default filled in, checked against what `pipeline` can take."""
     adapter, name = adapter_of(pipeline), type(pipeline).__name__
     height, width = adapter.default_size(pipeline)
     defaults: dict[str, Any] = {
@@ -180,21 +170,11 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Images on their way: their latents after `step`, and what a multistep solver remembers.
+    """Images on their way: their latents after `step`, and what a multistep solver remembers."""
 
-    Attributes
-    ----------
-    latents : torch.Tensor
-        (n, ...), in the layout that the pipeline's loop works in.
-    step : int
-        The last step that has run; -1 is pure noise.
-    history : dict, optional
-        Earlier model outputs, for multistep schedulers.
-    """
-
-    latents: torch.Tensor
-    step: int = -1
-    history: History | None = None
+    latents: torch.Tensor  # (n, ...), in the layout that the pipeline's loop works in
+    step: int = -1  # the last one that has run; -1 is pure noise
+    history: History | None = None  # earlier model outputs
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -247,28 +227,19 @@ def image_generator(base_seed: int, prompt_index: int, image_index: int) -> torc
 
 
 class Denoiser:
-    """Drives one stock pipeline, part by part.
+    """Drives one stock pipeline of :data:`ttsnap_lib.diffusion.families.ADAPTERS`, part by part.
 
-    Parameters
-    ----------
-    pipeline : diffusers.DiffusionPipeline
-        A text-to-image pipeline of :data:`ttsnap_lib.diffusion.families.ADAPTERS`. Nothing on it stays changed.
-    settings : Settings, optional
-        Kept, with every default filled in, in ``.settings``.
+    Nothing on the pipeline stays changed. What cannot work (PipelineError, ConfigError) is told here, before any model
+    runs.
 
     Attributes
     ----------
     settings : Settings
-        What is run, without a None except where there is nothing to set.
+        What is run, with every default filled in.
     timesteps : torch.Tensor
         (n_steps,) on the CPU: what the model is told at each step.
     sigmas : tuple of float
         (n_steps + 1,): the noise level before each step, and after the last.
-
-    Raises
-    ------
-    PipelineError, ConfigError
-        A pipeline, a scheduler or a setting that cannot work; raised here, before any model runs.
     """
 
     def __init__(self, pipeline: Any, settings: Settings | None = None) -> None:
@@ -347,33 +318,10 @@ class Denoiser:
         record: Collection[int] = (),
         on_x0: Callable[[int, torch.Tensor], None] | None = None,
     ) -> Candidates:
-        """Run the steps after ``candidates.step`` up to and with `last_step`.
+        """Run the steps after ``candidates.step`` up to and with `last_step`, with the candidates' rows of conditioning.
 
-        Parameters
-        ----------
-        candidates : Candidates
-            n images, at any step before `last_step`.
-        conditioning : Conditioning
-            n rows, those of the candidates.
-        last_step : int
-            0-based index of the last step to run.
-        record : collection of int
-            Steps at which `on_x0` is called.
-        on_x0 : callable, optional
-            ``on_x0(step, x0)`` with the x0 estimates (n, ...) in the layout and precision of the latents, for
-            :meth:`decode`. Called between two steps; what it raises ends the run and leaves the pipeline usable.
-
-        Returns
-        -------
-        Candidates
-            The same images at `last_step`.
-
-        Raises
-        ------
-        ConfigError
-            Steps out of order, or numbers of rows that differ.
-        DeviceError
-            Out of memory.
+        At the steps `record`, ``on_x0(step, x0)`` is called with the x0 estimates (n, ...) in the layout and precision of
+        the latents, for :meth:`decode`; what it raises ends the run and leaves the pipeline usable.
         """
         first = candidates.step + 1
         last_step = integer("last_step", last_step, first, self.settings.n_steps - 1)
@@ -396,12 +344,7 @@ class Denoiser:
     def decode(self, latents: torch.Tensor, decoder: Any = None) -> torch.Tensor:
         """Return the pixels of `latents` or x0 estimates: (n, 3, height, width), float32 in [0, 1].
 
-        Parameters
-        ----------
-        latents : torch.Tensor
-            (n, ...) in the layout of :class:`Candidates`.
-        decoder : AutoencoderTiny or AutoencoderKL, optional
-            Decodes instead of the pipeline's VAE, for quick looks.
+        A `decoder`, such as an AutoencoderTiny, stands in for the pipeline's VAE, for quick looks.
         """
         return self.pipeline.image_processor.postprocess(self._pixels(latents, decoder), output_type="pt").float()
 

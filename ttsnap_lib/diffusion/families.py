@@ -21,39 +21,17 @@ _GUIDED_POOLED = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """One pipeline class.
+    """One pipeline class."""
 
-    Attributes
-    ----------
-    pipeline : str
-        Name of the pipeline class.
-    model : str
-        Name of the denoising component.
-    embeds : tuple of str or None
-        Arguments of the pipeline call that the results of ``encode_prompt`` are, in its order; None is dropped.
-    guidance : float
-        The pipeline's own default.
-    more_prompts : tuple of str
-        Arguments of ``encode_prompt`` for the prompts of further text encoders.
-    sequence_length : int, optional
-        The pipeline's own default of ``max_sequence_length``; None where it has no such argument.
-    shifted : bool
-        Whether the pipeline adds the VAE's ``shift_factor`` when it decodes.
-    normalized : bool
-        Whether it applies the VAE's ``latents_mean`` and ``latents_std``, where there are any.
-    flux : bool
-        Packed latents, embedded guidance, classifier-free guidance as ``true_cfg_scale``.
-    """
-
-    pipeline: str
-    model: str
-    embeds: tuple[str | None, ...]
-    guidance: float
-    more_prompts: tuple[str, ...] = ()
-    sequence_length: int | None = None
-    shifted: bool = False
-    normalized: bool = False
-    flux: bool = False
+    pipeline: str  # name of the class
+    model: str  # name of the denoising component
+    embeds: tuple[str | None, ...]  # arguments of the call that encode_prompt returns, in its order; None is dropped
+    guidance: float  # the pipeline's own default
+    more_prompts: tuple[str, ...] = ()  # arguments of encode_prompt for the prompts of further text encoders
+    sequence_length: int | None = None  # own default of max_sequence_length; None where there is no such argument
+    shifted: bool = False  # adds the VAE's shift_factor when it decodes
+    normalized: bool = False  # applies the VAE's latents_mean and latents_std, where there are any
+    flux: bool = False  # packed latents, embedded guidance, classifier-free guidance as true_cfg_scale
 
     def component(self, pipeline: Any) -> Any:
         """Return the denoising model of `pipeline`."""
@@ -198,13 +176,7 @@ ADAPTERS: dict[str, Adapter] = {
 
 
 def adapter_of(pipeline: Any) -> Adapter:
-    """Return the entry of `pipeline`'s class (or of the nearest base class), or say what is missing.
-
-    Raises
-    ------
-    PipelineError
-        No entry, a component that is missing, or a model that takes more than noise (inpainting).
-    """
+    """Return the entry of `pipeline`'s class (or of the nearest base class), or say what is missing."""
     name = type(pipeline).__name__
     found = next((ADAPTERS[cls.__name__] for cls in type(pipeline).__mro__ if cls.__name__ in ADAPTERS), None)
     if found is None:

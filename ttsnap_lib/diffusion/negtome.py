@@ -53,11 +53,6 @@ class NegToMe:
         ``"paper"``: each token's best match among the reference's tokens. ``"released"``: the index found by the
         released code, which takes the maximum over the wrong axis: at each position of the reference, the token of
         the image that matches it best, then used as a position in the reference.
-
-    Raises
-    ------
-    ConfigError
-        A value out of its range.
     """
 
     group_size: int = 4
@@ -110,11 +105,6 @@ class NegToMe:
         """Install NegToMe on `pipeline` until the returned handle is removed, or its ``with`` block ends.
 
         Load adapters (LoRA) before. Both directions of classifier-free guidance have references of their own.
-
-        Raises
-        ------
-        PipelineError
-            A pipeline of another family, or one that has NegToMe installed already.
         """
         return Installed(self.resolved(pipeline), pipeline)
 
@@ -124,19 +114,11 @@ class NegToMe:
 
 
 class Installed:
-    """NegToMe at work on a pipeline; a context manager. Made by :meth:`NegToMe.install`.
-
-    Attributes
-    ----------
-    settings : NegToMe
-        With every value filled in.
-    merges : int
-        How many times an attention output was merged.
-    """
+    """NegToMe at work on a pipeline; a context manager. Made by :meth:`NegToMe.install`."""
 
     def __init__(self, settings: NegToMe, pipeline: Any) -> None:
-        self.settings = settings
-        self.merges = 0
+        self.settings = settings  # with every value filled in
+        self.merges = 0  # how many times an attention output was merged
         self._pipeline = pipeline
         self._adapter = adapter_of(pipeline)
         self._model = self._adapter.component(pipeline)
@@ -242,19 +224,9 @@ class Installed:
 def merge(
     tokens: torch.Tensor, group_size: int, alpha: float, threshold: float, matching: str = "paper"
 ) -> torch.Tensor:
-    """Push the tokens of each image away from their matches in the first image of its group.
+    """Push the tokens of each image away from their matches in the first image of its group, which keeps its bits.
 
-    Parameters
-    ----------
-    tokens : torch.Tensor
-        (images, tokens, channels); images are a multiple of `group_size`.
-    group_size, alpha, threshold, matching
-        As in :class:`NegToMe`.
-
-    Returns
-    -------
-    torch.Tensor
-        Of the same shape; the first image of each group has the same bits as before.
+    `tokens` are (images, tokens, channels), images a multiple of `group_size`; the others are as in :class:`NegToMe`.
     """
     n, count, channels = tokens.shape
     if group_size == 1:

@@ -142,17 +142,8 @@ def load_pipeline(
 def load_decoder(source: Any, pipeline: Any) -> Any:
     """Return the decoder that `source` names, on the device and in the precision of the pipeline's VAE.
 
-    Parameters
-    ----------
-    source : None, str, Path or module
-        None gives None; ``"pocket-tiny"``, a folder or a hub id is loaded; a module is taken as it is.
-    pipeline : diffusers pipeline
-        Whose latents are decoded.
-
-    Raises
-    ------
-    PipelineError
-        A source that cannot be loaded, or a decoder of other latents.
+    None gives None; ``"pocket-tiny"``, a folder or a hub id of an AutoencoderTiny is loaded; a module is taken as it is.
+    PipelineError when it cannot be loaded, or when it decodes other latents.
     """
     if source is None:
         return None

@@ -39,21 +39,12 @@ _KNOWN_LACKS = (
 
 @dataclass(frozen=True)
 class Schedulable:
-    """What the engine has to know about a scheduler class.
+    """What the engine has to know about a scheduler class."""
 
-    Attributes
-    ----------
-    read_x0 : callable
-        ``(scheduler, index, model_output, sample, output) -> x0`` right after ``step`` of schedule index `index`.
-    history : tuple of str
-        Attributes in which a multistep solver keeps earlier model outputs.
-    refuse : callable
-        ``config -> str``: what an option of this scheduler lacks for the engine; empty when it is fine.
-    """
-
+    # (scheduler, schedule index, model_output, sample, output) -> x0, right after ``step``
     read_x0: Callable[[Any, int, torch.Tensor, torch.Tensor, Any], torch.Tensor]
-    history: tuple[str, ...] = ()
-    refuse: Callable[[Any], str] = lambda config: ""
+    history: tuple[str, ...] = ()  # attributes in which a multistep solver keeps earlier model outputs
+    refuse: Callable[[Any], str] = lambda config: ""  # what an option lacks for the engine; empty when it is fine
 
 
 def _flow_x0(scheduler: Any, index: int, velocity: torch.Tensor, sample: torch.Tensor, output: Any) -> torch.Tensor:
@@ -94,13 +85,7 @@ SCHEDULABLE: dict[type, Schedulable] = {
 
 
 def schedulable(scheduler: Any) -> Schedulable:
-    """Return what is known of `scheduler`'s class, or say what it lacks.
-
-    Raises
-    ------
-    PipelineError
-        The scheduler, or one of its options, cannot be stopped and continued.
-    """
+    """Return what is known of `scheduler`'s class; a PipelineError says what it, or one of its options, lacks."""
     name = type(scheduler).__name__
     known = next((entry for cls, entry in SCHEDULABLE.items() if isinstance(scheduler, cls)), None)
     if known is None:

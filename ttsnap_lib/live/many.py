@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ttsnap_lib.checks import choice
 from ttsnap_lib.costs import CostModel
-from ttsnap_lib.diffusion.denoise import Settings
+from ttsnap_lib.diffusion.denoise import as_settings
 from ttsnap_lib.diffusion.pipelines import load_decoder
 from ttsnap_lib.errors import SearchError
 from ttsnap_lib.files import (
@@ -27,22 +27,22 @@ from ttsnap_lib.files import (
 )
 from ttsnap_lib.live.run import search
 from ttsnap_lib.rewards.loading import load_reward
-from ttsnap_lib.simulation.metrics import bootstrap_means
+from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval
 from ttsnap_lib.trajectories.generate import decoder_digest, weights_digest
+from ttsnap_lib.trajectories.prompts import read_prompts
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_NOT_IDENTITY = ("on_check", "progress", "batch_size", "preview_px")  # these do not decide the results
+_NOT_IDENTITY = ("on_check", "progress", "batch_size")  # these do not decide the results
 
 
 def search_many(
     pipeline: Any,
-    prompts: Sequence[str],
+    prompts: str | Path | Sequence[str],
     reward: Any,
     folder: str | Path | None,
     *,
-    identity: Mapping[str, Any] | None = None,
     shard: tuple[int, int] | str | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
@@ -52,16 +52,14 @@ def search_many(
     Parameters
     ----------
     pipeline : diffusers pipeline
-    prompts : list of str
-        A prompt's place in the list is its index for the seeds.
+    prompts : str, Path or sequence of str
+        Prompts, or what :func:`ttsnap_lib.trajectories.prompts.read_prompts` reads. A prompt's place in the list is
+        its index for the seeds.
     reward : Reward, str, callable, or a list of them
         Loaded once, for all prompts.
     folder : path or None
         Gets ``p0000/image.png``, ``record.json``, ``candidates.parquet`` and ``summary.json`` per prompt,
         ``results.csv`` and ``results.parquet``. None keeps nothing but the returned table of this shard.
-    identity : dict, optional
-        More of what decides the results, as plain JSON content, beside models and options. A folder made with
-        another one is refused.
     shard : (int, int) or "0/2", optional
         Which of how many processes this is; prompts are dealt out in turn. By default the place in an
         ``accelerate launch``, else all prompts.
@@ -87,6 +85,10 @@ def search_many(
     import pandas as pd
 
     index, of = parse_shard(shard)
+    prompts = read_prompts(prompts)
+    options |= {
+        "decoder": load_decoder(options.get("decoder"), pipeline), "settings": as_settings(options.get("settings")),
+    }  # fmt: skip
     rewards = [load_reward(one) for one in (reward if isinstance(reward, list | tuple) else [reward])]
     mine = range(index, len(prompts), of)
     failed: dict[int, SearchError] = {}
@@ -118,7 +120,7 @@ def search_many(
     else:
         folder = Path(folder)
         with shard_lock(folder, (index, of)) as held:
-            _claim(folder, {**_identity(pipeline, rewards, options), **(identity or {})})
+            _claim(folder, _identity(pipeline, rewards, options))
         with held:
             try:
                 work(folder)
@@ -162,18 +164,9 @@ def compare(
 ) -> pd.DataFrame:
     """Return one row per method: mean reward, cost and seconds, and the paired difference to the baseline.
 
-    Parameters
-    ----------
-    frames : dict
-        Method to the table of :func:`search_many`, over the same prompts.
-    reward : str
-        Column that is compared.
-    baseline : str
-        Key of `frames` that the others are compared with.
-    seed : int
-        Of the bootstrap over prompts that gives ``low`` and ``high``, the 95% interval of the difference.
+    `frames` maps a method to the table of :func:`search_many` over the same prompts, `reward` is the column compared;
+    ``low`` and ``high`` are the 95% interval of the difference, by a bootstrap over prompts from `seed`.
     """
-    import numpy as np
     import pandas as pd
 
     choice("baseline", baseline, frames)
@@ -182,8 +175,7 @@ def compare(
     for name, frame in ours.items():
         shared = frame.index.intersection(ours[baseline].index)
         difference = (frame.loc[shared, reward] - ours[baseline].loc[shared, reward]).to_numpy(float)
-        boot = bootstrap_means(difference, np.random.default_rng(seed), 2000)
-        low, high = np.quantile(boot, (0.025, 0.975))
+        low, high = percentile_interval(bootstrap_means(difference, seed, 2000))
         rows.append(
             {
                 "method": name, "prompts": len(shared), "candidates": frame["candidates"].mean(),
@@ -204,12 +196,11 @@ def _identity(pipeline: Any, rewards: Sequence[Any], options: Mapping[str, Any])
     plain = {key: value for key, value in options.items() if key not in _NOT_IDENTITY}
     if isinstance(plain.get("cost"), str | Path):
         plain["cost"] = CostModel.load(plain["cost"])
-    plain.setdefault("settings", Settings())
     plain = {key: value.to_dict() if hasattr(value, "to_dict") else value for key, value in plain.items()}
     return {
         **plain,
         "pipeline": [type(pipeline).__name__, type(pipeline.scheduler).__name__, weights_digest(pipeline)],
-        "decoder": decoder_digest(load_decoder(options.get("decoder"), pipeline)),
+        "decoder": decoder_digest(options["decoder"]),
         "rewards": {one.name: one.fingerprint() for one in rewards},
         "noise_aware": {
             one.name: {str(step): one.step_fingerprint(step) for step in one.adapter_steps} for one in rewards

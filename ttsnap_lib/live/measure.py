@@ -31,22 +31,12 @@ _SPAN = 5  # denoising steps timed in one go
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured.
-
-    Attributes
-    ----------
-    tflops, seconds : CostModel
-        Per candidate, at the largest batch size for the seconds.
-    by_batch : pandas.DataFrame
-        Batch size, part (step, decode, preview_decode, verify), seconds per candidate: median, lowest and highest run.
-    facts : dict
-        Model, reward, device, precision, size, versions.
-    """
+    """What was measured, per candidate."""
 
     tflops: CostModel
-    seconds: CostModel
-    by_batch: pd.DataFrame
-    facts: dict[str, Any]
+    seconds: CostModel  # at the largest batch size
+    by_batch: pd.DataFrame  # batch size, part (step, decode, preview_decode, verify), seconds, low and high
+    facts: dict[str, Any]  # model, reward, device, precision, size, versions
 
     def cost(self, unit: str = "TFLOPs") -> CostModel:
         """Return the cost model in ``"TFLOPs"`` or ``"seconds"``."""
@@ -82,7 +72,7 @@ def measure_costs(
     pipeline : diffusers pipeline
     reward : Reward, str, callable, or a list of them
         What :func:`ttsnap_lib.rewards.load_reward` takes; of several the check is the sum.
-    settings : Settings, optional
+    settings : Settings or mapping, optional
     decoder : AutoencoderTiny, folder, hub id or ``"pocket-tiny"``, optional
         Measured as ``preview_decode``.
     batch_sizes : sequence of int

@@ -18,22 +18,8 @@ if TYPE_CHECKING:
     from ttsnap_lib.live.record import SearchRecord, SearchResult
 
 
-def gallery(record: SearchRecord, *, columns: int = 16, tile_in: float = 0.8) -> Figure:
-    """Draw the candidates at each check, best score first.
-
-    Parameters
-    ----------
-    record : SearchRecord
-        Of a run in this process (pictures are not saved with a record).
-    columns : int
-        Candidates shown per check; the others are counted in the row's label.
-    tile_in : float
-        Side of a picture in inches.
-
-    Returns
-    -------
-    Figure
-    """
+def gallery(record: SearchRecord, *, columns: int = 16) -> Figure:
+    """Draw the candidates at each check, the `columns` best first: of a run in this process, pictures are not saved."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
@@ -43,7 +29,7 @@ def gallery(record: SearchRecord, *, columns: int = 16, tile_in: float = 0.8) ->
     columns = min(columns, len(record.seeds))
     figure, axes = plt.subplots(
         max(1, len(reached)), columns, squeeze=False, layout="constrained",
-        figsize=(tile_in * columns + 1.6, (tile_in + 0.34) * max(1, len(reached)) + 0.4),
+        figsize=(0.8 * columns + 1.6, 1.14 * max(1, len(reached)) + 0.4),
     )  # fmt: skip
     for ax in axes.ravel():
         ax.set_axis_off()
@@ -76,8 +62,8 @@ def gallery(record: SearchRecord, *, columns: int = 16, tile_in: float = 0.8) ->
 def _headline(record: SearchRecord, selecting: int) -> str:
     prompt = record.prompt if len(record.prompt) <= 70 else record.prompt[:67] + "..."
     line = f"{METHOD_LABELS.get(record.method, record.method)}: {prompt}"
-    seen = [] if record.winner < 0 else np.flatnonzero(~np.isnan(record.scores[record.winner, :, selecting]))
-    if not len(seen):
+    seen = np.flatnonzero(~np.isnan(record.scores[record.winner, :, selecting]))
+    if record.winner < 0 or not len(seen):
         return line
     best = record.scores[record.winner, seen[-1], selecting]
     what = "winner" if seen[-1] == len(record.checks) - 1 else "best so far"
@@ -85,17 +71,11 @@ def _headline(record: SearchRecord, selecting: int) -> str:
 
 
 class LiveGallery:
-    """Draws the gallery in the notebook anew after each stage: pass one as ``on_check`` of a search.
+    """Draws the gallery in the notebook anew after each stage: pass one as ``on_check`` of a search."""
 
-    Attributes
-    ----------
-    figure : matplotlib.figure.Figure or None
-        The last drawing.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        self.options = options
-        self.figure: Figure | None = None
+    def __init__(self, columns: int = 16) -> None:
+        self.columns = columns
+        self.figure: Figure | None = None  # the last drawing
         self._handle: Any = None
 
     def __call__(self, record: SearchRecord) -> None:
@@ -103,7 +83,7 @@ class LiveGallery:
         import matplotlib.pyplot as plt
         from IPython.display import display
 
-        self.figure = gallery(record, **self.options)
+        self.figure = gallery(record, columns=self.columns)
         plt.close(self.figure)  # or the notebook would show it a second time at the end of the cell
         if self._handle is None:
             self._handle = display(self.figure, display_id=True)
@@ -111,18 +91,13 @@ class LiveGallery:
             self._handle.update(self.figure)
 
 
-def winners(results: Mapping[str, SearchResult], *, tile_in: float = 2.2) -> Figure:
-    """Draw the chosen images side by side, each with its method, score and candidates.
-
-    Returns
-    -------
-    Figure
-    """
+def winners(results: Mapping[str, SearchResult]) -> Figure:
+    """Draw the chosen images side by side, each with its method, score and candidates."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
-        1, len(results), squeeze=False, figsize=(tile_in * len(results), tile_in + 0.6), layout="constrained"
-    )
+        1, len(results), squeeze=False, figsize=(2.2 * len(results), 2.8), layout="constrained"
+    )  # fmt: skip
     for ax, (method, result) in zip(axes[0], results.items(), strict=True):
         ax.imshow(result.image, interpolation="nearest")
         name, score = next((name, value) for name, value in result.scores.items() if name not in result.record.report)
@@ -135,17 +110,7 @@ def winners(results: Mapping[str, SearchResult], *, tile_in: float = 2.2) -> Fig
 def per_prompt(frames: Mapping[str, pd.DataFrame], reward: str, *, ax: Axes | None = None) -> Axes:
     """Plot the reward of the chosen image of each prompt by method; a line joins the methods at each prompt.
 
-    Parameters
-    ----------
-    frames : dict
-        Method to the table of :func:`ttsnap_lib.live.many.search_many`.
-    reward : str
-        Column to plot.
-    ax : matplotlib Axes, optional
-
-    Returns
-    -------
-    Axes
+    `frames` maps a method to the table of :func:`ttsnap_lib.live.many.search_many`.
     """
     ax = axes_or_new(ax, (6.4, 3.2))
     values = {method: frame.set_index("prompt_index")[reward].astype(float) for method, frame in frames.items()}

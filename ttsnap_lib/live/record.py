@@ -51,27 +51,7 @@ class StageRecord:
 
 @dataclass
 class SearchRecord:
-    """Everything about a run but the pixels of the losers.
-
-    Attributes
-    ----------
-    checks : list of int
-        Steps that were scored, the last one the clean image.
-    scores : float32 (candidate, check, reward)
-        NaN where a candidate was not scored.
-    pruned_at : list of int
-        Per candidate the step at which it was pruned, -1 for those never pruned, -2 for those whose scoring failed.
-    winner : int
-        Best so far while the run goes on; -1 before the first check.
-    stopped : str
-        Empty for a whole run, else ``"deadline"`` or ``"interrupt"``.
-    cost_model : dict or None
-        The cost model that priced the stages.
-    facts : dict
-        Model, scheduler, device, precision, decoder, versions.
-    previews : dict
-        (candidate, step) to a small uint8 picture (H, W, 3); not saved.
-    """
+    """Everything about a run but the pixels of the losers."""
 
     prompt: str
     method: str
@@ -81,19 +61,20 @@ class SearchRecord:
     rewards: list[str]
     schedule: dict[str, list]
     settings: dict[str, Any]
-    checks: list[int]
-    scores: np.ndarray
-    pruned_at: list[int]
+    checks: list[int]  # steps that were scored, the last one the clean image
+    scores: np.ndarray  # float32 (candidate, check, reward), NaN where a candidate was not scored
+    pruned_at: list[int]  # per candidate its last step; -1 for those never pruned, -2 for those whose scoring failed
     combine: str
     weights: list[float] | None = None
     report: list[str] = field(default_factory=list)
     stages: list[StageRecord] = field(default_factory=list)
     text_s: float = 0.0
     elapsed_s: float = 0.0
-    winner: int = -1
-    stopped: str = ""
-    cost_model: dict[str, Any] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    winner: int = -1  # the best so far while the run goes on
+    stopped: str = ""  # "deadline" or "interrupt" when cut short
+    cost_model: dict[str, Any] | None = None  # it priced the stages
+    facts: dict[str, Any] = field(default_factory=dict)  # model, scheduler, device, precision, decoder, versions
+    # (candidate, step) to a small uint8 picture (H, W, 3); not saved
     previews: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
 
     def price(self, cost: CostModel) -> float:
@@ -140,13 +121,7 @@ class SearchRecord:
 
     @classmethod
     def load(cls, folder: str | Path) -> SearchRecord:
-        """Read the record of a folder that :meth:`SearchResult.save` wrote.
-
-        Raises
-        ------
-        SearchError
-            No record, or one that cannot be read.
-        """
+        """Read the record of a folder that :meth:`SearchResult.save` wrote; SearchError when it cannot be read."""
         path = Path(folder) / "record.json"
         remedy = "Check the folder, or search again."
         content = read_json(path, "search record", error=SearchError, remedy=remedy)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 _BATCH = {"cpu": 16}  # where an automatic batch begins; on accelerators memory is what limits it
 _BATCH_ON_ACCELERATOR = 64
+_PREVIEW_PX = 128  # longest side of the pictures kept for the gallery
 _ON_DEVICE_BYTES = 2**29  # latents of waiting candidates beyond this rest on the CPU
 
 
@@ -56,7 +57,7 @@ def search(
     seed: int = 0,
     method: str | None = None,
     *,
-    settings: Settings | None = None,
+    settings: Settings | Mapping[str, Any] | None = None,
     combine: str = "rank_sum",
     weights: Mapping[str, float] | Sequence[float] | None = None,
     report: Sequence[str] | None = None,
@@ -65,7 +66,6 @@ def search(
     deadline_s: float | None = None,
     prompt_index: int = 0,
     negtome: NegToMe | None = None,
-    preview_px: int = 128,
     on_check: Callable[[SearchRecord], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SearchResult:
@@ -91,7 +91,7 @@ def search(
     method : {"best_of_n", "ttsp", "ttsnap"}, optional
         None: ``best_of_n`` without a schedule, ``ttsnap`` with a reward that has noise-aware weights, else ``ttsp``.
         ``best_of_n`` does not read the schedule.
-    settings : Settings, optional
+    settings : Settings or mapping, optional
         Steps, size, guidance; the pipeline's defaults when not given.
     combine, weights, report
         As in :func:`ttsnap_lib.simulate`.
@@ -107,8 +107,6 @@ def search(
         Index of the prompt in a prompt file, for the seeds.
     negtome : NegToMe, optional
         Off by default: it couples the candidates of a batch. When on, pruning must begin after its window.
-    preview_px : int
-        Longest side of the pictures kept for the gallery.
     on_check : callable, optional
         Called with the record after each stage, for a live display.
     progress : callable, optional
@@ -159,8 +157,7 @@ def search(
         cost_model=None if costs is None else costs.to_dict(), facts=_facts(denoiser, decoder),
     )  # fmt: skip
     run = Run(
-        record, denoiser, rewards, selecting, schedule, decoder, batch_size, group, deadline,
-        integer("preview_px", preview_px, 1), on_check, progress,
+        record, denoiser, rewards, selecting, schedule, decoder, batch_size, group, deadline, on_check, progress
     )  # fmt: skip
     with contextlib.ExitStack() as held:
         for one in rewards:
@@ -190,7 +187,7 @@ def regenerate(pipeline: Any, record: SearchRecord, candidate: int) -> Image.Ima
     denoiser = Denoiser(pipeline, Settings.from_dict(record.settings))
     generator = torch.Generator().manual_seed(record.seeds[integer("candidate", candidate, 0, len(record.seeds) - 1)])
     moved = denoiser.run(denoiser.noise([generator]), denoiser.encode([record.prompt]), denoiser.settings.n_steps - 1)
-    return Image.fromarray(as_bytes(denoiser.final(moved)[0]).cpu().numpy())
+    return Image.fromarray(_picture(denoiser.final(moved)[0]))
 
 
 def planned(
@@ -199,7 +196,7 @@ def planned(
     candidates: int | None = None,
     cost: CostModel | str | Path | None = None,
     method: str | None = None,
-    settings: Settings | None = None,
+    settings: Settings | Mapping[str, Any] | None = None,
     negtome: NegToMe | None = None,
     batch_size: int | None = None,
 ) -> tuple[Schedule, CostModel | None, int]:
@@ -324,7 +321,6 @@ class Run:
     batch_size: int  # halved when memory runs out
     group: int  # batches are multiples of it: NegToMe couples that many candidates
     deadline: float | None
-    preview_px: int
     on_check: Callable[[SearchRecord], None] | None
     progress: Callable[[int, int], None] | None
     pictures: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
@@ -339,12 +335,7 @@ class Run:
     def whole(self, text: Conditioning, candidates: Candidates) -> np.ndarray:
         """Run all stages and return the winner's picture; `text` is the prompt's one row.
 
-        Raises
-        ------
-        _TimeUp, KeyboardInterrupt
-            With the record filled as far as the run came.
-        SearchError
-            No candidate could be scored.
+        On _TimeUp and KeyboardInterrupt the record is filled as far as the run came.
         """
         alive = np.arange(len(self.record.seeds))
         for k in range(len(self.record.checks)):
@@ -420,7 +411,7 @@ class Run:
             # Pictures come first: a score without its picture could not be shown after an interruption.
             for row, picture in zip(rows[part], pixels, strict=True):
                 self.pictures[int(row), k] = _picture(picture)
-                record.previews[int(row), stage.last_step] = _thumbnail(picture, self.preview_px)
+                record.previews[int(row), stage.last_step] = _thumbnail(picture)
             record.scores[rows[part], k] = table
             start += len(part)
 
@@ -554,9 +545,9 @@ def _picture(pixels: torch.Tensor) -> np.ndarray:
     return as_bytes(pixels).cpu().numpy()
 
 
-def _thumbnail(pixels: torch.Tensor, size: int) -> np.ndarray:
+def _thumbnail(pixels: torch.Tensor) -> np.ndarray:
     """Return a small uint8 picture (H, W, 3) for the gallery."""
-    factor = max(1, -(-max(pixels.shape[-2:]) // size))
+    factor = -(-max(pixels.shape[-2:]) // _PREVIEW_PX)
     return _picture(torch.nn.functional.avg_pool2d(pixels[None], factor)[0] if factor > 1 else pixels)
 
 
