@@ -1,8 +1,6 @@
-"""Pictures, targets and series from elsewhere."""
+"""Pictures to train on, and their targets."""
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import torch
 from tests import worlds
 from tests.worlds import make_bank, save_clip
 from ttsnap_lib.diffusion.denoise import Settings
-from ttsnap_lib.errors import CheckpointError, CurriculumError, TrajectoryError
+from ttsnap_lib.errors import CurriculumError, TrajectoryError
 from ttsnap_lib.finetuning.data import (
     ImageBank,
     PromptSubset,
@@ -22,7 +20,6 @@ from ttsnap_lib.finetuning.data import (
     score_step,
 )
 from ttsnap_lib.finetuning.train import finetune
-from ttsnap_lib.finetuning.weights import import_series, load_series, push_series
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.trajectories.generate import generate
 
@@ -50,16 +47,14 @@ def test_a_generated_bank_is_the_folder_and_comes_back(tmp_path):
     options = {"images_per_prompt": 2, "settings": settings, "seed": 3, "batch_size": 4, "cpu_threads": 1}
     generate(pipeline, prompts, tmp_path / "folder", **options)
     read = open_images(tmp_path / "folder")
-    decoded = ImageBank.from_folder(tmp_path / "folder")
+    assert read.digest() == open_images(tmp_path / "folder").digest()
     rows = np.array([[0, 0], [1, 1], [1, 0]]).T
-    for step in (0, 2, -1):
-        np.testing.assert_array_equal(read.read(*rows, step), decoded.read(*rows, step))
     made = ImageBank.generated(pipeline, prompts, 2, steps=[1], seed=3, batch_size=4, settings=settings)
     assert made.steps == [1, 2] and made.n_steps == 3
-    np.testing.assert_allclose(made.read(*rows, 1).astype(int), decoded.read(*rows, 1), atol=1)
+    np.testing.assert_allclose(made.read(*rows, 1).astype(int), read.read(*rows, 1), atol=1)
     again = open_images(made.save(tmp_path / "bank"))
     np.testing.assert_array_equal(again.read(*rows, -1), made.read(*rows, -1))
-    assert again.digest() == made.digest() != made.select([1, 0]).digest()
+    assert again.digest() == made.digest() != ImageBank(made.pixels[[1, 0]], prompts, [1, 2]).digest()
     assert ImageBank(made.pixels[:, :, 1:], prompts, [2]).digest() == made.digest()  # its clean pictures tell a bank
 
 
@@ -71,14 +66,6 @@ def test_a_pocket_bank_of_more_steps_is_not_made_again(tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("bank.json")) == made
     assert again.steps == more.steps == [0, 3, 5, 19]
     assert open_images("pocket-flux:train:2x2", steps=[4]).steps == [4, 19]
-
-
-def test_reading_a_folder_gives_one_digest(tmp_path):
-    pipeline = worlds.flux()
-    settings = Settings(n_steps=2, height=32, width=32, max_sequence_length=8)
-    generate(pipeline, ["a cat"], tmp_path / "folder", images_per_prompt=2, settings=settings, cpu_threads=1)
-    read = open_images(tmp_path / "folder")
-    assert read.digest() == open_images(tmp_path / "folder").digest()
 
 
 def test_bad_pictures(tmp_path, bank):
@@ -96,7 +83,7 @@ def test_bad_pictures(tmp_path, bank):
     settings = Settings(n_steps=2, height=32, width=32, max_sequence_length=8)
     generate(pipeline, ["a cat"], tmp_path / "folder", images_per_prompt=2, settings=settings, cpu_threads=1)
     (tmp_path / "folder" / "p0000" / "id001" / "s01.png").unlink()
-    with pytest.raises(TrajectoryError, match="id001 is missing or incomplete"):
+    with pytest.raises(TrajectoryError, match="id001/s01.png is missing"):
         open_images(tmp_path / "folder")
 
 
@@ -104,7 +91,6 @@ def test_subsets(bank):
     part = PromptSubset(bank, 2, 5)
     np.testing.assert_array_equal(part.read(np.array([0, 2]), np.array([1, 3]), 1), bank.pixels[[2, 4], [1, 3], 1])
     assert part.prompts == bank.prompts[2:5] and part.digest() != bank.digest()
-    np.testing.assert_array_equal(bank.select([4]).pixels[0], bank.pixels[4])
 
 
 @pytest.mark.parametrize("size", [32, 40])
@@ -161,7 +147,7 @@ def test_ground_truth_files(reward, bank, tmp_path):
     with pytest.raises(CurriculumError, match="another set"):
         ground_truth_targets(path, make_bank(6, 5), reward)
     shuffled = write_truth(tmp_path / "other.yaml", own[::-1])
-    with pytest.raises(CurriculumError, match="correlation with the base reward"):
+    with pytest.raises(CurriculumError, match="correlation of .* with the base reward"):
         ground_truth_targets(shuffled, bank, reward)
     np.testing.assert_array_equal(ground_truth_targets(shuffled, bank, reward, check=False), own[::-1])
 
@@ -189,122 +175,8 @@ def test_the_published_ground_truth_is_read(reference):
     np.testing.assert_array_equal(ground_truth_targets(path, images), found.values)
 
 
-# -- the authors' checkpoints -------------------------------------------------------------------------------------
-
-
-def write_checkpoints(clip, folder, steps=(14, 3), prefix="", wrap=False):
-    folder.mkdir()
-    states = {}
-    for step in steps:
-        state = load_reward(clip, device="cpu").module.state_dict()
-        generator = torch.Generator().manual_seed(step)
-        state = {
-            k: v + 0.05 * torch.randn(v.shape, generator=generator) if v.is_floating_point() else v
-            for k, v in state.items()
-        }
-        states[step] = state
-        out = {prefix + key: value for key, value in state.items()}
-        torch.save({"state_dict": out, "epoch": 1} if wrap else out, folder / f"Ct{step}.pt")
-    return states
-
-
-@pytest.mark.parametrize(("prefix", "wrap"), [("", False), ("module.", False), ("model.", True)])
-def test_full_checkpoints_become_a_series(clip, bank, tmp_path, prefix, wrap):
-    states = write_checkpoints(clip, tmp_path / "authors", prefix=prefix, wrap=wrap)
-    folder = import_series(tmp_path / "authors", tmp_path / "run", load_reward(clip, device="cpu"))
-    reward = load_series(load_reward(clip, device="cpu"), folder)
-    assert reward.adapter_steps == (3, 14) and reward.series_kind == "full"
-    for step, state in states.items():
-        expected = load_reward(clip, device="cpu")
-        expected.module.load_state_dict(state)
-        np.testing.assert_array_equal(score_step(reward.use_step(step), bank, 1), score_step(expected, bank, 1))
-    half = import_series(tmp_path / "authors", tmp_path / "half", load_reward(clip, device="cpu"), dtype="float16")
-    sizes = [(path / "step_14" / "model.safetensors").stat().st_size for path in (folder, half)]
-    assert sizes[1] < 0.6 * sizes[0]
-
-
-def test_checkpoints_that_do_not_fit(clip, tmp_path):
-    reward = load_reward(clip, device="cpu")
-    with pytest.raises(CheckpointError, match="no checkpoints"):
-        import_series(tmp_path / "nothing", tmp_path / "run", reward)
-    write_checkpoints(clip, tmp_path / "authors", steps=(14,))
-    path = tmp_path / "authors" / "Ct14.pt"
-    state = torch.load(path, weights_only=True)
-    torch.save({key: value for key, value in state.items() if "fc1" not in key}, path)
-    with pytest.raises(CheckpointError, match="step 14 is of another model"):
-        import_series(tmp_path / "authors", tmp_path / "run", reward)
-    torch.save({key: value[..., None] for key, value in state.items()}, path)
-    with pytest.raises(CheckpointError, match="another model"):
-        import_series(tmp_path / "authors", tmp_path / "run", reward)
-    path.write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")  # a pickle that would run a command
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        import_series(tmp_path / "authors", tmp_path / "run", reward)
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_import_is_whole_or_not_there_and_mixes_with_nothing(clip, bank, tmp_path):
-    reward = load_reward(clip, device="cpu")
-    write_checkpoints(clip, tmp_path / "authors", steps=(14, 3))
-    path = tmp_path / "authors" / "Ct3.pt"
-    good = torch.load(path, weights_only=True)
-    torch.save({k: v * float("nan") if "fc1.weight" in k else v for k, v in good.items()}, path)
-    with pytest.raises(CheckpointError, match="step 3 holds weights that are not finite"):
-        import_series(tmp_path / "authors", tmp_path / "run", reward)
-    assert not (tmp_path / "run").exists()
-    torch.save(good, path)
-    import_series(tmp_path / "authors", tmp_path / "run", reward)
-    about = (tmp_path / "run" / "curriculum.json").read_bytes()
-    path.unlink()
-    with pytest.raises(CheckpointError, match="must not mix"):
-        import_series(tmp_path / "authors", tmp_path / "run", reward)
-    assert (tmp_path / "run" / "curriculum.json").read_bytes() == about
-    for bad in ({"x": path}, {-1: path}, {3: 7}):
-        with pytest.raises(CheckpointError, match="checkpoint"):
-            import_series(bad, tmp_path / "other", reward)
-
-
-# -- the hub ------------------------------------------------------------------------------------------------------
-
-
-def test_a_series_from_the_hubs_cache(clip, bank, tmp_path):
-    """The cache as the hub library lays it out, so that its own code finds it without a network."""
-    write_checkpoints(clip, tmp_path / "authors", steps=(3,))
-    repo, commit = tmp_path / "hub" / "models--someone--series", "0" * 40
-    import_series(tmp_path / "authors", repo / "snapshots" / commit, load_reward(clip, device="cpu"))
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(commit)
-    reward = load_series(load_reward(clip, device="cpu"), "someone/series", cache=tmp_path / "hub")
-    assert reward.adapter_steps == (3,)
-    with pytest.raises(CheckpointError, match="hf download nobody/nothing"):
-        load_series(load_reward(clip, device="cpu"), "nobody/nothing", cache=tmp_path / "hub")
-
-
-def test_uploads_leave_the_state_at_home(clip, tmp_path, monkeypatch):
-    from huggingface_hub import HfApi
-
-    write_checkpoints(clip, tmp_path / "authors", steps=(3,))
-    folder = import_series(tmp_path / "authors", tmp_path / "run", load_reward(clip, device="cpu"))
-    seen = {}
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, **options: seen.update(repo=repo, **options))
-    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: seen.update(options) or "done")
-    assert push_series(folder, "someone/series") == "done"
-    assert seen["repo"] == "someone/series" and seen["private"] and seen["folder_path"] == str(folder)
-    assert not any("state" in pattern for pattern in seen["allow_patterns"])
-
-    def unreachable(self, *arguments, **options):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(HfApi, "create_repo", unreachable)
-    with pytest.raises(CheckpointError, match="cannot be uploaded to someone/series .*no route"):
-        push_series(folder, "someone/series")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "curriculum.json").write_text(json.dumps({"reward": "x"}))
-    with pytest.raises(CheckpointError, match="no checkpoints"):
-        push_series(tmp_path / "empty", "someone/series")
-
-
 def test_pictures_that_are_nowhere_are_told_before_a_reward_is_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr("ttsnap_lib.rewards.loading.load_reward", lambda *given, **options: pytest.fail("fetched"))
     for options in ({}, {"validation": "elsewhere"}):
-        with pytest.raises(CurriculumError, match="got '(nowhere|elsewhere)'"):
+        with pytest.raises(CurriculumError, match="got (nowhere|elsewhere)"):
             finetune("pocket-sdxl:train:2x8" if options else "nowhere", tmp_path / "run", **options)

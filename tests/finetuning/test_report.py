@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from tests.finetuning.test_data import write_checkpoints
+from tests.finetuning.test_weights import write_checkpoints
 from tests.worlds import SMALL_CURRICULUM, make_bank, save_clip
 from ttsnap_lib.__main__ import main
 from ttsnap_lib.errors import CheckpointError, CurriculumError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from tests.worlds import PROMPTS, save_clip, write_adapters
 from ttsnap_lib.errors import CheckpointError
+from ttsnap_lib.rewards.checkpoints import keep_base_exact
 from ttsnap_lib.rewards.loading import load_reward
 
 
@@ -137,3 +139,33 @@ def test_broken_adapters(clip_folder, run_folder, tmp_path, fault):
         save_file(state, path)
     with pytest.raises(CheckpointError, match=r"adapter (cannot be attached|of step 8 does not fit)"):
         load_reward(clip_folder, device="cpu", adapters=folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapted_attention_is_base_plus_adapter_and_leaves_the_base_alone(dtype):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = torch.nn.ModuleDict({"attn": torch.nn.MultiheadAttention(16, 2, batch_first=True)}).to(dtype).eval()
+    module, merged, x = copy.deepcopy(base), copy.deepcopy(base), torch.randn(2, 5, 16).to(dtype)
+    adapted = get_peft_model(module, LoraConfig(r=2, lora_alpha=4, target_modules=r"attn"))
+    adapted.add_adapter("other", LoraConfig(r=2, lora_alpha=4, target_modules=r"attn"))
+    keep_base_exact(module)
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.1)
+    layer = module["attn"]
+    projection = layer.get_base_layer().out_proj
+    for name in ("default", "other", "default"):  # switching and scoring again and again
+        adapted.set_adapter(name)
+        with torch.no_grad():
+            found = layer(x, x, x, need_weights=False)[0]
+    with torch.no_grad():
+        merged["attn"].in_proj_weight += layer.get_delta_weight("default").to(dtype)
+        merged["attn"].out_proj.weight += projection.get_delta_weight("default").to(dtype)
+        torch.testing.assert_close(found, merged["attn"](x, x, x, need_weights=False)[0], rtol=1e-5, atol=1e-6)
+    layer(x, x, x, need_weights=False)[0].float().square().sum().backward()
+    assert all(p.grad is not None for name, p in module.named_parameters() if "default" in name)
+    plain = adapted.unload()
+    for key, value in base.state_dict().items():
+        assert torch.equal(plain.state_dict()[key], value), key

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.worlds import PROMPTS, save_clip
-from ttsnap_lib.errors import RewardError
-from ttsnap_lib.rewards.loading import load_reward
+from ttsnap_lib.errors import CheckpointError, RewardError
+from ttsnap_lib.rewards.loading import find_adapters, load_reward
 
 
 def test_named_rewards_take_local_weights(clip_folder, images, tmp_path):
@@ -118,3 +118,10 @@ def test_nothing_imports_the_packages_before_they_are_needed():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_noise_aware_weights_by_name(tmp_path):
+    assert find_adapters("", "pocket-flux") is None and find_adapters("pocket", "some/model") is None
+    assert find_adapters(str(tmp_path)) == tmp_path
+    with pytest.raises(CheckpointError, match="nowhere"):
+        find_adapters("nowhere", "pocket-flux")

@@ -44,9 +44,7 @@ def add(commands: Any) -> None:
     adopt.add_argument("checkpoints", type=Path, help="folder of Ct14.pt and its like")
     adopt.add_argument("--reward", required=True, help="the base reward: image_reward, pickscore, hpsv2, a folder")
     adopt.add_argument("--weights", type=Path, metavar="FILE", help="local weights of the base reward")
-    adopt.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="the run folder to write, new or empty"
-    )
+    adopt.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the run folder, new or empty")
     adopt.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16")
     adopt.set_defaults(func=_adopt)
 
@@ -59,9 +57,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.finetuning.train import finetune
     from ttsnap_lib.style import progress_bar
 
-    changes = {}
-    for name, value in arguments.parameters:
-        changes[name] = parse_yaml(value, name, remedy="Quote it for the shell.")
+    changes = {name: parse_yaml(value, name, remedy="Quote it for the shell.") for name, value in arguments.parameters}
     config = load_config(arguments.config, **changes)
     if arguments.show:
         yaml.safe_dump(config.to_dict(), sys.stdout, sort_keys=False)
@@ -71,7 +67,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
         arguments.trajectories,
         folder,
         config,
-        reward_options={"weights": arguments.weights} if arguments.weights else None,
+        reward_options=_local(arguments),
         validation=arguments.validation,
         targets=arguments.targets,
         validation_targets=arguments.validation_targets,
@@ -79,12 +75,8 @@ def _finetune(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         progress=progress_bar("updates", quiet=arguments.quiet),
     )
-    shown = [
-        name
-        for name in ("step", "base_tau", "before_tau", "after_tau", "updates", "kept_update")
-        if name in result.table
-    ]
-    print(result.table[shown].round(3).to_string(index=False))
+    shown = result.table.filter(["step", "base_tau", "before_tau", "after_tau", "updates", "kept_update"])
+    print(shown.round(3).to_string(index=False))
     print(result)
     print(f"next: ttsnap score TRAJECTORIES --reward {config.reward} --noise-aware {folder}")
     return 0
@@ -94,8 +86,10 @@ def _adopt(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.finetuning.weights import import_series
     from ttsnap_lib.rewards.loading import load_reward
 
-    options = {"weights": arguments.weights} if arguments.weights else {}
-    reward = load_reward(arguments.reward, device="cpu", **options)
-    folder = import_series(arguments.checkpoints, arguments.out, reward, dtype=arguments.dtype)
-    print(folder)
+    reward = load_reward(arguments.reward, device="cpu", **_local(arguments))
+    print(import_series(arguments.checkpoints, arguments.out, reward, dtype=arguments.dtype))
     return 0
+
+
+def _local(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"weights": arguments.weights} if arguments.weights else {}

@@ -1,11 +1,9 @@
-"""Which pictures every update sees: a pure function of the seed, read ahead of the model by a thread."""
+"""Which pictures every update sees, a pure function of the seed; the losses; pictures read ahead by a thread."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from ttsnap_lib.errors import CurriculumError
+from ttsnap_lib.files import prefetch
 from ttsnap_lib.finetuning.config import CurriculumConfig
 from ttsnap_lib.finetuning.data import Images, model_pixels
 from ttsnap_lib.rewards.base import Reward
@@ -34,28 +33,16 @@ class TargetScale:
         return cls(float(targets.double().mean()), spread if spread > 1e-12 else 1.0)
 
 
-@dataclass(frozen=True)
-class Part:
-    """Predictions and targets of some whole groups of a batch."""
-
-    scores: torch.Tensor
-    """(group * size,), with gradients."""
-    targets: torch.Tensor
-    """(group * size,)."""
-    group_size: int
-
-
 def batch_loss(
-    part: Part, config: CurriculumConfig, whole: int, scale: TargetScale
+    scores: torch.Tensor, targets: torch.Tensor, config: CurriculumConfig, whole: int, scale: TargetScale
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Return what `part` adds to the loss of a batch of `whole` pictures, and the summands by name.
+    """Return what some whole groups add to the loss of a batch of `whole` pictures, and the summands by name.
 
     Every loss is a mean over pictures: a group of k pictures weighs k, whatever else the batch holds.
     """
-    scores = (part.scores.float() - scale.center) / scale.spread
-    targets = (part.targets.float() - scale.center) / scale.spread
-    rows, wanted = scores.view(-1, part.group_size), targets.view(-1, part.group_size)
-    total, told = scores.new_zeros(()), {}
+    rows = ((scores.float() - scale.center) / scale.spread).view(-1, config.group_size)
+    wanted = ((targets.float() - scale.center) / scale.spread).view(-1, config.group_size)
+    total, told = rows.new_zeros(()), {}
     for name, function in _LOSSES.items():
         weight = getattr(config, name)
         if weight:
@@ -176,50 +163,29 @@ class Load:
 
 
 class Loader:
-    """Reads and preprocesses the parts of this process, ahead of use.
-
-    Attributes
-    ----------
-    waited_s : float
-        Time that the training loop spent waiting for data.
-    """
+    """Reads and preprocesses the parts of this process ahead of use; `waited_s` is how long training waited for them."""
 
     def __init__(
-        self,
-        plan: Plan,
-        images: Images,
-        targets: np.ndarray,
-        reward: Reward,
-        *,
-        process: int = 0,
-        processes: int = 1,
-        ahead: int = 4,
+        self, plan: Plan, images: Images, targets: np.ndarray, reward: Reward, *, process: int = 0, processes: int = 1
     ) -> None:
         self.plan, self.images, self.targets, self.reward = plan, images, targets, reward
-        self.process, self.processes, self.ahead = process, processes, ahead
+        self.process, self.processes = process, processes
         self.waited_s = 0.0
 
     def parts(self, stage: Stage, start: int, stop: int) -> Iterator[Load]:
-        """Return the parts of updates `start` to `stop`, in order."""
+        """Yield the parts of updates `start` to `stop`, in order."""
         accumulation = self.plan.config.accumulation
         jobs = ((update, part) for update in range(start, stop) for part in range(accumulation))
-        pin = self.reward.device.type == "cuda"
-        with ThreadPoolExecutor(1, thread_name_prefix="ttsnap-batches") as pool:
-            queue: deque = deque()
-            try:
-                while True:
-                    while len(queue) <= self.ahead and (job := next(jobs, None)) is not None:
-                        queue.append(pool.submit(self._load, stage, *job, pin))
-                    if not queue:
-                        return
-                    begin = time.perf_counter()
-                    load = queue.popleft().result()
-                    self.waited_s += time.perf_counter() - begin
-                    yield load
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        loads = prefetch(lambda job: self._load(stage, *job), jobs)
+        while True:
+            begin = time.perf_counter()
+            load = next(loads, None)
+            self.waited_s += time.perf_counter() - begin
+            if load is None:
+                return
+            yield load
 
-    def _load(self, stage: Stage, update: int, part: int, pin: bool) -> Load:
+    def _load(self, stage: Stage, update: int, part: int) -> Load:
         accumulation = self.plan.config.accumulation
         groups, steps = self.plan.batch(stage, update)
         whole = groups.reshape(-1, 2)
@@ -232,7 +198,7 @@ class Loader:
         rows, at = groups[mine].reshape(-1, 2), np.repeat(steps[mine], groups.shape[1])
         pixels = model_pixels(self.reward, self._read(rows, at))
         targets = torch.from_numpy(self.targets[rows[:, 0], rows[:, 1]])
-        if pin:
+        if self.reward.device.type == "cuda":
             pixels, targets = pixels.pin_memory(), targets.pin_memory()
         texts = [self.images.prompts[prompt] for prompt in rows[:, 0]]
         return Load(pixels, texts, targets, weight, len(whole), scale, part, part == accumulation - 1, rows)

@@ -1,10 +1,9 @@
-"""The learning rate of every update, a pure function: a resumed run has it too."""
+"""How a reward is finetuned: the settings, the configurations that ship, and the learning rate of every update."""
 
 from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -14,7 +13,27 @@ from ttsnap_lib.checks import choice, integer, known_keys, real, text
 from ttsnap_lib.errors import ConfigError
 from ttsnap_lib.files import as_path, read_yaml
 
+_CONFIGS = Path(__file__).with_name("configs")
 _LOSSES = ("mse", "centered_mse", "preference", "listwise")
+_LOWEST = {
+    "validation_prompts": 0, "epochs_per_step": 1, "lora_rank": 1, "batch_size": 1, "group_size": 1, "accumulation": 1,
+    "warmup_updates": 0, "save_every": 1,
+}  # fmt: skip
+_REALS: dict[str, dict[str, Any]] = {
+    **{name: {"low": 0} for name in (*_LOSSES, "weight_decay", "max_grad_norm")},
+    **{name: {"low": 0, "open_low": True} for name in ("lora_alpha", "preference_tau", "learning_rate")},
+    "beta1": {"low": 0, "high": 0.9999},
+    "beta2": {"low": 0, "high": 0.999999},
+    "decay_floor": {"low": 0, "high": 1},
+}
+_CHOICES = {
+    "method": ("lora", "full"),
+    "decay": ("linear", "cosine", "exponential", "constant"),
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "keep": ("best", "last"),
+    "save_dtype": ("float32", "float16", "bfloat16"),
+    **dict.fromkeys(("curriculum", "standardize", "check_targets"), (True, False)),
+}
 
 
 @dataclass(frozen=True)
@@ -24,9 +43,9 @@ class CurriculumConfig:
     Parameters
     ----------
     reward : str
-        What :func:`ttsnap_lib.rewards.load_reward` takes.
+        What :func:`ttsnap_lib.load_reward` takes.
     trajectories, validation : str, optional
-        Where the pictures come from when the call does not say, see :func:`ttsnap_lib.curriculum.open_images`.
+        Where the pictures come from when the call does not say, see :func:`ttsnap_lib.finetuning.data.open_images`.
     validation_prompts : int
         Training prompts held out for validation (the last ones) when there is no `validation`; 0 goes without.
     steps : tuple of int
@@ -39,12 +58,8 @@ class CurriculumConfig:
         Stops a step early, for trials.
     method : {"lora", "full"}
         Adapters, or the weights themselves.
-    lora_rank, lora_alpha, lora_dropout
+    lora_rank, lora_alpha
         Of the adapters.
-    lora_targets : str, optional
-        Regular expression of the adapted layers' names; the family's own when not given.
-    trainable : str, optional
-        Regular expression of the parameters that full finetuning trains; all of them when not given.
     mse, centered_mse, preference, listwise : float
         Weights of the losses: squared error to the target; the same after both lost their mean over the images of
         the prompt in the batch; Bradley-Terry on pairs of one prompt; cross-entropy of the softmax over the images
@@ -58,42 +73,30 @@ class CurriculumConfig:
     group_size : int
         Pictures of one prompt that come together; 1 shuffles freely.
     accumulation : int
-        Parts that a batch is processed in, each on its own.
+        Parts that a batch is processed in, each on its own: less memory, the same result.
     learning_rate, weight_decay, beta1, beta2
-        Of AdamW.
+        Of AdamW. Rate and optimizer start anew at each step.
     warmup_updates : int
         Updates over which the rate rises.
     decay : {"linear", "cosine", "exponential", "constant"}
         How the rate falls after that.
     decay_floor : float
         Where it ends, as a fraction of the starting rate (exponential: 1e-4 at least).
-    restart : bool
-        Whether rate and optimizer start anew at each step; else one run of the rate over the whole curriculum.
-    step_rate_decay : float
-        Factor on the starting rate from one step to the next.
     max_grad_norm : float
         Gradients are clipped to this norm; 0 leaves them.
     mixed_precision : {"no", "bf16", "fp16"}
         Of activations.
-    gradient_checkpointing : bool
-        Computes the blocks' activations twice instead of keeping them.
     seed : int
-        Of the adapters' start, the order of the data and dropout.
-    validate_every : int
-        Updates between validations within a step; 0 validates before and after it.
-    patience : int
-        Validations without a better tau after which a step ends; 0 never. Needs `validate_every`.
+        Of the adapters' start and the order of the data.
     keep : {"best", "last"}
-        Which weights a step ends with: those of the best validation tau (those it started with among them), or the
-        last.
+        Which weights a step ends with: the better ones by validation tau, of those it started with and the last; or
+        the last.
     save_every : int
         Updates between saved states, from which a killed run goes on.
     save_dtype : {"float32", "float16", "bfloat16"}
         Type of the weights in the checkpoints of the steps.
     check_targets : bool
         Refuse a ground-truth file that does not agree with the base reward on a few images.
-    tracker : str, optional
-        ``"tensorboard"`` or ``"wandb"``, through accelerate.
 
     Raises
     ------
@@ -112,9 +115,6 @@ class CurriculumConfig:
     method: str = "lora"
     lora_rank: int = 16
     lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    lora_targets: str | None = None
-    trainable: str | None = None
     mse: float = 1.0
     centered_mse: float = 0.0
     preference: float = 0.0
@@ -131,67 +131,47 @@ class CurriculumConfig:
     warmup_updates: int = 0
     decay: str = "linear"
     decay_floor: float = 0.5
-    restart: bool = True
-    step_rate_decay: float = 1.0
     max_grad_norm: float = 5.0
     mixed_precision: str = "no"
-    gradient_checkpointing: bool = False
     seed: int = 0
-    validate_every: int = 0
-    patience: int = 0
     keep: str = "best"
     save_every: int = 200
     save_dtype: str = "float32"
     check_targets: bool = True
-    tracker: str | None = None
 
     def __post_init__(self) -> None:
-        put = object.__setattr__
-        text("reward", self.reward)
-        for name in ("trajectories", "validation", "lora_targets", "trainable"):
-            if getattr(self, name) is not None:
-                text(name, getattr(self, name))
-        for name in ("lora_targets", "trainable"):
-            _check_pattern(name, getattr(self, name))
-        for name, low in _INTEGERS.items():
-            put(self, name, integer(name, getattr(self, name), low))
+        checked: dict[str, Any] = {name: integer(name, getattr(self, name), low) for name, low in _LOWEST.items()}
+        checked |= {name: real(name, getattr(self, name), **bounds) for name, bounds in _REALS.items()}
+        checked["seed"] = integer("seed", self.seed, 0, 2**63 - 1)  # what torch takes
         if self.max_updates_per_step is not None:
-            put(self, "max_updates_per_step", integer("max_updates_per_step", self.max_updates_per_step, 1))
-        for name, (low, high, open_low) in _REALS.items():
-            put(self, name, real(name, getattr(self, name), low, high, open_low=open_low))
+            checked["max_updates_per_step"] = integer("max_updates_per_step", self.max_updates_per_step, 1)
+        checked["steps"] = _steps(self.steps)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         for name, options in _CHOICES.items():
             choice(name, getattr(self, name), options)
-        for name in ("curriculum", "standardize", "restart", "gradient_checkpointing", "check_targets"):
-            choice(name, getattr(self, name), (True, False))
-        put(self, "steps", _steps(self.steps))
-        integer("seed", self.seed, 0, 2**63 - 1)  # what torch takes
-        if self.patience and not self.validate_every:
-            raise ConfigError(
-                f"patience without validate_every: got {self.patience!r}, expected 0 when a step is validated at its "
-                "end alone. Set validate_every to the updates between validations."
-            )
-        self._check_batches()
-
-    def _check_batches(self) -> None:
+        for name in ("reward", "trajectories", "validation"):
+            if name == "reward" or getattr(self, name) is not None:
+                text(name, getattr(self, name))
         if self.batch_size % self.group_size:
             raise ConfigError(
-                f"batch_size: got {self.batch_size!r}, expected a multiple of group_size ({self.group_size}). Pictures "
+                f"batch_size: got {self.batch_size}, expected a multiple of group_size ({self.group_size}). Pictures "
                 "of one prompt come in whole groups: change one of the two."
             )
         if self.accumulation > self.batch_size // self.group_size:
             raise ConfigError(
-                f"accumulation: got {self.accumulation!r}, expected at most the {self.batch_size // self.group_size} "
+                f"accumulation: got {self.accumulation}, expected at most the {self.batch_size // self.group_size} "
                 "groups of a batch. Lower accumulation or group_size."
             )
-        if not any(getattr(self, name) for name in _LOSSES):
+        used = [name for name in _LOSSES if getattr(self, name)]
+        if not used:
             raise ConfigError(
                 f"losses: got 0, expected a weight above 0 for one of {_LOSSES}. Set mse to 1, for example."
             )
-        paired = [name for name in _LOSSES[1:] if getattr(self, name)]
-        if paired and self.group_size < 2:
+        if used != ["mse"] and self.group_size < 2:
             raise ConfigError(
-                f"group_size with {paired[0]}: got {self.group_size!r}, expected 2 or more: this loss compares images "
-                "of one prompt. Set group_size to the images per prompt, for example 8."
+                f"group_size with {used[-1]}: got {self.group_size}, expected 2 or more: this loss compares images of "
+                "one prompt. Set group_size to the images per prompt, for example 8."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -212,55 +192,6 @@ class CurriculumConfig:
         return replace(self, **changes)
 
 
-_INTEGERS = {
-    "validation_prompts": 0,
-    "epochs_per_step": 1,
-    "lora_rank": 1,
-    "batch_size": 1,
-    "group_size": 1,
-    "accumulation": 1,
-    "warmup_updates": 0,
-    "seed": 0,
-    "validate_every": 0,
-    "patience": 0,
-    "save_every": 1,
-}
-
-
-_REALS = {  # name: (low, high, whether low itself is out)
-    "lora_alpha": (0, None, True),
-    "lora_dropout": (0, 0.99, False),
-    **{name: (0, None, False) for name in _LOSSES},
-    "preference_tau": (0, None, True),
-    "learning_rate": (0, None, True),
-    "weight_decay": (0, None, False),
-    "beta1": (0, 0.9999, False),
-    "beta2": (0, 0.999999, False),
-    "decay_floor": (0, 1, False),
-    "step_rate_decay": (0, None, True),
-    "max_grad_norm": (0, None, False),
-}
-
-
-_CHOICES = {
-    "method": ("lora", "full"),
-    "decay": ("linear", "cosine", "exponential", "constant"),
-    "mixed_precision": ("no", "bf16", "fp16"),
-    "keep": ("best", "last"),
-    "save_dtype": ("float32", "float16", "bfloat16"),
-    "tracker": (None, "tensorboard", "wandb"),
-}
-
-
-def _check_pattern(name: str, pattern: str | None) -> None:
-    try:
-        re.compile(pattern or "")
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ConfigError(
-            f"{name}: got {pattern!r}, expected a regular expression ({error}). Escape its special characters."
-        ) from error
-
-
 def _steps(given: Any) -> tuple[int, ...]:
     if isinstance(given, str | bytes) or not hasattr(given, "__iter__"):
         raise ConfigError(f"steps: got {given!r}, expected a list of steps. Write [14, 13, 12], for example.")
@@ -271,9 +202,6 @@ def _steps(given: Any) -> tuple[int, ...]:
             "curriculum goes from clean images to noisy ones."
         )
     return steps
-
-
-_CONFIGS = Path(__file__).with_name("configs")
 
 
 def shipped_configs() -> list[str]:
@@ -311,29 +239,13 @@ def load_config(source: str | Path, **changes: Any) -> CurriculumConfig:
         )
     values = read_yaml(path, "finetuning configuration", remedy="Write lines of `name: value`.")
     known_keys("finetuning settings", changes, [field.name for field in fields(CurriculumConfig)])
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{path!s}: got {values!r}, expected a mapping of settings. Write lines `name: value`.")
-    return CurriculumConfig.from_dict({**values, **changes}, str(path))
+    return CurriculumConfig.from_dict({**values, **changes} if isinstance(values, Mapping) else values, str(path))
 
 
-def learning_rate(config: CurriculumConfig, position: int, update: int, updates: int) -> float:
-    """Return the learning rate of one update.
-
-    Parameters
-    ----------
-    config : CurriculumConfig
-    position : int
-        Position of the step in the curriculum, from 0.
-    update : int
-        Update within the step, from 0.
-    updates : int
-        Updates that the step has.
-    """
-    start = config.learning_rate * config.step_rate_decay**position
-    if not config.restart and config.curriculum:  # one run of the rate over all steps, of as many updates each
-        update, updates = position * updates + update, updates * len(config.steps)
+def learning_rate(config: CurriculumConfig, update: int, updates: int) -> float:
+    """Return the rate of an update of a step that has `updates`; a pure function, so that a resumed run has it too."""
     if update < config.warmup_updates:
-        return start * (update + 1) / config.warmup_updates
+        return config.learning_rate * (update + 1) / config.warmup_updates
     span = updates - config.warmup_updates
     progress = min(1.0, (update - config.warmup_updates) / (span - 1)) if span > 1 else 0.0
     floor = config.decay_floor
@@ -345,4 +257,4 @@ def learning_rate(config: CurriculumConfig, position: int, update: int, updates:
         factor = max(floor, 1e-4) ** progress
     else:
         factor = 1.0
-    return start * factor
+    return config.learning_rate * factor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -15,21 +14,134 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from PIL import Image
 
-from ttsnap_lib.checks import integer
+from ttsnap_lib.checks import as_bytes, integer
 from ttsnap_lib.errors import CurriculumError, TrajectoryError
-from ttsnap_lib.files import as_path, atomic_folder, atomic_write, data_cache, failures_as, read_json, write_json
+from ttsnap_lib.files import (
+    as_path,
+    atomic_folder,
+    atomic_write,
+    data_cache,
+    digest,
+    failures_as,
+    read_json,
+    write_json,
+)
 from ttsnap_lib.finetuning.config import CurriculumConfig
 from ttsnap_lib.rewards.base import Reward
 from ttsnap_lib.trajectories.layout import MANIFEST
 from ttsnap_lib.trajectories.read import Trajectories
 
 _BANK, _PIXELS = "bank.json", "pixels.npy"
-
-
 _GENERATED = re.compile(
     r"(?P<model>[\w./-]+):(?P<split>\w+):(?P<prompts>\d+)x(?P<images>\d+)(?:@(?P<seed>\d+))?(?P<mirror>\+mirror)?"
 )
+_SAMPLE = 32  # pictures on which a file is compared with the base reward
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Pictures to train on and their targets (prompt, image); the same of what is held out, if anything is."""
+
+    train: Images
+    targets: np.ndarray
+    held: tuple[Images, np.ndarray] | None = None
+
+
+def gather(
+    images: str | Path | Images,
+    validation: str | Path | Images | None,
+    targets: Any,
+    validation_targets: Any,
+    reward: Reward,
+    config: CurriculumConfig,
+) -> RunData:
+    """Open pictures and targets as :func:`ttsnap_lib.finetune` takes them.
+
+    Parameters
+    ----------
+    images, validation, targets, validation_targets
+        As there. Without `validation` the last ``config.validation_prompts`` prompts are held out.
+    reward : Reward
+        The base reward, which gives the targets that are not named.
+    config : CurriculumConfig
+
+    Returns
+    -------
+    RunData
+
+    Raises
+    ------
+    CurriculumError, TrajectoryError
+        Pictures that lack a step, targets that do not fit, more prompts held out than there are.
+    """
+    train = open_images(images, steps=config.steps)
+    held = open_images(validation, steps=config.steps) if validation is not None else None
+    for pictures in (train, held):
+        if pictures is not None:
+            _check_steps(config, pictures)
+    if held is None and validation_targets is not None:
+        raise CurriculumError(
+            "validation_targets without validation. Name the validation pictures too; prompts held out of the training "
+            "pictures have its targets."
+        )
+    n_held = config.validation_prompts
+    if held is None and n_held and getattr(train, "mirrored", False):
+        raise CurriculumError(
+            f"validation_prompts of mirrored pictures: got {n_held}, expected 0, or validation pictures of their own: "
+            "these would be the mirror images of pictures trained on. Name other pictures for validation."
+        )
+    cut = len(train.prompts) - n_held
+    if held is None and cut < 1:
+        raise CurriculumError(
+            f"validation_prompts: got {n_held}, expected fewer than the {len(train.prompts)} prompts. Lower it, or "
+            "name other pictures for validation."
+        )
+    goal = _targets(targets, train, reward, config)
+    if held is not None:
+        data = RunData(train, goal, (held, _targets(validation_targets, held, reward, config)))
+    elif n_held:
+        split_off = PromptSubset(train, cut, len(train.prompts))
+        data = RunData(PromptSubset(train, 0, cut), goal[:cut], (split_off, goal[cut:]))
+    else:
+        return RunData(train, goal)
+    if data.held is not None:
+        _check_held(data.train, *data.held)
+    return data
+
+
+def _check_steps(config: CurriculumConfig, images: Images) -> None:
+    if not images.prompts or images.n_images < 1:
+        raise CurriculumError(
+            f"pictures: got {len(images.prompts)} prompts x {images.n_images} images, expected at least one of each. "
+            "Generate trajectories first."
+        )
+    there = images.steps if isinstance(images, ImageBank) else range(images.n_steps)
+    missing = [step for step in config.steps if step not in there]
+    if missing:
+        raise CurriculumError(
+            f"step {missing[0]} has no images: got {missing!r}, expected steps of the trajectories: {list(there)[:3]} "
+            f"... {list(there)[-1]}. Leave these steps out of the curriculum, or generate trajectories that have them."
+        )
+
+
+def _check_held(train: Images, held: Images, targets: np.ndarray) -> None:
+    if not np.ptp(targets, axis=1).any():
+        raise CurriculumError(
+            f"validation targets are the same for all images of every prompt ({held.n_images} each), expected two "
+            "images or more, and targets that differ: validation compares the images of a prompt. Look at the pictures "
+            "and the targets, or go without validation (validation_prompts 0)."
+        )
+    shared = set(train.prompts) & set(held.prompts)
+    if shared:
+        warnings.warn(
+            f"{len(shared)} validation prompts are trained on too, {min(shared)!r} for one: what they gain is flattering",
+            stacklevel=4,
+        )
+
+
+# Pictures
 
 
 @runtime_checkable
@@ -47,6 +159,58 @@ class Images(Protocol):
     def digest(self) -> str:
         """Return what tells these pictures from others."""
         ...
+
+
+def open_images(
+    source: str | Path | Images,
+    *,
+    steps: Sequence[int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Images:
+    """Open pictures to train on.
+
+    Parameters
+    ----------
+    source : str, Path or Images
+        A trajectory folder; a saved :class:`ImageBank`; ``"pocket-flux:train:1000x8"`` for 8 pictures of each of the
+        first 1000 captions of a pocket split, made by a pocket pipeline and kept in ``data_cache/pocket/training``
+        (``@7`` behind it gives another seed, ``+mirror`` at the end adds the mirror images); or pictures that are
+        open already.
+    steps : sequence of int, optional
+        Steps that are needed; only these and the clean image are generated.
+    progress : callable, optional
+        ``progress(done, total)`` while pictures are generated.
+
+    Returns
+    -------
+    Images
+
+    Raises
+    ------
+    CurriculumError
+        Nothing of these kinds.
+    """
+    if isinstance(source, Images):
+        return source
+    found = named_pictures(source)
+    if isinstance(found, Path):
+        return ImageBank.load(found) if (found / _BANK).is_file() else FolderImages(found)
+    bank = _pocket_bank(found, steps, progress)
+    return with_mirror_images(bank) if found["mirror"] else bank
+
+
+def named_pictures(source: str | Path) -> Path | re.Match[str]:
+    """Return the folder that `source` names, or the parts of a name of pictures to generate; nothing is opened yet."""
+    path = as_path("trajectories", source, error=CurriculumError)
+    if (path / _BANK).is_file() or (path / MANIFEST).is_file():
+        return path
+    match = _GENERATED.fullmatch(str(source))
+    if match is None:
+        raise CurriculumError(
+            f"trajectories: got {source}, expected a trajectory folder, a saved bank, or pocket-flux:train:1000x8. Run "
+            "`ttsnap generate` first, or check the path."
+        )
+    return match
 
 
 class ImageBank:
@@ -81,24 +245,16 @@ class ImageBank:
         """Return uint8 (n, height, width, 3) of one step; -1 is the clean image."""
         step = self.n_steps + step if step < 0 else step
         if step not in self._column:
-            raise TrajectoryError(
-                f"step {step} has no images: got {step!r}, expected one of {self.steps}. Generate this step."
-            )
+            raise TrajectoryError(f"step {step} has no images, expected one of {self.steps}. Generate this step.")
         return self.pixels[prompts, images, self._column[step]]
 
     def digest(self) -> str:
         """Return a digest of prompts, sizes and the clean pictures; which steps are at hand plays no part."""
         shape = self.pixels.shape
-        digest = hashlib.sha256(json.dumps([self.prompts, shape[1], shape[3:]]).encode())
+        found = hashlib.sha256(json.dumps([self.prompts, shape[1], shape[3:]]).encode())
         for row in self.pixels[:, :, -1]:
-            digest.update(row.tobytes())
-        return digest.hexdigest()[:16]
-
-    def select(self, prompts: slice | Sequence[int]) -> ImageBank:
-        """Return the bank of some of the prompts."""
-        chosen = np.arange(len(self.prompts))[prompts]
-        kept = self.pixels[prompts] if isinstance(prompts, slice) else self.pixels[chosen]
-        return ImageBank(kept, [self.prompts[k] for k in chosen], self.steps)
+            found.update(row.tobytes())
+        return found.hexdigest()[:16]
 
     def save(self, folder: str | Path) -> Path:
         """Write the bank as a folder that :meth:`load` maps."""
@@ -118,16 +274,6 @@ class ImageBank:
             return cls(pixels, about["prompts"], about["steps"])
 
     @classmethod
-    def from_folder(cls, folder: str | Path, **options: Any) -> ImageBank:
-        """Decode a whole trajectory folder into memory."""
-        found = Trajectories(folder)
-        shape = (len(found.prompts), found.images_per_prompt, found.n_steps, *found.manifest.size, 3)
-        pixels = np.empty(shape, np.uint8)
-        for batch in found.batches(batch_size=found.n_steps, **options):
-            pixels[batch.prompt, batch.image, batch.step] = batch.pixels
-        return cls(pixels, found.prompts)
-
-    @classmethod
     def generated(
         cls,
         pipeline: Any,
@@ -135,17 +281,12 @@ class ImageBank:
         n_images: int,
         *,
         steps: Sequence[int] | None = None,
-        seed: int = 0,
         batch_size: int = 64,
         cpu_threads: int | None = 1,
         settings: Any = None,
-        negtome: Any = None,
-        progress: Callable[[int, int], None] | None = None,
+        **options: Any,
     ) -> ImageBank:
-        """Generate the pictures into memory with :func:`ttsnap_lib.generate.generate`.
-
-        The clean image is kept besides the given `steps`.
-        """
+        """Generate pictures into memory, with options of `ttsnap_lib.generate`: the given steps and the clean image."""
         from ttsnap_lib.diffusion.denoise import Denoiser
         from ttsnap_lib.trajectories.generate import generate
 
@@ -154,113 +295,14 @@ class ImageBank:
         column = {step: k for k, step in enumerate(kept)}
         pixels = np.empty((len(prompts), n_images, len(kept), *found.size, 3), np.uint8)
 
-        def keep(prompt: int, images: list[int], step: int, tensor: Any) -> None:
-            levels = (tensor.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
-            pixels[prompt, images, column[step]] = levels.cpu().numpy()
+        def keep(prompt: int, images: list[int], step: int, made: torch.Tensor) -> None:
+            pixels[prompt, images, column[step]] = as_bytes(made).cpu().numpy()
 
         generate(
-            pipeline,
-            list(prompts),
-            on_batch=keep,
-            images_per_prompt=n_images,
-            steps=kept,
-            seed=seed,
-            batch_size=batch_size,
-            cpu_threads=cpu_threads,
-            settings=settings,
-            negtome=negtome,
-            progress=progress,
-        )
+            pipeline, list(prompts), on_batch=keep, images_per_prompt=n_images, steps=kept, batch_size=batch_size,
+            cpu_threads=cpu_threads, settings=settings, **options,
+        )  # fmt: skip
         return cls(pixels, prompts, kept)
-
-
-class FolderImages:
-    """A trajectory folder; pictures are decoded as they are asked for, by several threads."""
-
-    def __init__(self, folder: str | Path, workers: int = 4) -> None:
-        self._found = Trajectories(folder)
-        self.prompts, self.n_steps = self._found.prompts, self._found.n_steps
-        self.n_images = self._found.images_per_prompt
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="ttsnap-train")
-        whole = [self._found.state(prompt).whole for prompt in range(len(self.prompts))]
-        for prompt, images in enumerate(whole):
-            missing = sorted(set(range(self.n_images)) - set(images))
-            if missing:
-                raise TrajectoryError(
-                    f"{self._found.path(prompt, missing[0], 0).parent} is missing or incomplete: got {len(missing)} of "
-                    f"{self.n_images} images of prompt {prompt}, expected every image, with all its steps. Run the "
-                    "same `ttsnap generate` again: it goes on where it stopped."
-                )
-
-    def read(self, prompts: np.ndarray, images: np.ndarray, step: int) -> np.ndarray:
-        """Return uint8 (n, height, width, 3) of one step; -1 is the clean image."""
-        jobs = [(int(prompt), int(image), step) for prompt, image in zip(prompts, images, strict=True)]
-        return np.stack(list(self._pool.map(lambda job: self._found.read(*job), jobs)))
-
-    def digest(self) -> str:
-        """Return a digest of what decides the pictures."""
-        content = [dict(self._found.manifest.identity), self.prompts, self.n_images]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def open_images(
-    source: str | Path | Images,
-    *,
-    steps: Sequence[int] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Images:
-    """Open pictures to train on.
-
-    Parameters
-    ----------
-    source : str, Path or Images
-        A trajectory folder; a saved :class:`ImageBank`; ``"pocket-flux:train:1000x8"`` for 8 pictures of each of the
-        first 1000 captions of a pocket split, made by a pocket pipeline and kept in ``data_cache/pocket/training``
-        (``@7`` behind it gives another seed, ``+mirror`` at the end adds the mirror images); or pictures that are
-        open already.
-    steps : sequence of int, optional
-        Steps that are needed; only these and the clean image are generated.
-    progress : callable, optional
-        ``progress(done, total)`` while pictures are generated.
-
-    Returns
-    -------
-    Images
-
-    Raises
-    ------
-    CurriculumError
-        Nothing of these kinds.
-    """
-    if isinstance(source, Images):
-        return source
-    match = named_pictures(source)
-    if isinstance(match, Path):
-        return ImageBank.load(match) if (match / _BANK).is_file() else FolderImages(match)
-    bank = _pocket_bank(match, steps, progress)
-    if match["mirror"]:
-        return with_mirror_images(bank)
-    return bank
-
-
-def named_pictures(source: str | Path) -> Path | re.Match[str]:
-    """Return the folder that `source` names, or the parts of a name of pictures to generate; nothing is opened yet.
-
-    Raises
-    ------
-    CurriculumError
-        Nothing of these kinds.
-    """
-    path = as_path("trajectories", source, error=CurriculumError)
-    if (path / _BANK).is_file() or (path / MANIFEST).is_file():
-        return path
-    match = _GENERATED.fullmatch(str(source))
-    if match is None:
-        raise CurriculumError(
-            f"trajectories: got {source}, expected a trajectory folder, a saved bank, or pocket-flux:train:1000x8. Run "
-            "`ttsnap generate` first, or check the path."
-        )
-    return match
 
 
 def _pocket_bank(match: re.Match[str], steps: Sequence[int] | None, progress: Any) -> ImageBank:
@@ -274,21 +316,17 @@ def _pocket_bank(match: re.Match[str], steps: Sequence[int] | None, progress: An
     for path in sorted(pocket_folder(model).rglob("*.safetensors")):
         weights.update(path.read_bytes())
     wanted = sorted(range(20) if steps is None else steps)
-    key = hashlib.sha256(json.dumps([weights.hexdigest(), prompts, match["images"], seed]).encode()).hexdigest()[:10]
+    key = digest([weights.hexdigest(), prompts, match["images"], seed], 10)
     name = f"{model}-{match['split']}-{match['prompts']}x{match['images']}-{key}"
     place = data_cache() / "pocket" / "training"
-    folder = place / f"{name}-steps-{hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:6]}"
+    folder = place / f"{name}-steps-{digest(wanted, 6)}"
     for found in [folder / _BANK, *sorted(place.glob(f"{name}-steps-*/{_BANK}"))]:  # a bank of more steps will do
         if found.is_file() and set(wanted) <= set((bank := ImageBank.load(found.parent)).steps):
             return bank
-    bank = ImageBank.generated(
-        load_pipeline(model), prompts, int(match["images"]), steps=wanted, seed=seed, progress=progress
+    options = {"steps": wanted, "seed": seed, "progress": progress}
+    return ImageBank.load(
+        ImageBank.generated(load_pipeline(model), prompts, int(match["images"]), **options).save(folder)
     )
-    bank.save(folder)
-    return ImageBank.load(folder)
-
-
-_SWAP = {"left of": "right of", "right of": "left of"}
 
 
 def with_mirror_images(bank: ImageBank) -> ImageBank:
@@ -296,17 +334,33 @@ def with_mirror_images(bank: ImageBank) -> ImageBank:
 
     For captions of the pocket world alone: there, "left of" and "right of" are all that a mirror changes.
     """
-    from ttsnap_lib.pocket.world import caption, parse_caption
-
-    scenes = [parse_caption(text) for text in bank.prompts]
-    told = [
-        caption(dataclasses.replace(scene, relation=_SWAP.get(scene.relation or "", scene.relation)))
-        for scene in scenes
-    ]
+    swap = {"left of": "right of", "right of": "left of"}
+    told = [re.sub("left of|right of", lambda found: swap[found[0]], text) for text in bank.prompts]
     pixels = np.concatenate([bank.pixels, bank.pixels[:, :, :, :, ::-1]])
     mirrored = ImageBank(pixels, [*bank.prompts, *told], bank.steps)
     mirrored.mirrored = True
     return mirrored
+
+
+class FolderImages:
+    """A trajectory folder; pictures are decoded as they are asked for, by several threads."""
+
+    def __init__(self, folder: str | Path, workers: int = 4) -> None:
+        self._found = Trajectories(folder)
+        self.prompts, self.n_steps = self._found.prompts, self._found.n_steps
+        self.n_images = self._found.images_per_prompt
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="ttsnap-train")
+        for prompt in range(len(self.prompts)):
+            self._found.require_whole(prompt, range(self.n_images))
+
+    def read(self, prompts: np.ndarray, images: np.ndarray, step: int) -> np.ndarray:
+        """Return uint8 (n, height, width, 3) of one step; -1 is the clean image."""
+        jobs = [(int(prompt), int(image), step) for prompt, image in zip(prompts, images, strict=True)]
+        return np.stack(list(self._pool.map(lambda job: self._found.read(*job), jobs)))
+
+    def digest(self) -> str:
+        """Return a digest of what decides the pictures."""
+        return digest([dict(self._found.manifest.identity), self.prompts, self.n_images])
 
 
 class PromptSubset:
@@ -327,32 +381,20 @@ class PromptSubset:
         return self._digest
 
 
+# Scores
+
+
 def model_pixels(reward: Reward, pictures: np.ndarray) -> torch.Tensor:
     """Return the reward's own preprocessing of uint8 (n, height, width, 3), float32 (n, 3, size, size) on the CPU.
 
     Pictures that have the model's size already take a path without Pillow; the pixels are the same to the bit.
-
-    Raises
-    ------
-    CurriculumError
-        A reward without preprocessing of its own.
     """
-    preprocessing = reward.preprocessing
-    if preprocessing is None:
-        raise CurriculumError(
-            f"reward {reward.name} has no preprocessing: got {reward.name!r}, expected a reward that says how pictures "
-            "become its model's input. Give the reward a Preprocessing."
-        )
+    preprocessing: Any = reward.preprocessing
     if pictures.shape[1:3] == (preprocessing.size, preprocessing.size) and preprocessing.resize_to is None:
         levels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
         # Whole levels need no rounding, so the path without it is exact here.
         return preprocessing.tensor(levels.to(torch.float32) / 255.0, differentiable=True).contiguous()
-    from PIL import Image
-
     return torch.stack([preprocessing.image(Image.fromarray(picture)) for picture in pictures])
-
-
-_SAMPLE = 32  # pictures on which a file is compared with the base reward
 
 
 def score_step(
@@ -373,11 +415,35 @@ def score_step(
     rows = np.stack(np.meshgrid(mine, np.arange(images.n_images), indexing="ij"), -1).reshape(-1, 2)
     for start in range(0, len(rows), batch_size):
         prompts, numbers = rows[start : start + batch_size].T
-        pixels = model_pixels(reward, images.read(prompts, numbers, step))
-        out[prompts, numbers] = reward.score_pixels([images.prompts[prompt] for prompt in prompts], pixels)
+        out[prompts, numbers] = _scores(reward, images, prompts, numbers, step)
         if progress is not None:
             progress(min(start + batch_size, len(rows)), len(rows))
     return out
+
+
+def _scores(reward: Reward, images: Images, prompts: np.ndarray, numbers: np.ndarray, step: int) -> np.ndarray:
+    pixels = model_pixels(reward, images.read(prompts, numbers, step))
+    return reward.score_pixels([images.prompts[prompt] for prompt in prompts], pixels)
+
+
+# Targets
+
+
+def _targets(given: Any, images: Images, reward: Reward, config: CurriculumConfig) -> np.ndarray:
+    if given is None:
+        return own_targets(reward, images)
+    if isinstance(given, str | Path):
+        return ground_truth_targets(given, images, reward, check=config.check_targets)
+    try:
+        targets = np.asarray(given, np.float32)
+    except (TypeError, ValueError):  # no numbers, or rows of different lengths
+        targets = np.empty(0, np.float32)
+    if targets.shape != (len(images.prompts), images.n_images) or not np.isfinite(targets).all():
+        raise CurriculumError(
+            f"targets: got {targets.shape}, expected finite numbers ({len(images.prompts)}, {images.n_images}), one "
+            "per image. Give the targets of these trajectories."
+        )
+    return targets
 
 
 def own_targets(
@@ -390,36 +456,25 @@ def own_targets(
     """Return the base reward of every clean image, float32 (prompt, image).
 
     Kept in ``data_cache/targets``, or the folder `cache`, under a name made of the weights and the pictures.
-
-    Parameters
-    ----------
-    reward : Reward
-        The base reward.
-    images : Images
-    cache : str or Path, optional
-        Another folder for the values.
-    progress : callable, optional
-        ``progress(done, total)`` in pictures.
-
-    Raises
-    ------
-    CurriculumError
-        When the base model gives something that is not finite; prompt and image are named.
     """
-    reward.use_step(None)
     key = hashlib.sha256(f"{reward.fingerprint()} {images.digest()}".encode()).hexdigest()[:20]
     path = Path(cache if cache is not None else data_cache() / "targets") / f"{key}.npy"
-    shape = (len(images.prompts), images.n_images)
     if path.is_file():
         try:
             found = np.load(path, allow_pickle=False)
-            if found.shape == shape and found.dtype == np.float32:
+            if found.shape == (len(images.prompts), images.n_images) and found.dtype == np.float32:
                 return found
         except (OSError, ValueError):
             pass  # a broken cache file is made again
-    targets = score_step(reward, images, -1, progress=progress)
+    with reward.at(None):
+        targets = score_step(reward, images, -1, progress=progress)
     reward.clear_cache()  # what is scored next must not differ in the last bits by whether this ran or the file was read
-    _finite(targets, f"base reward {reward.name}")
+    bad = np.argwhere(~np.isfinite(targets))
+    if len(bad):
+        raise CurriculumError(
+            f"base reward {reward.name} of prompt {bad[0][0]}, image {bad[0][1]}: got {targets[tuple(bad[0])]}, "
+            "expected a finite number. Look at the image and the weights."
+        )
     with atomic_write(path) as file:
         np.save(file, targets)
     return targets
@@ -428,28 +483,10 @@ def own_targets(
 def ground_truth_targets(
     path: str | Path, images: Images, reward: Reward | None = None, *, check: bool = True
 ) -> np.ndarray:
-    """Read targets from a ground-truth file ``p0000: {id000: value}``, float32 (prompt, image).
+    """Return the targets in a ground-truth file ``p0000: {id000: value}``, float32 (prompt, image).
 
-    Parameters
-    ----------
-    path : str or Path
-        The YAML file.
-    images : Images
-        The file must hold exactly their prompts and at least their images.
-    reward : Reward, optional
-        The base reward; with `check` the file must agree with it on a few images (correlation above 0.8).
-    check : bool
-        False skips that test.
-
-    Returns
-    -------
-    ndarray (prompt, image)
-        float32.
-
-    Raises
-    ------
-    CurriculumError
-        A file of another set.
+    The file holds exactly the prompts of `images` and at least their images; with `check` it agrees with the base
+    `reward` on a few of them (correlation above 0.8).
     """
     from ttsnap_lib.tensors.published import import_ground_truth
 
@@ -464,167 +501,15 @@ def ground_truth_targets(
         )
     targets = found.sel(image=range(shape[1])).values.astype(np.float32)
     if check and reward is not None:
-        _agrees(path, targets, images, reward)
-    return targets
-
-
-def _agrees(path: str | Path, targets: np.ndarray, images: Images, reward: Reward) -> None:
-    total = targets.size
-    flat = np.unique(np.linspace(0, total - 1, min(_SAMPLE, total)).round().astype(int))
-    prompts, numbers = np.unravel_index(flat, targets.shape)
-    reward.use_step(None)
-    pixels = model_pixels(reward, images.read(prompts, numbers, -1))
-    own = reward.score_pixels([images.prompts[prompt] for prompt in prompts], pixels)
-    given = targets[prompts, numbers]
-    if own.std() == 0 or given.std() == 0 or len(own) < 3:
-        return
-    agreement = float(np.corrcoef(own, given)[0, 1])
-    if agreement < 0.8:
-        raise CurriculumError(
-            f"targets {path} are not those of these images: correlation with the base reward on {len(own)} of them: "
-            f"got {round(agreement, 3)!r}, expected above 0.8. Name the right file; if it holds another kind of target "
-            "on purpose, set check_targets to false."
-        )
-
-
-def _finite(targets: np.ndarray, what: str) -> None:
-    bad = np.argwhere(~np.isfinite(targets))
-    if len(bad):
-        raise CurriculumError(
-            f"{what} of prompt {bad[0][0]}, image {bad[0][1]}: got {float(targets[tuple(bad[0])])!r}, expected a "
-            "finite number. Look at the image and the weights."
-        )
-
-
-@dataclass(frozen=True)
-class RunData:
-    """Pictures to train on and their targets (prompt, image); the same of what is held out, if anything is."""
-
-    train: Images
-    targets: np.ndarray
-    held: tuple[Images, np.ndarray] | None = None
-
-
-def gather(
-    images: str | Path | Images,
-    validation: str | Path | Images | None,
-    targets: Any,
-    validation_targets: Any,
-    reward: Reward,
-    config: CurriculumConfig,
-) -> RunData:
-    """Open pictures and targets as :func:`ttsnap_lib.curriculum.finetune` takes them.
-
-    Parameters
-    ----------
-    images, validation, targets, validation_targets
-        As there. Without `validation` the last ``config.validation_prompts`` prompts are held out.
-    reward : Reward
-        The base reward, which gives the targets that are not named.
-    config : CurriculumConfig
-
-    Returns
-    -------
-    RunData
-        ``train`` and ``targets``; ``held`` is the pair of both for held-out prompts, or None.
-
-    Raises
-    ------
-    CurriculumError, TrajectoryError
-        Pictures that lack a step, targets that do not fit, more prompts held out than there are.
-    """
-    train = open_images(images, steps=config.steps)
-    held = open_images(validation, steps=config.steps) if validation is not None else None
-    for pictures in (train, held):
-        if pictures is not None:
-            _check_steps(config, pictures)
-    if held is None and validation_targets is not None:
-        raise CurriculumError(
-            f"validation_targets without validation: got {type(validation_targets).__name__!r}, expected targets of "
-            "pictures that are named. Name the validation pictures too; prompts held out of the training pictures have "
-            "its targets."
-        )
-    if held is not None or config.validation_prompts:
-        _check_comparable(train if held is None else held)
-    goal = _targets(targets, train, reward, config)
-    if held is not None:
-        _tell_overlap(train, held)
-        held_goal = _targets(validation_targets, held, reward, config)
-        _check_spread(held_goal)
-        return RunData(train, goal, (held, held_goal))
-    if not config.validation_prompts:
-        return RunData(train, goal)
-    if getattr(train, "mirrored", False):
-        raise CurriculumError(
-            f"validation_prompts of mirrored pictures: got {config.validation_prompts!r}, expected 0, or validation "
-            "pictures of their own. Name other pictures for validation: these would be the mirror images of pictures "
-            "trained on."
-        )
-    cut = len(train.prompts) - config.validation_prompts
-    if cut < 1:
-        raise CurriculumError(
-            f"validation_prompts: got {config.validation_prompts!r}, expected fewer than the {len(train.prompts)} "
-            "prompts. Lower it, or name other pictures for validation."
-        )
-    kept, split_off = PromptSubset(train, 0, cut), PromptSubset(train, cut, len(train.prompts))
-    _tell_overlap(kept, split_off)
-    _check_spread(goal[cut:])
-    return RunData(kept, goal[:cut], (split_off, goal[cut:]))
-
-
-def _check_comparable(held: Images) -> None:
-    if held.n_images < 2:
-        raise CurriculumError(
-            f"images per prompt for validation: got {held.n_images!r}, expected 2 or more: validation compares the "
-            "images of a prompt. Generate more images per prompt, or go without validation (validation_prompts 0)."
-        )
-
-
-def _check_spread(targets: np.ndarray) -> None:
-    if not np.ptp(targets, axis=1).any():
-        raise CurriculumError(
-            "validation targets: got 'the same for all images of every prompt', expected targets that differ between "
-            "the images of a prompt. Look at the pictures and the targets, or go without validation "
-            "(validation_prompts 0)."
-        )
-
-
-def _tell_overlap(train: Images, held: Images) -> None:
-    shared = set(train.prompts) & set(held.prompts)
-    if shared:
-        warnings.warn(
-            f"{len(shared)} validation prompts are trained on too, {min(shared)!r} for one: what they gain is flattering",
-            stacklevel=4,
-        )
-
-
-def _check_steps(config: CurriculumConfig, images: Images) -> None:
-    if not images.prompts or images.n_images < 1:
-        raise CurriculumError(
-            f"pictures: got {len(images.prompts)} prompts x {images.n_images} images, expected at least one of each. "
-            "Generate trajectories first."
-        )  # fmt: skip
-    there = images.steps if isinstance(images, ImageBank) else range(images.n_steps)
-    missing = [step for step in config.steps if step not in there]
-    if missing:
-        raise CurriculumError(
-            f"step {missing[0]} has no images: got {missing!r}, expected steps of the trajectories: {list(there)[:3]} "
-            f"... {list(there)[-1]}. Leave these steps out of the curriculum, or generate trajectories that have them."
-        )
-
-
-def _targets(given: Any, images: Images, reward: Reward, config: CurriculumConfig) -> np.ndarray:
-    if given is None:
-        return own_targets(reward, images)
-    if isinstance(given, str | Path):
-        return ground_truth_targets(given, images, reward, check=config.check_targets)
-    try:
-        targets = np.asarray(given, np.float32)
-    except (TypeError, ValueError):  # no numbers, or rows of different lengths
-        targets = np.empty(0, np.float32)
-    if targets.shape != (len(images.prompts), images.n_images) or not np.isfinite(targets).all():
-        raise CurriculumError(
-            f"targets: got {targets.shape!r}, expected finite numbers ({len(images.prompts)}, {images.n_images}), one "
-            "per image. Give the targets of these trajectories."
-        )
+        flat = np.unique(np.linspace(0, targets.size - 1, min(_SAMPLE, targets.size)).round().astype(int))
+        prompts, numbers = np.unravel_index(flat, shape)
+        with reward.at(None):
+            own, given = _scores(reward, images, prompts, numbers, -1), targets[prompts, numbers]
+        comparable = len(own) > 2 and own.std() > 0 and given.std() > 0
+        if comparable and (agreement := float(np.corrcoef(own, given)[0, 1])) < 0.8:
+            raise CurriculumError(
+                f"targets {path} are not those of these images: got a correlation of {agreement:.3f} with the base "
+                f"reward on {len(own)} of them, expected above 0.8. Name the right file; if it holds another kind of "
+                "target on purpose, set check_targets to false."
+            )
     return targets

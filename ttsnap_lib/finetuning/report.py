@@ -1,4 +1,4 @@
-"""Figures of a curriculum, and a listener that draws while it trains."""
+"""How a run came out: measures on held-out prompts, tables, the comparison with the base, figures, live ones too."""
 
 from __future__ import annotations
 
@@ -14,13 +14,24 @@ from ttsnap_lib.errors import CheckpointError, CurriculumError
 from ttsnap_lib.files import atomic_write, failures_as
 from ttsnap_lib.finetuning.data import Images, score_step
 from ttsnap_lib.rewards.base import Reward
-from ttsnap_lib.simulation.metrics import bootstrap_means, kendall_tau, top_select
+from ttsnap_lib.rewards.checkpoints import read_curriculum
+from ttsnap_lib.simulation.metrics import bootstrap_means, kendall_tau, percentile_interval, top_select
 from ttsnap_lib.style import axes_or_new, tidy
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+TABLES = ("metrics.csv", "metrics.parquet", "losses.csv", "losses.parquet")
+"""The tables of a run folder."""
+
+_MEASURES = ("tau", "mse", "top_accuracy", "top_gap")
+_COLUMNS = [
+    *("step", "updates", "kept_update", "elapsed_s", "first_loss", "last_loss"),
+    *(f"{when}_{name}" for when in ("base", "before", "after") for name in _MEASURES),
+]
 
 
 @dataclass(frozen=True)
@@ -52,34 +63,6 @@ def measures(scores: np.ndarray, targets: np.ndarray) -> Validation:
     )
 
 
-def validate(reward: Reward, images: Images, targets: np.ndarray, step: int, *, batch_size: int = 256) -> Validation:
-    """Score all pictures of `images` at `step` with the weights as they are now, and measure.
-
-    Parameters
-    ----------
-    reward : Reward
-    images : Images
-    targets : (prompt, image)
-        Rewards of the clean images.
-    step : int
-    batch_size : int
-
-    Returns
-    -------
-    Validation
-    """
-    return measures(score_step(reward, images, step, batch_size=batch_size), targets)
-
-
-_MEASURES = ("tau", "mse", "top_accuracy", "top_gap")
-
-
-_COLUMNS = [
-    *("step", "updates", "kept_update", "early_stop", "elapsed_s", "first_loss", "last_loss"),
-    *(f"{when}_{name}" for when in ("base", "before", "after") for name in _MEASURES),
-]
-
-
 def metrics_table(folder: str | Path) -> pd.DataFrame:
     """Return one row per finished step of a run folder, in the order of training.
 
@@ -88,28 +71,35 @@ def metrics_table(folder: str | Path) -> pd.DataFrame:
     """
     import pandas as pd
 
-    from ttsnap_lib.rewards.checkpoints import read_curriculum
-
     return _frame(pd.DataFrame(read_curriculum(folder).get("metrics", [])))
-
-
-def write_tables(folder: Path, rows: list[dict[str, Any]], losses: list[dict[str, Any]]) -> None:
-    """Write ``metrics`` and ``losses`` as CSV and Parquet."""
-    import pandas as pd
-
-    for name, content in (("metrics", rows), ("losses", losses)):
-        frame = pd.DataFrame(content)
-        frame = _frame(frame) if name == "metrics" else frame
-        with atomic_write(folder / f"{name}.csv", "w") as file:
-            frame.to_csv(file, index=False, lineterminator="\n")
-        with atomic_write(folder / f"{name}.parquet") as file:
-            frame.to_parquet(file, index=False)
 
 
 def _frame(frame: pd.DataFrame) -> pd.DataFrame:
     # JSON keeps its keys sorted, and has null where a measure is undefined.
     frame = frame[[name for name in _COLUMNS if name in frame]]
     return frame.astype({name: float for name in frame if name.endswith(_MEASURES)})
+
+
+def losses_table(folder: str | Path) -> pd.DataFrame:
+    """Return the loss of every update of a run folder."""
+    import pandas as pd
+
+    path = Path(folder) / "losses.csv"
+    with failures_as(
+        CheckpointError, f"losses cannot be read: got {path}. Finish at least one step of ttsnap finetune."
+    ):
+        return pd.read_csv(path)
+
+
+def write_tables(folder: Path, rows: list[dict[str, Any]], losses: list[dict[str, Any]]) -> None:
+    """Write ``metrics`` and ``losses`` as CSV and Parquet."""
+    import pandas as pd
+
+    for name, frame in (("metrics", _frame(pd.DataFrame(rows))), ("losses", pd.DataFrame(losses))):
+        with atomic_write(folder / f"{name}.csv", "w") as file:
+            frame.to_csv(file, index=False, lineterminator="\n")
+        with atomic_write(folder / f"{name}.parquet") as file:
+            frame.to_parquet(file, index=False)
 
 
 def compare_at_steps(
@@ -159,19 +149,20 @@ def compare_at_steps(
             f"reward {reward.name} has no noise-aware weights to compare: got {steps!r}, expected one step or more. "
             "Attach a run folder of ttsnap finetune, or name steps."
         )
-    base, aware = [], []
+    base: list[np.ndarray] = []
+    aware: list[np.ndarray] = []
     for done, step in enumerate(steps, 1):
-        base.append(score_step(reward.use_step(None), images, step))
-        aware.append(score_step(reward.use_step(step), images, step))
+        for scores, weights in ((base, None), (aware, step)):
+            with reward.at(weights):
+                scores.append(score_step(reward, images, step))
         if progress is not None:
             progress(done, len(steps))
-    reward.use_step(None)
     found = [kendall_tau(np.stack(scores, -1), targets, resamples=1).per_prompt for scores in (base, aware)]
     gains = found[1] - found[0]
     rows: dict[str, Any] = {"step": steps}
     for name, values in (("base_tau", found[0]), ("noise_aware_tau", found[1]), ("gain", gains)):
         kept = np.nan_to_num(values, nan=0.0)
-        low, high = np.quantile(bootstrap_means(kept, rng, resamples), [0.025, 0.975], axis=0)
+        low, high = percentile_interval(bootstrap_means(kept, rng, resamples))
         rows |= {name: kept.mean(0), f"{name}_low": low, f"{name}_high": high}
     return pd.DataFrame(rows), gains
 
@@ -181,25 +172,12 @@ def gain_where_useful(
 ) -> dict[str, Any]:
     """Return the mean gain, with its interval over prompts, over the steps where the base tau is in [low, high].
 
-    These are the steps at which pruning pays: the base reward knows something, and not yet enough.
-
-    Parameters
-    ----------
-    table, gains
-        As :func:`compare_at_steps` returns them.
-    low, high : float
-        Of the base tau.
-    rng, resamples
-        Of the bootstrap over prompts.
-
-    Returns
-    -------
-    dict
-        ``steps``, ``gain``, ``low``, ``high`` and ``worst_step_gain``.
+    These are the steps at which pruning pays: the base reward knows something, and not yet enough. `table` and `gains`
+    are those of :func:`compare_at_steps`; the keys are ``steps``, ``gain``, ``low``, ``high``, ``worst_step_gain``.
     """
     chosen = table["base_tau"].between(low, high).to_numpy()
     per_prompt = np.nan_to_num(gains[:, chosen], nan=0.0).mean(1)
-    bounds = np.quantile(bootstrap_means(per_prompt, rng, resamples), [0.025, 0.975])
+    bounds = percentile_interval(bootstrap_means(per_prompt, rng, resamples))
     return {
         "steps": table["step"][chosen].tolist(),
         "gain": float(per_prompt.mean()),
@@ -209,25 +187,8 @@ def gain_where_useful(
     }
 
 
-def losses_table(folder: str | Path) -> pd.DataFrame:
-    """Return the loss of every update of a run folder."""
-    import pandas as pd
-
-    with failures_as(
-        CheckpointError,
-        f"losses cannot be read: got {Path(folder) / 'losses.csv'}, expected the table of a run folder. Finish at "
-        "least one step of ttsnap finetune.",
-    ):
-        return pd.read_csv(Path(folder) / "losses.csv")
-
-
 def loss_curves(losses: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the loss of every update, one stretch per step, a light dot each and a smoothed line.
-
-    Returns
-    -------
-    Axes
-    """
+    """Draw the loss of every update, one stretch per step, a light dot each and a smoothed line; return the axes."""
     from matplotlib.ticker import LogFormatter
 
     ax = axes_or_new(ax, (5.2, 3.2))
@@ -248,12 +209,7 @@ def loss_curves(losses: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def tau_by_step(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the validation tau of each step: the base, what the step started with, what it ended with.
-
-    Returns
-    -------
-    Axes
-    """
+    """Draw the validation tau of each step: the base, what it started with, what it ended with; return the axes."""
     ax = axes_or_new(ax, (5.2, 3.2))
     table = table.sort_values("step")
     styles = {"base": ("0.45", "s", "--"), "before": ("C1", "^", ":"), "after": ("C0", "o", "-")}
@@ -269,12 +225,7 @@ def tau_by_step(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def gain_by_step(comparison: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the gain in tau on fresh prompts with its interval, as :func:`compare_at_steps` returns it.
-
-    Returns
-    -------
-    Axes
-    """
+    """Draw the gain in tau on fresh prompts with its interval, of :func:`compare_at_steps`; return the axes."""
     ax = axes_or_new(ax, (5.2, 3.0))
     ax.axhline(0, color="0.25", linewidth=0.8)
     ax.fill_between(
@@ -289,10 +240,7 @@ def gain_by_step(comparison: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 class LiveCurves:
     """Draws loss and validation tau in the notebook while :func:`finetune` runs; pass it as `listener`.
 
-    Parameters
-    ----------
-    every_s : float
-        Least time between two drawings; each costs a tenth of a second or two.
+    A drawing costs a tenth of a second or two, so `every_s` seconds are the least between two of them.
     """
 
     def __init__(self, every_s: float = 4.0) -> None:

@@ -1,36 +1,39 @@
-"""Series from elsewhere and to elsewhere: the authors' full checkpoints, the hub, a folder."""
+"""The weights of a run: trained, written for each step, saved for going on; full checkpoints from elsewhere."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from ttsnap_lib.checks import choice, integer
+from ttsnap_lib.checks import as_dtype, integer
 from ttsnap_lib.errors import CheckpointError, CurriculumError, RewardError
-from ttsnap_lib.files import as_path, atomic_folder, atomic_write, failures_as, reason, write_json
+from ttsnap_lib.files import as_path, atomic_folder, atomic_write, failures_as, refuse_other, write_json
 from ttsnap_lib.finetuning.config import CurriculumConfig
 from ttsnap_lib.rewards.base import Reward
 from ttsnap_lib.rewards.checkpoints import (
+    ADAPTER,
+    CURRICULUM,
+    FULL,
     check_fit,
-    is_local,
     keep_base_exact,
     read_curriculum,
     read_state,
-    step_folders,
 )
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+STATE = "state.pt"
+
+_FREE = ("trajectories", "validation", "save_every", "accumulation")  # how a run is carried out, not what comes of it
+_FILE = re.compile(r"(?:ct|step_?|s)(\d+)\.(?:pt|pth|bin|safetensors)", re.IGNORECASE)
+_PREFIXES = ("", "module.", "_orig_mod.", "model.")
+_CONSTANT = (r"(.*\.)?position_ids", r"(.*\.)?attn_mask")
 
 
 class RewardModule(torch.nn.Module):
@@ -47,65 +50,53 @@ class RewardModule(torch.nn.Module):
 
 
 def trainable_module(reward: Reward) -> torch.nn.Module:
-    """Return the module of a base reward.
-
-    Raises
-    ------
-    CurriculumError
-        A reward without weights, or with noise-aware ones already.
-    """
+    """Return the module of a base reward."""
     if reward.module is None:
+        raise CurriculumError(f"reward {reward.name} has no weights to train. Finetune a model reward, not a function.")
+    if reward.adapter_steps or any("lora_" in name for name, _ in reward.module.named_parameters()):
         raise CurriculumError(
-            f"reward {reward.name} has no weights to train: got {reward.name!r}, expected a reward with weights. "
-            "Finetune a model reward, not a function."
-        )
-    if reward.adapter_steps:
-        raise CurriculumError(
-            f"reward {reward.name} has noise-aware weights already: got {reward.adapter_steps!r}, expected a base "
-            "reward. Load it without adapters."
-        )
-    if any("lora_" in name for name, _ in reward.module.named_parameters()):
-        raise CurriculumError(
-            f"reward {reward.name} has adapters in its module already: got 'lora', expected a base reward. Load it "
-            "again: its scores would be wrong as targets."
+            f"reward {reward.name} has noise-aware weights or adapters already: its scores would be wrong as targets. "
+            "Load the base reward again, without adapters."
         )
     return reward.module
 
 
 class Weights:
-    """The trained parameters of a reward.
+    """The trained parameters of a base reward: its own, or those of LoRA layers that are put into its module.
 
-    Parameters
-    ----------
-    reward : Reward
-        A base reward. LoRA layers are put into its module; parameters that are not trained stop requiring gradients.
-    config : CurriculumConfig
-    lent : bool
-        Remember what :meth:`release` needs to give the reward back as it was.
-
-    Raises
-    ------
-    CurriculumError
-        A reward without weights, or with noise-aware ones already; targets that match nothing.
+    What is not trained stops requiring gradients. A `lent` reward can be given back as it was, see :meth:`release`.
     """
 
     def __init__(self, reward: Reward, config: CurriculumConfig, *, lent: bool = False) -> None:
-        module = trainable_module(reward)
-        self.reward, self.config, self.module = reward, config, module
+        self.reward, self.config, self.module = reward, config, trainable_module(reward)
         self._peft: Any = None
-        self._required = {name: p.requires_grad for name, p in module.named_parameters()}
+        self._required = {name: p.requires_grad for name, p in self.module.named_parameters()}
         if config.method == "lora":
             self._inject()
         else:
-            self._choose()
+            for parameter in self.module.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())
         self._base = self.state() if lent and self._peft is None else {}
-        # Dropout of the base stays off: the target is what the base says without it.
-        module.eval()
-        for name, part in module.named_modules():
-            if "lora_dropout" in name:
-                part.train()
-        if config.gradient_checkpointing:
-            checkpoint_blocks(module)
+        self.module.eval()  # no dropout: the target is what the base says without it
+
+    def _inject(self) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        targets = self.reward.default_lora_targets
+        if not targets:
+            raise CurriculumError(
+                f"reward {self.reward.name} names no layers for LoRA. Give it default_lora_targets, a regular "
+                'expression of names of layers, or set method to "full".'
+            )
+        about = LoraConfig(
+            r=self.config.lora_rank,
+            lora_alpha=self.config.lora_alpha,  # type: ignore[arg-type]  # any number works
+            target_modules=targets,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            self._peft = get_peft_model(self.module, about)
+        keep_base_exact(self.module)
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -118,22 +109,13 @@ class Weights:
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Put trained values back."""
-        own = self.parameters
-        if {name: p.shape for name, p in own.items()} != {name: value.shape for name, value in state.items()}:
-            raise CheckpointError(
-                f"saved state of another model: got {sorted(state.keys() ^ own.keys())[:4] or 'other shapes'!r}, "
-                "expected the parameters that this configuration trains. Resume with the reward and the settings that "
-                "it was made with, or use another folder."
-            )
         with torch.no_grad():
-            for name, p in own.items():
+            for name, p in self.parameters.items():
                 p.copy_(state[name])
 
     def save_step(self, folder: Path) -> None:
         """Write the weights as the checkpoint of a step into `folder`, readable by peft and by `attach_steps`."""
-        from safetensors.torch import save_file
-
-        dtype = _DTYPES[self.config.save_dtype]
+        state: Mapping[str, torch.Tensor] = self.parameters
         if self._peft is not None:
             from peft import get_peft_model_state_dict
 
@@ -142,15 +124,8 @@ class Weights:
             inference, about.inference_mode = about.inference_mode, True
             about.save_pretrained(str(folder))
             about.inference_mode = inference
-            state, name = (
-                get_peft_model_state_dict(self._peft, save_embedding_layers=False),
-                "adapter_model.safetensors",
-            )
-        else:
-            state, name = self.parameters, "model.safetensors"
-        out = {key: value.detach().to("cpu", dtype, copy=True).contiguous() for key, value in state.items()}
-        save_file(out, folder / name, metadata={"format": "pt"})
-        (folder / name).chmod(0o644)
+            state = get_peft_model_state_dict(self._peft, save_embedding_layers=False)
+        _save(state, folder / (FULL if self._peft is None else ADAPTER), as_dtype(self.config.save_dtype))
 
     def release(self) -> None:
         """Give a lent reward back as it was taken: without adapters, with the base's values."""
@@ -158,110 +133,20 @@ class Weights:
             self._peft.unload()
         elif self._base:
             self.load(self._base)
-        for part in self.module.modules():
-            if hasattr(vars(part).get("forward"), "__wrapped__"):  # what checkpoint_blocks put there
-                del part.forward
         for name, p in self.module.named_parameters():
             p.requires_grad_(self._required[name])
         self.reward.clear_cache()
 
-    # -- inside -------------------------------------------------------------------------------------------------
 
-    def _inject(self) -> None:
-        from peft import LoraConfig, get_peft_model
+def _save(state: Mapping[str, torch.Tensor], path: Path, dtype: torch.dtype) -> None:
+    from safetensors.torch import save_file
 
-        targets = self.config.lora_targets or self.reward.default_lora_targets
-        names = [name for name, _ in self.module.named_modules() if name]
-        matched = [name for name in names if targets and re.fullmatch(targets, name)]
-        if not matched:
-            raise CurriculumError(
-                f"LoRA targets match no layer of {self.reward.name}: got {targets!r}, expected a regular expression "
-                f"that matches whole names of layers. Layers are called for example {_examples(self.module)}."
-            )
-        about = LoraConfig(
-            r=self.config.lora_rank,
-            lora_alpha=self.config.lora_alpha,  # type: ignore[arg-type]  # any number works
-            lora_dropout=self.config.lora_dropout,
-            target_modules=targets,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            try:
-                self._peft = get_peft_model(self.module, about)
-            except ValueError as error:
-                raise CurriculumError(
-                    f"LoRA cannot be put into {self.reward.name} ({str(error)[:200]}): got {targets!r}, expected names "
-                    "of linear, convolution or attention layers. Layers are called for example "
-                    f"{_examples(self.module)}."
-                ) from error
-        keep_base_exact(self.module)
-
-    def _choose(self) -> None:
-        chosen = 0
-        for name, parameter in self.module.named_parameters():
-            wanted = self.config.trainable is None or re.fullmatch(self.config.trainable, name) is not None
-            parameter.requires_grad_(wanted and parameter.is_floating_point())
-            chosen += wanted
-        if not chosen:
-            raise CurriculumError(
-                f"trainable matches no parameter of {self.reward.name}: got {self.config.trainable!r}, expected a "
-                "regular expression that matches whole names of parameters. They are called for example "
-                f"{[n for n, _ in self.module.named_parameters()][:3]}."
-            )
+    out = {key: value.detach().to("cpu", dtype, copy=True).contiguous() for key, value in state.items()}
+    save_file(out, path, metadata={"format": "pt"})
+    path.chmod(0o644)
 
 
-def _examples(module: torch.nn.Module) -> list[str]:
-    found = [name for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)]
-    return found[:: max(1, len(found) // 3)][:3]
-
-
-def checkpoint_blocks(module: torch.nn.Module) -> int:
-    """Make every block of every stack of blocks compute its activations again in the backward pass.
-
-    Works alike for all families, in training and in evaluation mode.
-
-    Returns
-    -------
-    int
-        How many blocks.
-    """
-    stacks = [
-        (name, part)
-        for name, part in module.named_modules()
-        if isinstance(part, torch.nn.ModuleList | torch.nn.Sequential) and len(part) > 1
-    ]
-    outer = [part for name, part in stacks if not any(name.startswith(f"{other}.") for other, _ in stacks)]
-    blocks = [block for stack in outer for block in stack if sum(1 for _ in block.children()) > 1]
-    for block in blocks:
-        block.forward = _recomputed(block.forward)
-    return len(blocks)
-
-
-def _recomputed(forward: Any) -> Any:
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run
-
-
-@contextmanager
-def own_randomness(seed: tuple[int, ...], device: torch.device) -> Iterator[None]:
-    """Seed dropout by counters, and leave the global generators as they were: a resumed run draws the same."""
-    import numpy as np
-
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
-        yield
-
-
-STATE, CURRICULUM = "state.pt", "curriculum.json"
-
-
-# These change how a run is carried out, not what comes of it.
-_FREE = ("trajectories", "validation", "save_every", "tracker", "accumulation", "gradient_checkpointing")
+# The run folder: what it is a run of, and the state from which it goes on
 
 
 def identity(config: CurriculumConfig, **digests: Any) -> dict[str, Any]:
@@ -275,41 +160,13 @@ def array_digest(array: np.ndarray | None) -> str | None:
     return None if array is None else hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
 
 
-def open_run(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return ``curriculum.json`` of an earlier sitting of the same run, or None in a new folder.
-
-    Raises
-    ------
-    CurriculumError
-        When the folder holds another run; every difference is shown.
-    """
-    path = folder / CURRICULUM
-    if not path.is_file():
-        if any(folder.glob("step_*")):
-            raise CurriculumError(
-                f"{folder} holds checkpoints without {CURRICULUM}: got {folder}, expected an empty folder, or one of "
-                "an earlier sitting. Choose another folder for this run."
-            )
-        return None
-    from ttsnap_lib.rewards.checkpoints import read_curriculum
-
-    found = read_curriculum(folder)
-    known = found.get("identity")
-    if known != wanted:
-        flat = [_flat(known if isinstance(known, Mapping) else {}), _flat(wanted)]
-        keys = sorted(key for key in flat[0].keys() | flat[1].keys() if flat[0].get(key) != flat[1].get(key))
-        raise CurriculumError(
-            f"{folder} holds another run: got "
-            f"{'; '.join(f'{key}: {flat[0].get(key)!r} there, {flat[1].get(key)!r} now' for key in keys[:6])!r}, "
-            "expected the same settings, weights, pictures and targets. Choose another folder, or pass overwrite=True "
-            "(--overwrite) to begin anew."
-        )
-    return found
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    config = values.get("config") or {}
-    return {**{key: value for key, value in values.items() if key != "config"}, **config}
+def open_run(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds another run."""
+    remedy = "Choose another folder, or pass overwrite=True (--overwrite) to begin anew."
+    if (folder / CURRICULUM).is_file():
+        refuse_other(folder, read_curriculum(folder).get("identity") or {}, wanted, CurriculumError, remedy)
+    elif any(folder.glob("step_*")):
+        raise CurriculumError(f"{folder} holds checkpoints without {CURRICULUM}. {remedy}")
 
 
 def write_state_file(folder: Path, state: dict[str, Any]) -> None:
@@ -319,13 +176,7 @@ def write_state_file(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_state_file(folder: Path) -> dict[str, Any] | None:
-    """Return the saved state, or None when there is none.
-
-    Raises
-    ------
-    CheckpointError
-        A file that is not whole or not ours.
-    """
+    """Return the saved state, or None when there is none."""
     path = folder / STATE
     if not path.is_file():
         return None
@@ -339,10 +190,6 @@ def read_state_file(folder: Path) -> dict[str, Any] | None:
         return state
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
-
-
 def write_curriculum(
     folder: Path, reward: str, config: CurriculumConfig, who: Mapping[str, Any], rows: list[dict], about: Mapping
 ) -> None:
@@ -353,44 +200,17 @@ def write_curriculum(
         "method": config.method,
         "steps": sorted({row["step"] for row in rows}),
         "identity": dict(who),
-        "metrics": [{name: None if _is_nan(value) else value for name, value in row.items()} for row in rows],
+        "metrics": [{name: _or_none(value) for name, value in row.items()} for row in rows],
         **about,
     }
     write_json(folder / CURRICULUM, content)
 
 
-_FILE = re.compile(r"(?:ct|step_?|s)(\d+)\.(?:pt|pth|bin|safetensors)", re.IGNORECASE)
+def _or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
-_PREFIXES = ("", "module.", "_orig_mod.", "model.")
-
-
-_KNOWN_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-_CONSTANT = (r"(.*\.)?position_ids", r"(.*\.)?attn_mask")
-
-
-def find_checkpoints(folder: str | Path) -> dict[int, Path]:
-    """Return step -> file of a folder of full checkpoints, ``Ct14.pt`` and its like, in descending order of steps.
-
-    Raises
-    ------
-    CheckpointError
-        Two files for one step.
-    """
-    found: dict[int, Path] = {}
-    for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []:
-        match = _FILE.fullmatch(path.name)
-        if match:
-            step = int(match[1])
-            if step in found:
-                raise CheckpointError(
-                    f"two checkpoints for step {step}: got {[found[step].name, path.name]!r}, expected one file per "
-                    "step. Move one of them away."
-                )
-            found[step] = path
-    return dict(sorted(found.items(), reverse=True))
+# Full checkpoints from elsewhere
 
 
 def import_series(
@@ -424,18 +244,11 @@ def import_series(
     CheckpointError
         No checkpoints, one that cannot be read, or one of another model; a folder that holds something already.
     """
-    from safetensors.torch import save_file
-
-    kept = _KNOWN_DTYPES[choice("dtype", dtype, _KNOWN_DTYPES)]
-    files = dict(checkpoints) if isinstance(checkpoints, Mapping) else find_checkpoints(checkpoints)
+    kept, module = as_dtype(dtype), trainable_module(reward)
+    files = checkpoints if isinstance(checkpoints, Mapping) else find_checkpoints(checkpoints)
     if not files:
         raise CheckpointError(
             f"no checkpoints to import: got {checkpoints}, expected files like Ct14.pt. Check the folder."
-        )
-    if reward.module is None or reward.adapter_steps:
-        raise CheckpointError(
-            f"reward {reward.name}: got {reward.adapter_steps!r}, expected a base model reward. Load it without "
-            "adapters."
         )
     sources = {
         integer("step of a checkpoint", step, 0, error=CheckpointError): as_path(
@@ -443,7 +256,7 @@ def import_series(
         )
         for step, path in files.items()
     }
-    folder, own = as_path("run folder", folder, error=CheckpointError), reward.module.state_dict()
+    folder, own = as_path("run folder", folder, error=CheckpointError), module.state_dict()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(
             f"run folder to write: got {folder}, expected a new or an empty folder: steps of two series must not mix. "
@@ -451,15 +264,25 @@ def import_series(
         )
     with atomic_folder(folder) as part:
         for step, path in sources.items():
-            state = _fitted(step, path, own)
-            out = {key: value.to(kept).contiguous().clone() for key, value in state.items()}
             place = part / f"step_{step:02d}"
             place.mkdir()
-            save_file(out, place / "model.safetensors", metadata={"format": "pt"})
-            (place / "model.safetensors").chmod(0o644)
+            _save(_fitted(step, path, own), place / FULL, kept)
         about = {"schema": 1, "reward": reward.name, "method": "full", "steps": sorted(sources)}
         write_json(part / CURRICULUM, {**about, "imported_from": [path.name for path in sources.values()]})
     return folder
+
+
+def find_checkpoints(folder: str | Path) -> dict[int, Path]:
+    """Return step -> file of a folder of full checkpoints, ``Ct14.pt`` and its like, in descending order of steps."""
+    found: dict[int, Path] = {}
+    for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []:
+        match = _FILE.fullmatch(path.name)
+        if match and found.setdefault(int(match[1]), path) != path:
+            raise CheckpointError(
+                f"two checkpoints for step {match[1]}: got {[found[int(match[1])].name, path.name]}, expected one file "
+                "per step. Move one of them away."
+            )
+    return dict(sorted(found.items(), reverse=True))
 
 
 def _fitted(step: int, path: Path, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -467,9 +290,7 @@ def _fitted(step: int, path: Path, own: Mapping[str, torch.Tensor]) -> dict[str,
     try:
         given = read_state(path)
     except RewardError as error:
-        raise CheckpointError(
-            f"checkpoint of step {step}: {error}"
-        ) from error  # fmt: skip
+        raise CheckpointError(f"checkpoint of step {step}: {error}") from error
     best = max(_PREFIXES, key=lambda prefix: len({k.removeprefix(prefix) for k in given} & own.keys()))
     state = {key.removeprefix(best): value for key, value in given.items()}
     try:
@@ -482,97 +303,7 @@ def _fitted(step: int, path: Path, own: Mapping[str, torch.Tensor]) -> dict[str,
     bad = [key for key, value in kept.items() if not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(
-            f"checkpoint of step {step} holds weights that are not finite: got {bad[:4]!r}, expected finite numbers. "
+            f"checkpoint of step {step} holds weights that are not finite: got {bad[:4]}, expected finite numbers. "
             "Get the file again, or leave this step out."
         )
     return kept
-
-
-def load_series(
-    reward: Reward, source: str | Path, *, revision: str | None = None, cache: str | Path | None = None
-) -> Reward:
-    """Attach a series from a run folder or from a hub repository; return the reward.
-
-    Parameters
-    ----------
-    reward : Reward
-        The base reward; the series is attached to it.
-    source : str or Path
-        A run folder, or a hub id such as ``"someone/pickscore-noise-aware-flux"``.
-    revision : str, optional
-        Commit, branch or tag of the hub repository.
-    cache : str or Path, optional
-        Folder of the hub's cache.
-
-    Returns
-    -------
-    Reward
-        The same reward, with the series attached.
-    """
-    if not is_local(source):
-        source = _download(str(source), revision, cache)
-    return reward.attach_steps(source)
-
-
-def _download(repo: str, revision: str | None, cache: str | Path | None) -> Path:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = ["step_*", CURRICULUM, "metrics.*", "config.json"]
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, cache_dir=cache))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"series {repo} cannot be had ({type(error).__name__}): got {repo!r}, expected a run folder, or a hub "
-            f"repository in the cache {cache or constants.HF_HUB_CACHE} or reachable. Run `hf download {repo}` where "
-            "there is a network and copy the cache (HF_HOME), or name a folder."
-        ) from error
-
-
-def push_series(folder: str | Path, repo: str, *, private: bool = True, token: str | None = None) -> Any:
-    """Upload a run folder's checkpoints to a hub repository with the hub library's own call; return its answer.
-
-    The state for going on with the run stays at home.
-
-    Parameters
-    ----------
-    folder : str or Path
-        The run folder.
-    repo : str
-        Owner and name on the hub; made when it is not there.
-    private : bool
-        Of a repository that is made.
-    token : str, optional
-        The one that the hub library has stored when not given.
-
-    Returns
-    -------
-    huggingface_hub.CommitInfo
-
-    Raises
-    ------
-    CheckpointError
-        A folder without checkpoints; a hub that cannot be reached or refuses.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    about = read_curriculum(folder)
-    if not step_folders(folder):
-        raise CheckpointError(
-            f"no checkpoints to upload: got {folder}, expected folders step_NN with weights. Finish at least one step."
-        )
-    api = HfApi(token=token)
-    try:
-        api.create_repo(repo, private=private, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo,
-            folder_path=str(folder),
-            allow_patterns=["step_*/*", CURRICULUM, "metrics.*", "config.json"],
-            commit_message=f"Noise-aware {about.get('reward')}, steps {about.get('steps')}",
-        )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"series cannot be uploaded to {repo} ({reason(error)}): got {repo!r}, expected owner/name of a repository "
-            "that you may write to, and a network. Log in with `hf auth login`, check the name, then upload again."
-        ) from error

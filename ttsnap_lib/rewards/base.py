@@ -482,7 +482,7 @@ def check_tensor(images: torch.Tensor) -> torch.Tensor:
 
 def prompt_list(prompts: str | Sequence[str], n: int) -> list[str]:
     """Return one prompt for each of `n` images."""
-    rows = [prompts] if isinstance(prompts, str) else list(prompts) if hasattr(prompts, "__iter__") else [None]
+    rows: list[Any] = [prompts] if isinstance(prompts, str) or not hasattr(prompts, "__iter__") else list(prompts)
     if any(not isinstance(prompt, str) for prompt in rows):
         raise RewardError(f"prompts: got {prompts!r}, expected text, or a list of texts. Pass strings.")
     if len(rows) not in (1, n):

@@ -163,7 +163,11 @@ def _check_adapter(folder: Path) -> None:
     path = folder / "adapter_config.json"
     remedy = "Use adapters of ttsnap finetune, or plain LoRA adapters of peft."
     about = read_json(path, "adapter configuration", error=CheckpointError, remedy=remedy)
-    plain = {"peft_type": ["LORA"], "init_lora_weights": [None, True, False, "gaussian"], "modules_to_save": [None, []]}
+    plain: dict[str, list] = {
+        "peft_type": ["LORA"],
+        "init_lora_weights": [None, True, False, "gaussian"],
+        "modules_to_save": [None, []],
+    }
     for key, values in plain.items():
         if about.get(key) not in values:
             raise CheckpointError(f"{path}: {key}: got {about.get(key)!r}, expected one of {values}. {remedy}")

@@ -136,7 +136,7 @@ class Preprocessing:
             if rounded:
                 levels = levels.round()  # the division above left whole numbers but for the last bit
             return resize_levels(levels, height, width, resample=self.resample, rounded=rounded) / _LEVELS
-        mode = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}[self.resample]
+        mode = {2: "bilinear", 3: "bicubic"}[self.resample]  # PIL.Image.Resampling
         return functional.interpolate(pixels, size=(height, width), mode=mode, antialias=True, align_corners=False)
 
     def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -158,8 +158,8 @@ antialiasing; this follows its code on current versions.)"""
 def from_clip_processor(processor: Any, source: str) -> Preprocessing:
     """Return what a `transformers.CLIPImageProcessor` does, or raise when :class:`Preprocessing` cannot say it."""
     size, crop = dict(processor.size or {}), dict(processor.crop_size or {})
-    edge = (crop if processor.do_center_crop else size).get("height")
-    resize_to = size.get("shortest_edge") if processor.do_resize else None
+    edge: Any = (crop if processor.do_center_crop else size).get("height")
+    resize_to: Any = size.get("shortest_edge") if processor.do_resize else None
     fit = "none" if not processor.do_resize else "stretch" if resize_to is None else "shortest"
     known = type(processor).__name__.startswith("CLIPImageProcessor")
     known = known and processor.do_rescale and abs(processor.rescale_factor - 1 / 255) < 1e-9 and processor.do_normalize

@@ -1,17 +1,17 @@
-"""The published reward classes take adapters and an optimization step; random weights."""
+"""Trained weights: every family takes adapters and an optimization step; full checkpoints from elsewhere."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from tests.worlds import WORDS, make_bank, randomize_image_reward, save_clip
+from ttsnap_lib.errors import CheckpointError
 from ttsnap_lib.finetuning.config import CurriculumConfig
 from ttsnap_lib.finetuning.data import score_step
 from ttsnap_lib.finetuning.train import finetune
-from ttsnap_lib.finetuning.weights import Weights, checkpoint_blocks
+from ttsnap_lib.finetuning.weights import import_series
 from ttsnap_lib.rewards.image_reward import ImageRewardModel
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.rewards.pixels import Preprocessing
@@ -22,6 +22,16 @@ ONE_UPDATE = {"steps": (1,), "batch_size": 2, "group_size": 2, "max_updates_per_
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return save_clip(tmp_path_factory.mktemp("weights") / "tiny-clip")
+
+
+@pytest.fixture(scope="module")
+def bank():
+    return make_bank()
 
 
 def check_one_update(make, folder, **changes):
@@ -60,8 +70,7 @@ def test_image_reward(image_reward_module, tmp_path):
     )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_open_clip(tmp_path, checkpointing):
+def test_open_clip(tmp_path):
     import open_clip
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
@@ -77,65 +86,7 @@ def test_open_clip(tmp_path, checkpointing):
             )
         return OpenClipReward("hpsv2", module, tokenizer, device="cpu")
 
-    check_one_update(make, tmp_path / "run", gradient_checkpointing=checkpointing)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adapted_attention_is_base_plus_adapter_and_leaves_the_base_alone(dtype):
-    import copy
-
-    from peft import LoraConfig, get_peft_model
-
-    from ttsnap_lib.rewards.checkpoints import keep_base_exact
-
-    torch.manual_seed(0)
-    base = torch.nn.ModuleDict({"attn": torch.nn.MultiheadAttention(16, 2, batch_first=True)}).to(dtype).eval()
-    module, merged, x = copy.deepcopy(base), copy.deepcopy(base), torch.randn(2, 5, 16).to(dtype)
-    adapted = get_peft_model(module, LoraConfig(r=2, lora_alpha=4, target_modules=r"attn"))
-    adapted.add_adapter("other", LoraConfig(r=2, lora_alpha=4, target_modules=r"attn"))
-    keep_base_exact(module)
-    for name, p in adapted.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_(0, 0.1)
-    layer = module["attn"]
-    projection = layer.get_base_layer().out_proj
-    for name in ("default", "other", "default"):  # switching and scoring again and again
-        adapted.set_adapter(name)
-        with torch.no_grad():
-            found = layer(x, x, x, need_weights=False)[0]
-    with torch.no_grad():
-        merged["attn"].in_proj_weight += layer.get_delta_weight("default").to(dtype)
-        merged["attn"].out_proj.weight += projection.get_delta_weight("default").to(dtype)
-        torch.testing.assert_close(found, merged["attn"](x, x, x, need_weights=False)[0], rtol=1e-5, atol=1e-6)
-    layer(x, x, x, need_weights=False)[0].float().square().sum().backward()
-    assert all(p.grad is not None for name, p in module.named_parameters() if "default" in name)
-    plain = adapted.unload()
-    for key, value in base.state_dict().items():
-        assert torch.equal(plain.state_dict()[key], value), key
-
-
-def test_recomputed_blocks_give_the_same_gradients_and_keep_less(tmp_path):
-    clip = save_clip(tmp_path / "tiny-clip")
-    pictures = [Image.fromarray(p) for p in make_bank(1, 4).pixels[0, :, -1]]
-    gradients, kept = [], []
-    for recompute in (False, True):
-        reward = load_reward(clip, device="cpu")
-        weights = Weights(reward, CurriculumConfig(lora_rank=2))
-        for index, (name, parameter) in enumerate(weights.parameters.items()):
-            if "lora_B" in name:
-                generator = torch.Generator().manual_seed(index)
-                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-        if recompute:
-            assert checkpoint_blocks(reward.module) == 4  # two of each tower
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
-            out = reward.forward(reward.preprocess(pictures), reward.encode_text(["a cat"]))
-        out.sum().backward()
-        gradients.append({name: p.grad for name, p in weights.parameters.items()})
-        kept.append(sum(saved))
-    assert kept[1] < 0.5 * kept[0]
-    for name, value in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], value, rtol=1e-5, atol=1e-6)
+    check_one_update(make, tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -157,7 +108,7 @@ def test_clip_h(tmp_path):
             module = CLIPModel(config)
         return ClipReward("pickscore", module, tokenizer, Preprocessing(224, centre="floor"), device="cpu")
 
-    check_one_update(make, tmp_path / "run", gradient_checkpointing=True)
+    check_one_update(make, tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -172,7 +123,7 @@ def test_open_clip_h(tmp_path):
             module = open_clip.create_model("ViT-H-14", pretrained=None, precision="fp32", device="cpu")
         return OpenClipReward("hpsv2", module, tokenizer, device="cpu")
 
-    check_one_update(make, tmp_path / "run", gradient_checkpointing=True)
+    check_one_update(make, tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -187,3 +138,77 @@ def test_image_reward_at_real_size(bert_folder, med_config, tmp_path):
         return ImageRewardModel("image_reward", module, device="cpu")
 
     check_one_update(make, tmp_path / "run")
+
+
+# -- the authors' checkpoints -------------------------------------------------------------------------------------
+
+
+def write_checkpoints(clip, folder, steps=(14, 3), prefix="", wrap=False):
+    folder.mkdir()
+    states = {}
+    for step in steps:
+        state = load_reward(clip, device="cpu").module.state_dict()
+        generator = torch.Generator().manual_seed(step)
+        state = {
+            k: v + 0.05 * torch.randn(v.shape, generator=generator) if v.is_floating_point() else v
+            for k, v in state.items()
+        }
+        states[step] = state
+        out = {prefix + key: value for key, value in state.items()}
+        torch.save({"state_dict": out, "epoch": 1} if wrap else out, folder / f"Ct{step}.pt")
+    return states
+
+
+@pytest.mark.parametrize(("prefix", "wrap"), [("", False), ("module.", False), ("model.", True)])
+def test_full_checkpoints_become_a_series(clip, bank, tmp_path, prefix, wrap):
+    states = write_checkpoints(clip, tmp_path / "authors", prefix=prefix, wrap=wrap)
+    folder = import_series(tmp_path / "authors", tmp_path / "run", load_reward(clip, device="cpu"))
+    reward = load_reward(clip, device="cpu", adapters=folder)
+    assert reward.adapter_steps == (3, 14) and reward.series_kind == "full"
+    for step, state in states.items():
+        expected = load_reward(clip, device="cpu")
+        expected.module.load_state_dict(state)
+        np.testing.assert_array_equal(score_step(reward.use_step(step), bank, 1), score_step(expected, bank, 1))
+    half = import_series(tmp_path / "authors", tmp_path / "half", load_reward(clip, device="cpu"), dtype="float16")
+    sizes = [(path / "step_14" / "model.safetensors").stat().st_size for path in (folder, half)]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_checkpoints_that_do_not_fit(clip, tmp_path):
+    reward = load_reward(clip, device="cpu")
+    with pytest.raises(CheckpointError, match="no checkpoints"):
+        import_series(tmp_path / "nothing", tmp_path / "run", reward)
+    write_checkpoints(clip, tmp_path / "authors", steps=(14,))
+    path = tmp_path / "authors" / "Ct14.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({key: value for key, value in state.items() if "fc1" not in key}, path)
+    with pytest.raises(CheckpointError, match="step 14 is of another model"):
+        import_series(tmp_path / "authors", tmp_path / "run", reward)
+    torch.save({key: value[..., None] for key, value in state.items()}, path)
+    with pytest.raises(CheckpointError, match="another model"):
+        import_series(tmp_path / "authors", tmp_path / "run", reward)
+    path.write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")  # a pickle that would run a command
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        import_series(tmp_path / "authors", tmp_path / "run", reward)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_import_is_whole_or_not_there_and_mixes_with_nothing(clip, bank, tmp_path):
+    reward = load_reward(clip, device="cpu")
+    write_checkpoints(clip, tmp_path / "authors", steps=(14, 3))
+    path = tmp_path / "authors" / "Ct3.pt"
+    good = torch.load(path, weights_only=True)
+    torch.save({k: v * float("nan") if "fc1.weight" in k else v for k, v in good.items()}, path)
+    with pytest.raises(CheckpointError, match="step 3 holds weights that are not finite"):
+        import_series(tmp_path / "authors", tmp_path / "run", reward)
+    assert not (tmp_path / "run").exists()
+    torch.save(good, path)
+    import_series(tmp_path / "authors", tmp_path / "run", reward)
+    about = (tmp_path / "run" / "curriculum.json").read_bytes()
+    path.unlink()
+    with pytest.raises(CheckpointError, match="must not mix"):
+        import_series(tmp_path / "authors", tmp_path / "run", reward)
+    assert (tmp_path / "run" / "curriculum.json").read_bytes() == about
+    for bad in ({"x": path}, {-1: path}, {3: 7}):
+        with pytest.raises(CheckpointError, match="checkpoint"):
+            import_series(bad, tmp_path / "other", reward)
