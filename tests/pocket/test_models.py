@@ -9,13 +9,14 @@ import pytest
 
 from ttsnap_lib.pocket import POCKET_DEFAULTS, POCKET_MODELS, pocket_folder
 from ttsnap_lib.pocket.oracle import oracle_score
-from ttsnap_lib.pocket.world import pocket_prompts
+from ttsnap_lib.pocket.world import caption, hard_negative, held_out, parse_caption, pocket_prompts, render
 
 torch = pytest.importorskip("torch")
 
 from ttsnap_lib.pocket.training.clip import clip_scores
 from ttsnap_lib.pocket.training.pictures import call_settings, initial_noise, sample, sample_steps
-from ttsnap_lib.pocket.training.report import load_pocket, measure, rank_agreement
+from ttsnap_lib.pocket.training.report import load_pocket, measure
+from ttsnap_lib.pocket.training.vae import encode, to_pixels
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,21 +95,10 @@ def test_recorded_steps_are_the_stock_pipelines_own(drawn):
 
 
 @pytest.mark.slow
-def test_clip_agrees_with_the_oracle_within_prompts(drawn, clip):
-    _, pipeline, _, _ = drawn
-    prompts, images = pocket_prompts("evaluation", 32), 8
-    pictures = sample(pipeline, prompts, images, base_seed=5).reshape(-1, 32, 32, 3)
-    texts = np.repeat(prompts, images).tolist()
-    scores = clip_scores(clip, texts, pictures.astype(np.float32) / 255).reshape(len(prompts), -1)
-    oracle = oracle_score(texts, pictures).reshape(scores.shape)
-    assert rank_agreement(scores, oracle) > 0.4  # a reward that is mostly noise teaches nothing
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pocket-flux", "pocket-sdxl"])
 def test_figures_on_held_out_prompts(name, clip):
     figures, _ = measure(name, clip, pocket_prompts("evaluation", 48), 8)
-    assert figures["spearman_clip_oracle"] >= 0.4
+    assert figures["spearman_clip_oracle"] >= 0.4  # a reward that is mostly noise teaches nothing
     assert 0.4 < figures["oracle_mean"] < 0.95
     tau = figures["kendall_tau_by_step"]
     assert tau[2] < tau[6] < tau[11] < tau[15] < tau[19] == 1.0
@@ -129,8 +119,6 @@ def test_clip_processor_feeds_the_model_what_training_fed(clip):
 
 
 def test_clip_prefers_the_right_caption(clip):
-    from ttsnap_lib.pocket.world import caption, hard_negative, held_out, render
-
     rng = np.random.default_rng(2)
     scenes = sorted(held_out(), key=caption)[:200]
     pictures = render(scenes, rng).astype(np.float32) / 255
@@ -140,9 +128,6 @@ def test_clip_prefers_the_right_caption(clip):
 
 
 def test_tiny_decoder_reads_the_pipelines_latents(clip):
-    from ttsnap_lib.pocket.training.vae import encode, to_pixels
-    from ttsnap_lib.pocket.world import parse_caption, render
-
     vae, tiny = load_pocket("pocket-flux").vae, load_pocket("pocket-tiny")
     pictures = render([parse_caption(text) for text in pocket_prompts("test", 32)], np.random.default_rng(0))
     x = to_pixels(pictures)

@@ -115,7 +115,7 @@ def write_report(
 def _page(figures: dict[str, Any], prompts: Sequence[str]) -> str:
     """Return the report as Markdown."""
     names = ("pocket-flux", "pocket-sdxl")
-    rows = [
+    measured = [
         ("oracle, mean", "oracle_mean", ".3f"),
         ("oracle, deviation within a prompt", "oracle_within_prompt_sd", ".3f"),
         ("oracle, best of the images of a prompt", "oracle_best_of_images_mean", ".3f"),
@@ -124,46 +124,37 @@ def _page(figures: dict[str, Any], prompts: Sequence[str]) -> str:
         ("pocket-clip, deviation between prompts", "clip_between_prompts_sd", ".2f"),
         ("seconds per image, 20 steps, every estimate decoded", "seconds_per_image", ".3f"),
     ]
-    lines = [
-        "# The pocket models",
-        "",
-        (
-            "Written by `python -m ttsnap_lib.pocket.training.train --stage report`. Held-out captions of the evaluation split: "
-            f"{figures['prompts']} captions, {figures['images_per_prompt']} images each, "
-            f"{figures[names[0]]['threads']} thread(s). [How the shipped weights came about](training.md); "
-            "[what noise-aware finetuning wins](finetuning.md)."
-        ),
-        "",
-        f"| | {' | '.join(names)} |",
-        "| --- | --- | --- |",
-        *(f"| {title} | {' | '.join(format(figures[n][key], spec) for n in names)} |" for title, key, spec in rows),
-        "",
-        "Kendall tau between pocket-clip's score of the estimate at a step and of the picture, mean over prompts:",
-        "",
-        "| step | " + " | ".join(str(step) for step in _SHOWN_STEPS) + " |",
-        "| --- |" + " --- |" * len(_SHOWN_STEPS),
-        *(
-            f"| {n} | " + " | ".join(f"{figures[n]['kendall_tau_by_step'][step]:.2f}" for step in _SHOWN_STEPS) + " |"
-            for n in names
-        ),
-        "",
-        "| stage | steps | seconds | last loss |",
-        "| --- | --- | --- | --- |",
-        *(
-            f"| {stage} | {row['step']} | {row['seconds']:.0f} | {row['loss']:.4g} |"
-            for stage, row in figures["training"].items()
-        ),
-        "",
-        "| folder | MB |",
-        "| --- | --- |",
-        *(f"| {name} | {size / 1e6:.2f} |" for name, size in figures["bytes"].items()),
-        "",
-        "Each row of the sheets is a caption, each column a seed; in the sheets of steps, each column a step of one seed.",
-        "",
-        *(f"![{n}]({n}.png)\n\n![{n}, estimates by step]({n}-steps.png)\n" for n in names),
-        "Captions of the rows:",
-        "",
-        *(f"{k}. {text}" for k, text in enumerate(prompts, 1)),
-        "",
+    taus = [[n, *(f"{figures[n]['kendall_tau_by_step'][step]:.2f}" for step in _SHOWN_STEPS)] for n in names]
+    stages = [
+        [stage, str(row["step"]), f"{row['seconds']:.0f}", f"{row['loss']:.4g}"]
+        for stage, row in figures["training"].items()
     ]
-    return "\n".join(lines)
+    sheets = "\n".join(f"![{n}]({n}.png)\n\n![{n}, estimates by step]({n}-steps.png)\n" for n in names)
+    captions = "\n".join(f"{k}. {text}" for k, text in enumerate(prompts, 1))
+    return f"""# The pocket models
+
+Written by `python -m ttsnap_lib.pocket.training.train --stage report`. Held-out captions of the evaluation split: \
+{figures["prompts"]} captions, {figures["images_per_prompt"]} images each, {figures[names[0]]["threads"]} thread(s). \
+[How the shipped weights came about](training.md); [what noise-aware finetuning wins](finetuning.md).
+
+{_table(["", *names], *([title, *(format(figures[n][key], form) for n in names)] for title, key, form in measured))}
+
+Kendall tau between pocket-clip's score of the estimate at a step and of the picture, mean over prompts:
+
+{_table(["step", *map(str, _SHOWN_STEPS)], *taus)}
+
+{_table(["stage", "steps", "seconds", "last loss"], *stages)}
+
+{_table(["folder", "MB"], *([name, f"{size / 1e6:.2f}"] for name, size in figures["bytes"].items()))}
+
+Each row of the sheets is a caption, each column a seed; in the sheets of steps, each column a step of one seed.
+
+{sheets}
+Captions of the rows:
+
+{captions}
+"""
+
+
+def _table(head: Sequence[str], *rows: Sequence[str]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
