@@ -87,12 +87,12 @@ def generate(
     *,
     on_batch: OnBatch | None = None,
     images_per_prompt: int = 8,
-    settings: Settings | None = None,
+    settings: Settings | Mapping[str, Any] | None = None,
     steps: Collection[int] | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     shard: tuple[int, int] | str | None = None,
-    negtome: NegToMe | None = None,
+    negtome: NegToMe | Mapping[str, Any] | None = None,
     decoder: Any = None,
     image_format: str | None = None,
     cpu_threads: int | None = None,
@@ -122,7 +122,7 @@ def generate(
         Called per batch, step and prompt; see :data:`OnBatch`. The tensor is the caller's to keep.
     images_per_prompt : int
         The same for every prompt.
-    settings : Settings, optional
+    settings : Settings or mapping, optional
         Steps, size, guidance.
     steps : collection of int, optional
         Steps to decode and hand to `on_batch`; all of them when not given. A folder takes every step.
@@ -134,7 +134,7 @@ def generate(
     shard : (int, int) or str, optional
         Index and count, such as ``(0, 4)`` or ``"0/4"``: make every fourth batch. By default the place in an
         ``accelerate launch``, else everything.
-    negtome : NegToMe, optional
+    negtome : NegToMe or mapping, optional
         Negative Token Merging; couples the images of a group.
     decoder : optional
         A small autoencoder for the estimates; the last step is always decoded by the pipeline's own.
@@ -179,6 +179,7 @@ def generate(
     # What is left open is as the folder was made.
     made_with = Manifest.read(folder).identity if folder is not None and (folder / MANIFEST).exists() else _DEFAULTS
     image_format = choice("image_format", image_format or made_with["image_format"], IMAGE_FORMATS)
+    negtome = NegToMe.from_dict(negtome) if isinstance(negtome, Mapping) else negtome
     group = 1 if negtome is None else negtome.group_size
     blocks = blocks_for(batch_size, made_with.get("batch", _DEFAULTS["batch"]), len(prompts), images_per_prompt, group)
     denoiser = Denoiser(pipeline, settings)
@@ -401,7 +402,9 @@ def blocks_for(size: int | None, made_with: Mapping[str, int], n_prompts: int, n
     """
     size = made_with["size"] if size is None else integer("batch_size", size, 1, 65_536)
     if size % group:
-        raise ConfigError(f"batch_size: got {size}, expected a multiple of {group}, the size of a NegToMe group.")
+        raise ConfigError(
+            f"batch_size: got {size}, expected a multiple of {group}. That is the size of a NegToMe group."
+        )
     if size == made_with["size"] and "images" in made_with:
         return Blocks(size, made_with["images"])
     options = [Blocks(size, images) for images in range(group, size + 1, group) if size % images == 0]
