@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from ttsnap_lib import CostModel, Schedule
-from ttsnap_lib.__main__ import main
+from ttsnap_lib.__main__ import main, parser
+from ttsnap_lib.commands import COMMANDS
 from ttsnap_lib.live.record import SearchRecord
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,3 +76,10 @@ def test_mistakes_on_the_command_line(arguments, says, tmp_path, capsys):
     assert main(["search", *arguments, "--quiet", "-o", str(tmp_path / "out")]) == 1
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [name for names in COMMANDS.values() for name in names])
+def test_a_command_is_in_the_module_that_the_table_names(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parser(command).parse_args([command, "--help"])
+    assert ended.value.code == 0 and f"usage: ttsnap {command}" in capsys.readouterr().out

@@ -35,18 +35,11 @@ def test_parts_are_bit_equal_to_one_stock_call(pipelines, name):
         candidates, estimates = in_parts(denoiser, cuts)
         assert torch.equal(candidates.latents, latents), cuts
         assert torch.equal(denoiser.final(candidates), images), cuts
-        assert sorted(estimates) == list(range(STEPS))
-        assert candidates.step == STEPS - 1
+        assert sorted(estimates) == list(range(STEPS)) and candidates.step == STEPS - 1
     assert torch.equal(stock(pipeline), latents)  # nothing stays changed on the pipeline
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_last_estimate_is_the_image_where_sigma_ends_at_zero(pipelines, name):
-    denoiser = Denoiser(pipelines[name], settings())
-    assert denoiser.ends_clean and denoiser.sigmas[-1] == 0
-    candidates, estimates = in_parts(denoiser, (2, 5))
-    same_to(estimates[STEPS - 1], candidates.latents, 1e-6)
-    assert all((estimates[step] - candidates.latents).abs().max() > 1e-3 for step in range(STEPS - 1))
+    assert denoiser.ends_clean and denoiser.sigmas[-1] == 0  # and there the last estimate is the image, no earlier one
+    same_to(estimates[STEPS - 1], latents, 1e-6)
+    assert all((estimates[step] - latents).abs().max() > 1e-3 for step in range(STEPS - 1))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,9 +93,8 @@ def test_classifier_free_guidance(pipelines, name, guidance, negative):
             Denoiser(pipeline, settings(guidance=guidance, negative_prompt=negative))
         return
     denoiser = Denoiser(pipeline, settings(guidance=guidance, negative_prompt=negative))
-    expected = stock(
-        pipeline, guidance_scale=guidance, negative_prompt=None if negative is None else [negative] * len(CAPTIONS)
-    )
+    texts = None if negative is None else [negative] * len(CAPTIONS)
+    expected = stock(pipeline, guidance_scale=guidance, negative_prompt=texts)
     assert torch.equal(in_parts(denoiser, (1, 5))[0].latents, expected)
     plain = in_parts(Denoiser(pipeline, settings()), (5,))[0].latents
     assert not torch.equal(plain, expected)
@@ -112,13 +104,10 @@ def test_flux_guidance_embedded_and_classifier_free(pipelines):
     distilled, plain = pipelines["flux"], worlds.flux(guidance_embeds=False)
     assert Denoiser(distilled, settings()).settings.guidance == 3.5
     assert Denoiser(plain, settings()).settings.guidance == 1.0
+    ours = {"true_guidance": 2.5, "negative_prompt": "bad"}
     cases = [
         (distilled, {"guidance": 2.0}, {"guidance_scale": 2.0}),
-        (
-            distilled,
-            {"true_guidance": 2.5, "negative_prompt": "bad"},
-            {"true_cfg_scale": 2.5, "negative_prompt": ["bad"] * 3},
-        ),
+        (distilled, ours, {"true_cfg_scale": 2.5, "negative_prompt": ["bad"] * 3}),
         (plain, {"guidance": 2.5}, {"true_cfg_scale": 2.5, "negative_prompt": [""] * 3}),
         (plain, {}, {}),
     ]
@@ -139,18 +128,14 @@ def test_text_is_encoded_once_and_repeated(pipelines):
     candidates, _ = in_parts(denoiser, (0, 3, 5), conditioning)
     hook.remove()
     assert len(calls) == 1 and len(conditioning) == 3
+    repeated = denoiser.encode(CAPTIONS).repeat(2)  # the candidates of a prompt stay together
+    for key, rows in denoiser.encode(CAPTIONS).embeds.items():
+        assert torch.equal(repeated.embeds[key], rows[[0, 0, 1, 1, 2, 2]])
     expected = pipeline(
         CAPTIONS[0], num_images_per_prompt=3, generator=generators(), height=worlds.SIZE, width=worlds.SIZE,
         num_inference_steps=STEPS, max_sequence_length=worlds.TOKENS, output_type="latent",
     ).images  # fmt: skip
     assert torch.equal(candidates.latents, expected)
-
-
-def test_repeat_keeps_the_candidates_of_a_prompt_together(pipelines):
-    conditioning = Denoiser(pipelines["sd"], settings()).encode(CAPTIONS)
-    repeated = conditioning.repeat(2)
-    for name, rows in conditioning.embeds.items():
-        assert torch.equal(repeated.embeds[name], rows[[0, 0, 1, 1, 2, 2]])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -280,12 +265,7 @@ def test_noise_depends_on_the_image_alone_and_is_what_the_stock_pipeline_draws(p
 # Bad input
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"n_steps": 0}, {"n_steps": 2.5}, {"guidance": float("nan")}, {"width": -32}, {"max_sequence_length": 513},
-     {"negative_prompt": 3}],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("changes", [{"n_steps": 2.5}, {"guidance": float("nan")}, {"negative_prompt": 3}], ids=str)
 def test_settings_that_can_be_right_for_no_pipeline(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
         Settings(**changes)

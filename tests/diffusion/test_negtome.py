@@ -223,16 +223,7 @@ def test_features_that_are_too_small_are_left_alone_and_told():
 # Bad input
 
 
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"group_size": 2.5}, "group_size"),
-        ({"alpha": -1}, "alpha"),
-        ({"start": 100, "end": 900}, "start is the larger"),
-        ({"matching": "papers"}, "Did you mean 'paper'"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("changes", "match"), [({"alpha": -1}, "alpha"), ({"start": 100, "end": 900}, "the larger")])
 def test_bad_settings(changes, match):
     with pytest.raises(ConfigError, match=match):
         NegToMe(**changes)

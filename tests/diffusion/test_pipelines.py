@@ -15,7 +15,6 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     EulerAncestralDiscreteScheduler,
-    StableDiffusionImg2ImgPipeline,
 )
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import OfflineModeIsEnabled
@@ -86,24 +85,26 @@ def test_a_pipeline_may_bring_defaults(folders):
     assert (settings.height, settings.width, settings.guidance) == (32, 32, 2.0)
 
 
-@pytest.mark.parametrize("name", ["euler", "ddim", "dpm++", "unipc"])
-def test_schedulers_by_name_for_diffusion(folders, name):
-    pipeline = load_pipeline(folders["sdxl"], scheduler=name, **CPU)
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("sdxl", name) for name in ("euler", "ddim", "dpm++", "unipc")]
+    + [("sd3", name) for name in ("flow-euler", "dpm++", "unipc")],
+)
+def test_schedulers_by_name(folders, model, name):
+    pipeline = load_pipeline(folders[model], scheduler=name, **CPU)
     assert type(pipeline.scheduler) is SCHEDULERS[name][0]
-    assert pipeline.scheduler.config.beta_schedule == "scaled_linear"  # the model's own configuration goes along
+    if model == "sdxl":
+        assert pipeline.scheduler.config.beta_schedule == "scaled_linear"  # the model's own configuration goes along
     assert not pipeline.scheduler.config.get("clip_sample", False)
     assert torch.isfinite(images(pipeline)).all()
-    with pytest.raises(ConfigError, match="does not fit.*flow-euler"):
-        load_pipeline(folders["sd3"], scheduler="ddim", **CPU)
 
 
-@pytest.mark.parametrize("name", ["flow-euler", "dpm++", "unipc"])
-def test_schedulers_by_name_for_flow_matching(folders, name):
-    pipeline = load_pipeline(folders["sd3"], scheduler=name, **CPU)
-    assert type(pipeline.scheduler) is SCHEDULERS[name][0]
-    assert torch.isfinite(images(pipeline)).all()
-    with pytest.raises(ConfigError, match="does not fit.*euler, ddim"):
-        load_pipeline(folders["sdxl"], scheduler="flow-euler", **CPU)
+@pytest.mark.parametrize(
+    ("model", "name", "fit"), [("sd3", "ddim", "flow-euler"), ("sdxl", "flow-euler", "euler, ddim")]
+)
+def test_a_scheduler_of_the_other_kind(folders, model, name, fit):
+    with pytest.raises(ConfigError, match=f"does not fit.*{fit}"):
+        load_pipeline(folders[model], scheduler=name, **CPU)
 
 
 def test_a_scheduler_object(folders):
@@ -119,21 +120,16 @@ def test_a_scheduler_object(folders):
 
 
 @pytest.mark.parametrize(
-    ("model", "match"),
+    ("model", "error", "match"),
     [
-        ("pocket-flax", "unknown model.*Did you mean 'pocket-flux'"),
-        ("./no/such/folder", "unknown model.*Check the spelling"),
-        ("a/b/c", "unknown model"),
+        ("pocket-flax", PipelineError, "unknown model.*Did you mean 'pocket-flux'"),
+        ("./no/such/folder", PipelineError, "unknown model.*Check the spelling"),
+        ("a/b/c", PipelineError, "unknown model"),
+        (None, ConfigError, "model"),
     ],
 )
-def test_unknown_names(model, match):
-    with pytest.raises(PipelineError, match=match):
-        load_pipeline(model, **CPU)
-
-
-@pytest.mark.parametrize("model", [None, "", 3])
-def test_no_name(model):
-    with pytest.raises(ConfigError, match="model"):
+def test_unknown_names(model, error, match):
+    with pytest.raises(error, match=match):
         load_pipeline(model, **CPU)
 
 
@@ -144,23 +140,13 @@ def test_broken_folders(folders, tmp_path):
     with pytest.raises(PipelineError, match="a file, not a folder"):
         load_pipeline(tmp_path / "file.safetensors", **CPU)
     broken = shutil.copytree(folders["sd"], tmp_path / "broken")
-    (broken / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(PipelineError, match="missing or broken"):
-        load_pipeline(broken, **CPU)
     (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(PipelineError, match="missing or broken"):
         load_pipeline(broken, **CPU)
-    (broken / "model_index.json").write_text("{")
-    with pytest.raises(PipelineError, match="missing or broken"):
-        load_pipeline(broken, **CPU)
-
-
-def test_not_a_text_to_image_pipeline(tmp_path):
-    other = StableDiffusionImg2ImgPipeline(**worlds.sd().components, requires_safety_checker=False)
-    other.save_pretrained(tmp_path)
-    shutil.rmtree(tmp_path / "unet")  # told from the index, before any weights are read
+    # Another class is told from the index, before any weights are read.
+    (broken / "model_index.json").write_text('{"_class_name": "StableDiffusionImg2ImgPipeline"}')
     with pytest.raises(PipelineError, match="is a StableDiffusionImg2ImgPipeline, which is not supported"):
-        load_pipeline(tmp_path, **CPU)
+        load_pipeline(broken, **CPU)
 
 
 # The hub, up to the network call
@@ -168,8 +154,7 @@ def test_not_a_text_to_image_pipeline(tmp_path):
 
 def response(status: int) -> requests.Response:
     made = requests.Response()
-    made.status_code = status
-    made.request = requests.Request("GET", "https://huggingface.co/owner/name").prepare()
+    made.status_code, made.request = status, requests.Request("GET", "https://huggingface.co/owner/name").prepare()
     return made
 
 
@@ -235,10 +220,8 @@ def test_a_hub_id_takes_the_same_path(monkeypatch, folders):
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"device": "gpu"}, DeviceError, "device"),
         ({"device": "cuda:99"}, DeviceError, "not there"),
         ({"device": "cpu", "offload": "model"}, DeviceError, "offload without an accelerator"),
-        ({"device": "cpu", "offload": "all"}, ConfigError, "offload"),
         ({"device": "cpu", "dtype": "fp64"}, ConfigError, "dtype"),
         ({"device": "cpu", "scheduler": "eulr"}, ConfigError, "Did you mean 'euler'"),
     ],
@@ -262,15 +245,10 @@ def test_offload(folders, offload):
 
 @pytest.mark.parametrize("name", POCKET_PIPELINES)
 def test_pocket_models(name):
-    pipeline = load_pipeline(name, **CPU)
-    denoiser = Denoiser(pipeline, Settings(n_steps=6))
-    assert (denoiser.settings.height, denoiser.settings.width) == (32, 32)
+    denoiser = Denoiser(load_pipeline(name, **CPU), Settings(n_steps=6))
+    assert denoiser.settings.size == (32, 32)
     text = denoiser.encode(["a small red ring left of a large blue square on a green background"]).repeat(2)
-    candidates = denoiser.noise([image_generator(0, 0, image) for image in range(2)])
-    whole = denoiser.run(candidates, text, 5)
-    half = denoiser.run(candidates, text, 2)
-    assert torch.equal(denoiser.run(half, text, 5).latents, whole.latents)
-    pictures = denoiser.final(whole)
+    pictures = denoiser.final(denoiser.run(denoiser.noise([image_generator(0, 0, k) for k in range(2)]), text, 5))
     assert pictures.shape == (2, 3, 32, 32) and pictures.std() > 0.05
 
 
@@ -289,23 +267,16 @@ def warnings_of_diffusers():
     log.removeHandler(handler)
 
 
-def _pipeline(channels: int) -> SimpleNamespace:
-    vae = SimpleNamespace(dtype=torch.float32, config=SimpleNamespace(latent_channels=channels))
-    return SimpleNamespace(vae=vae, _execution_device=torch.device("cpu"))
-
-
-def test_a_decoder_that_diffusers_saved_loads_without_a_warning(warnings_of_diffusers):
+def test_a_decoder_that_diffusers_saved_loads_without_a_warning(warnings_of_diffusers, tmp_path):
     folder = pocket_folder("pocket-tiny")
-    channels = json.loads((folder / "config.json").read_text())["latent_channels"]
+    config = json.loads((folder / "config.json").read_text())
+    vae = SimpleNamespace(dtype=torch.float32, config=SimpleNamespace(latent_channels=config["latent_channels"]))
+    pipeline = SimpleNamespace(vae=vae, _execution_device=torch.device("cpu"))
     AutoencoderTiny.from_pretrained(folder)
     assert len(warnings_of_diffusers) == 1  # once diffusers stops this, the filter can go
-    load_decoder("pocket-tiny", _pipeline(channels))
+    load_decoder("pocket-tiny", pipeline)
     assert len(warnings_of_diffusers) == 1
-
-
-def test_other_unknown_entries_are_still_told(warnings_of_diffusers, tmp_path):
-    folder = shutil.copytree(pocket_folder("pocket-tiny"), tmp_path / "tiny")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "sharpness": 2}))
-    load_decoder(folder, _pipeline(config["latent_channels"]))
-    assert ["sharpness" in text for text in warnings_of_diffusers] == [True]
+    other = shutil.copytree(folder, tmp_path / "tiny")
+    (other / "config.json").write_text(json.dumps({**config, "sharpness": 2}))
+    load_decoder(other, pipeline)  # other unknown entries are still told
+    assert ["sharpness" in text for text in warnings_of_diffusers] == [False, True]

@@ -53,6 +53,7 @@ SCHEDULERS = {
     "dpm++-3-karras": lambda c: DPMSolverMultistepScheduler.from_config(c, solver_order=3, use_karras_sigmas=True),
     "unipc": lambda c: UniPCMultistepScheduler.from_config(c),
 }
+ENDS_NOISY = ("euler-sigma-min", "ddim", "ddim-v", "ddim-sample", "ddim-trailing-zero-snr")
 
 
 @pytest.mark.parametrize(  # SDXL tells its scheduler where to begin, SD does not
@@ -67,6 +68,8 @@ def test_every_scheduler_in_parts(name, kind):
         candidates, estimates = in_parts(denoiser, cuts)
         assert torch.equal(candidates.latents, latents), cuts
         assert len(estimates) == STEPS
+    assert len(denoiser.sigmas) == STEPS + 1 and list(denoiser.sigmas) == sorted(denoiser.sigmas, reverse=True)
+    assert denoiser.ends_clean is (kind not in ENDS_NOISY)
     conditioning = denoiser.encode(CAPTIONS)
     half = denoiser.run(denoiser.noise(generators()), conditioning, 2)
     rest = denoiser.run(half.take([2, 0]), conditioning.take([2, 0]), STEPS - 1)
@@ -76,15 +79,6 @@ def test_every_scheduler_in_parts(name, kind):
     else:  # the image is the pipeline's output, not the estimate
         assert (estimates[STEPS - 1] - latents).abs().max() > 1e-3
         assert torch.equal(denoiser.final(candidates), stock(pipeline, "pt").float())
-
-
-@pytest.mark.parametrize("kind", list(SCHEDULERS))
-def test_noise_levels_are_those_of_the_scheduler(kind):
-    denoiser = Denoiser(with_scheduler("sd", SCHEDULERS[kind]), settings())
-    assert len(denoiser.sigmas) == STEPS + 1
-    assert list(denoiser.sigmas) == sorted(denoiser.sigmas, reverse=True)
-    ends_above_zero = kind in ("euler-sigma-min", "ddim", "ddim-v", "ddim-sample", "ddim-trailing-zero-snr")
-    assert denoiser.ends_clean is not ends_above_zero
 
 
 @pytest.mark.parametrize(
