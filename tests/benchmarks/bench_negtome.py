@@ -18,7 +18,7 @@ from ttsnap_lib.finetuning.data import ImageBank
 from ttsnap_lib.pocket.oracle import oracle_score
 from ttsnap_lib.pocket.world import pocket_prompts
 from ttsnap_lib.rewards.loading import load_reward
-from ttsnap_lib.simulation.metrics import bootstrap_means
+from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval
 from ttsnap_lib.trajectories.read import pairwise_distances
 
 __all__ = ["run"]
@@ -65,7 +65,7 @@ def _rows(model: str, prompts: list[str]) -> list[Row]:
         merged = measured(NegToMe(group_size=GROUP, min_features=1, matching=matching))
         for name, values in merged.items():
             gain = values - plain[name]
-            low, high = np.quantile(bootstrap_means(gain, 0, 2000), [0.025, 0.975])
+            low, high = percentile_interval(bootstrap_means(gain, 0, 2000))
             rows.append(
                 Row(
                     f"{model}, NegToMe ({matching}): {name}, with - without",

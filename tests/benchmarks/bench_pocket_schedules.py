@@ -13,7 +13,7 @@ import numpy as np
 from tests.benchmarks.rows import Row
 from ttsnap_lib import CostModel, Schedule, open_rewards, optimize_schedule
 from ttsnap_lib.files import data_cache
-from ttsnap_lib.simulation.metrics import bootstrap_means, relative_gain_of
+from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval, relative_gain_of
 from ttsnap_lib.simulation.simulate import curves
 
 __all__ = ["run"]
@@ -75,5 +75,5 @@ def _told(what: str, curve: dict[str, np.ndarray], budgets: np.ndarray, schedule
 
 
 def _interval(samples: np.ndarray) -> str:
-    low, high = np.nanquantile(samples, [0.025, 0.975])
+    low, high = percentile_interval(samples)
     return f"95% {low:+.1f} to {high:+.1f}"

@@ -1,9 +1,10 @@
-"""Compiled inner loops of the optimiser: many schedules on the same subsets. Importing this loads numba.
+"""Compiled inner loops of pruning and of Kendall's tau. Importing this loads numba.
 
-What :mod:`ttsnap_lib._kernels` walks survivor by survivor is here a search in bitsets. A set of candidates is a bitset
-over the *positions* of a subset, so that what a budget begins with is a prefix. For every stage the bitsets of the best
-1, 2, 3 ... of the subset are built once, for all budgets. The best c of a set are then its intersection with the
-smallest of those that leaves c: a binary search over counts of bits, without a branch that depends on the data.
+:func:`single_reward` and :func:`multi_reward` walk survivor by survivor through a bitset of ranks or images.
+:func:`prefix_sums` serves the optimiser, which scores many schedules on the same subsets: there a set of candidates is a
+bitset over the *positions* of a subset, so that what a budget begins with is a prefix. For every stage the bitsets of
+the best 1, 2, 3 ... of the subset are built once, for all budgets. The best c of a set are then its intersection with
+the smallest of those that leaves c: a binary search over counts of bits, without a branch that depends on the data.
 """
 
 from __future__ import annotations
@@ -38,28 +39,17 @@ def count_ones(typingctx, word):
 def single_reward(first, moves, last, valid, subsets, counts, values, winners, sums, fault):
     """Prune by one reward, for every prompt, iteration and budget.
 
-    Parameters
-    ----------
-    first : int32 (prompt, position)
-        Rank at the first stage of the image that each position of a subset stands for.
-    moves : int32 (prompt, stage, rank)
-        Rank at stage k + 1 of the image that has the given rank at stage k; the last stage is the final choice.
-    last : int32 (prompt, rank)
-        Image of each rank at the final choice.
-    valid : int32 (prompt, stage + 1)
-        Number of images with a value at each stage; a rank at or past it means NaN.
-    subsets : int64 (iteration, n)
-        Distinct positions; budgets take prefixes.
-    counts : int64 (budget, stage + 1)
-        Candidates at work in each stage, first column ascending.
-    values : float64 (prompt, image, reward)
-        Final rewards that are summed for the winners.
-    winners : int32 (budget or 0, iteration, prompt)
-        Filled with winners when not empty.
-    sums : float64 (budget, prompt, reward)
-        Sum over iterations of the winner's values; added to.
-    fault : int64 (2,)
-        Prompt and stage of the first NaN that was read; fault[0] stays -1 when there is none.
+    - first: int32 (prompt, position), rank at the first stage of the image that each position of a subset stands for
+    - moves: int32 (prompt, stage, rank), rank at stage k + 1 of the image that has the given rank at stage k; the last
+      stage is the final choice
+    - last: int32 (prompt, rank), image of each rank at the final choice
+    - valid: int32 (prompt, stage + 1), images with a value at each stage; a rank at or past it means NaN
+    - subsets: int64 (iteration, n), distinct positions; budgets take prefixes
+    - counts: int64 (budget, stage + 1), candidates at work in each stage, first column ascending
+    - values: float64 (prompt, image, reward), final rewards that are summed for the winners
+    - winners: int32 (budget or 0, iteration, prompt), filled when not empty
+    - sums: float64 (budget, prompt, reward), over iterations of the winner's values; added to
+    - fault: int64 (2,), prompt and stage of the first NaN that was read; the prompt stays -1 when there is none
     """
     n_prompts, pool = first.shape
     n_stages = moves.shape[1]
@@ -128,20 +118,13 @@ def _lowest(bits):
 def multi_reward(mode, ranks, scores, valid, labels, subsets, counts, values, winners, sums, fault):
     """Prune by several rewards jointly: sum of within-set ranks, or mean of within-set z-scores.
 
-    What is not named here is as in :func:`single_reward`.
+    - mode: ``RANK_SUM`` or ``Z_SCORE``
+    - ranks: int32 (prompt, stage + 1, reward, image), within the pool; within a set only their order counts
+    - scores: float64 (prompt, stage + 1, reward, image), the rewards themselves, read for z-scores
+    - valid: int32 (prompt, stage + 1, reward), images with a value
+    - labels: int32 (prompt, position), image that each position of a subset stands for
 
-    Parameters
-    ----------
-    mode : int
-        ``RANK_SUM`` or ``Z_SCORE``.
-    ranks : int32 (prompt, stage + 1, reward, image)
-        Rank of each image within the pool; within a set only their order counts.
-    scores : float64 (prompt, stage + 1, reward, image)
-        The rewards themselves (read for z-scores).
-    valid : int32 (prompt, stage + 1, reward)
-        Number of images with a value.
-    labels : int32 (prompt, position)
-        Image that each position of a subset stands for.
+    The others are those of :func:`single_reward`.
     """
     n_prompts, n_levels, n_rewards, pool = ranks.shape
     n_words = (pool + 63) // 64
@@ -247,14 +230,9 @@ def _keep_lowest(keys, chosen, n, keep, histogram):
 
 @njit(nogil=True, cache=True)
 def tau_b(scores, final, out):
-    """Kendall's tau-b between each step's scores and the final ones, over the images of each prompt.
+    """Fill `out` (prompt, step) with Kendall's tau-b between each step's scores and the final ones, over images.
 
-    Parameters
-    ----------
-    scores : float64 (prompt, image, step)
-    final : float64 (prompt, image)
-    out : float64 (prompt, step)
-        Filled; NaN where one of the two is constant or a value is NaN.
+    `scores` are float64 (prompt, image, step), `final` (prompt, image). NaN where one is constant or a value is NaN.
     """
     n_prompts, pool, n_steps = scores.shape
     x = np.empty(pool)
@@ -282,17 +260,12 @@ def tau_b(scores, final, out):
 
 @njit(nogil=True, cache=True)
 def ordered_positions(rank, labels, subsets, out):
-    """Order the first positions of every subset by rank.
+    """Fill `out` with the first positions of every subset by rank, best first.
 
-    Parameters
-    ----------
-    rank : int32 (prompt, image)
-        Rank of each image within the pool.
-    labels : int32 (prompt, position)
-        Image that each entry of a subset stands for.
-    subsets : int64 (iteration, n)
-    out : uint8 or uint16 (prompt, iteration, width)
-        Filled with positions, best first; width is at most n.
+    - rank: int32 (prompt, image), within the pool
+    - labels: int32 (prompt, position), image that each entry of a subset stands for
+    - subsets: int64 (iteration, n)
+    - out: uint8 or uint16 (prompt, iteration, width), width at most n
     """
     n_prompts, n_iterations, width = out.shape
     n_words = (rank.shape[1] + 63) // 64
@@ -319,21 +292,13 @@ def ordered_positions(rank, labels, subsets, out):
 def prefix_sums(orders, path, labels, subsets, prompts, iterations, counts, values, sums):
     """Prune by one reward, for every prompt, iteration and budget; add the winners' values to `sums`.
 
-    Parameters
-    ----------
-    orders : uint8 or uint16 (table, prompt, iteration, width)
-        Those of :func:`ordered_positions`.
-    path : int64 (stage + 1,)
-        Which table each stage chooses by, the final choice last.
-    labels, subsets
-        As there.
-    prompts, iterations : (int, int)
-        First, and one past the last.
-    counts : int64 (budget, stage + 1)
-        Candidates at work in each stage; none above width.
-    values : float64 (prompt, image, reward)
-    sums : float64 (budget, prompt, reward)
-        Its first prompt is ``prompts[0]``.
+    - orders: uint8 or uint16 (table, prompt, iteration, width), those of :func:`ordered_positions`
+    - path: int64 (stage + 1,), which table each stage chooses by, the final choice last
+    - labels, subsets: as there
+    - prompts, iterations: (int, int), first, and one past the last
+    - counts: int64 (budget, stage + 1), candidates at work in each stage; none above width
+    - values: float64 (prompt, image, reward)
+    - sums: float64 (budget, prompt, reward), its first prompt is ``prompts[0]``
     """
     n_levels = len(path)
     n_budgets = counts.shape[0]

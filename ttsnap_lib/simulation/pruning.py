@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -209,10 +210,6 @@ class Level:
     order: np.ndarray  # int32 (prompt, image), the inverse of rank
     valid: np.ndarray  # int32 (prompt,), how many images have a value
 
-    def take(self, prompts: slice | np.ndarray) -> Level:
-        """Return the level of some prompts."""
-        return Level(self.rank[prompts], self.order[prompts], self.valid[prompts])
-
 
 def rank_level(column: np.ndarray) -> Level:
     """Rank the images of each prompt by one reward; `column` is (prompt, image)."""
@@ -233,89 +230,64 @@ def prune_columns(
     keep_winners: bool = False,
     labels: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Prune every prompt, chunk by chunk, in threads.
+    """Prune every prompt, chunk by chunk, in threads; return sums and winners.
 
-    `columns` are the rewards that select, (prompt, image, reward), at each pruning step and at the end; the rest is as
-    in :func:`prune_levels`. Returns the sums, and winners int32 (budget, iteration, prompt) when they are to be kept.
+    `columns` are the rewards that select, (prompt, image, reward), at each pruning step and at the end; `values`
+    (prompt, image, reward) what is summed for the winners; `subsets` int64 (iteration, n), of which budgets take
+    prefixes; `counts` int64 (budget, stage + 1), the candidates at work in each stage, ascending in the first column.
+    `labels` (prompt, image) is a permutation of the images for each prompt, applied to the subsets: with random ones
+    every prompt has subsets of its own although one table is drawn. The sums over iterations are float64 (budget,
+    prompt, reward), the winners int32 (budget, iteration, prompt) where they are to be kept.
     """
-    n_prompts, _, n_rewards = columns[0].shape
+    n_prompts, pool, n_rewards = columns[0].shape
+    labels = np.broadcast_to(np.arange(pool), (n_prompts, pool)) if labels is None else labels
     sums = np.empty((len(counts), n_prompts, values.shape[2]))
     winners = np.empty((len(counts), len(subsets), n_prompts), np.int32) if keep_winners else None
 
     def work(part: slice) -> None:
-        # A chunk of its own: the kernel writes contiguous arrays.
-        won = None if winners is None else np.empty((len(counts), len(subsets), part.stop - part.start), np.int32)
         chunk = [column[part] for column in columns]
-        given = (np.ascontiguousarray(values[part], dtype=np.float64), subsets, counts, won,
-                 None if labels is None else labels[part])  # fmt: skip
-        try:
-            if weights is not None:
-                levels = [rank_level(column.astype(np.float64) @ weights) for column in chunk]
-                sums[:, part] = prune_levels(levels, *given)
-            elif n_rewards == 1:
-                sums[:, part] = prune_levels([rank_level(column[:, :, 0]) for column in chunk], *given)
-            else:
-                sums[:, part] = _prune_jointly(chunk, combine, *given)
-        except NaNRead as error:
-            raise NaNRead(error.prompt + part.start, error.stage) from None
-        if winners is not None and won is not None:
+        if weights is not None:
+            run = _by_one([column.astype(np.float64) @ weights for column in chunk], labels[part])
+        elif n_rewards == 1:
+            run = _by_one([column[:, :, 0] for column in chunk], labels[part])
+        else:
+            run = _jointly(chunk, combine, labels[part])
+        # Arrays of the chunk's own: the kernel wants them contiguous.
+        part_values = np.ascontiguousarray(values[part], dtype=np.float64)
+        part_sums, fault = np.zeros((len(counts), len(part_values), values.shape[2])), np.full(2, -1, np.int64)
+        won = np.empty((len(counts), len(subsets), len(part_values)) if keep_winners else (0, 0, 0), np.int32)
+        run(subsets, counts, part_values, won, part_sums, fault)
+        if fault[0] >= 0:
+            raise NaNRead(int(fault[0]) + part.start, int(fault[1]))
+        sums[:, part] = part_sums
+        if winners is not None:
             winners[:, :, part] = won
 
     run_threads(work, [slice(start, min(start + _CHUNK, n_prompts)) for start in range(0, n_prompts, _CHUNK)])
     return sums, winners
 
 
-def prune_levels(
-    levels: Sequence[Level],
-    values: np.ndarray,
-    subsets: np.ndarray,
-    counts: np.ndarray,
-    winners: np.ndarray | None = None,
-    labels: np.ndarray | None = None,
-) -> np.ndarray:
-    """Prune by one reward on ranks made before, one level per pruning step and the final choice; releases the GIL.
-
-    Returns the sum over iterations of the winners' values, float64 (budget, prompt, reward). `values` is float64
-    (prompt, image, reward), `subsets` int64 (iteration, n), of which budgets take prefixes, `counts` int64 (budget,
-    stage + 1), the candidates at work in each stage, ascending in the first column; `winners` is filled. `labels`
-    (prompt, image) is a permutation of the images for each prompt, applied to the subsets: with random ones every
-    prompt has subsets of its own although one table is drawn.
-    """
+def _by_one(columns: Sequence[np.ndarray], labels: np.ndarray) -> Callable:
+    """Return the kernel that prunes by one reward, given what each stage ranks by, (prompt, image)."""
     from ttsnap_lib.simulation.kernels import single_reward
 
-    n_prompts, pool = levels[0].rank.shape
-    moves = np.empty((n_prompts, len(levels) - 1, pool), np.int32)
+    levels = [rank_level(column) for column in columns]
+    moves = np.empty((len(labels), len(levels) - 1, labels.shape[1]), np.int32)
     for k in range(len(levels) - 1):
         moves[:, k] = np.take_along_axis(levels[k + 1].rank, levels[k].order, axis=1)
-    first = levels[0].rank if labels is None else np.take_along_axis(levels[0].rank, labels, axis=1)
-    valid = np.stack([level.valid for level in levels], axis=1)
-    return run_kernel(single_reward, (first, moves, levels[-1].order, valid), values, subsets, counts, winners)
+    first = np.take_along_axis(levels[0].rank, labels, axis=1)
+    return partial(single_reward, first, moves, levels[-1].order, np.stack([level.valid for level in levels], axis=1))
 
 
-def _prune_jointly(columns, combine, values, subsets, counts, winners, labels) -> np.ndarray:
-    """Do the same by several rewards, (prompt, image, reward) each."""
+def _jointly(columns: Sequence[np.ndarray], combine: str, labels: np.ndarray) -> Callable:
+    """Return the kernel that prunes by several rewards, given (prompt, image, reward) of each stage."""
     from ttsnap_lib.simulation.kernels import RANK_SUM, Z_SCORE, multi_reward
 
     scores = np.stack([np.moveaxis(column, 2, 1) for column in columns], axis=1).astype(np.float64)
-    n_prompts, n_levels, n_rewards, pool = scores.shape
-    flat = rank_level(scores.reshape(-1, pool))
-    if labels is None:
-        labels = np.broadcast_to(np.arange(pool), (n_prompts, pool))
+    flat = rank_level(scores.reshape(-1, scores.shape[-1]))
     mode = RANK_SUM if combine == "rank_sum" else Z_SCORE
-    valid = flat.valid.reshape(n_prompts, n_levels, n_rewards)
-    ranks, labels = flat.rank.reshape(scores.shape), np.ascontiguousarray(labels, np.int32)
-    return run_kernel(multi_reward, (mode, ranks, scores, valid, labels), values, subsets, counts, winners)
-
-
-def run_kernel(kernel: Callable, given: tuple, values, subsets, counts, winners=None) -> np.ndarray:
-    """Return the sums that a kernel fills in from what is `given` to it alone and what all take."""
-    sums = np.zeros((len(counts), len(values), values.shape[2]))
-    fault = np.full(2, -1, np.int64)
-    winners = np.empty((0, 0, 0), np.int32) if winners is None else winners
-    kernel(*given, subsets, counts, values, winners, sums, fault)
-    if fault[0] >= 0:
-        raise NaNRead(int(fault[0]), int(fault[1]))
-    return sums
+    ranks, valid = flat.rank.reshape(scores.shape), flat.valid.reshape(scores.shape[:3])
+    return partial(multi_reward, mode, ranks, scores, valid, np.ascontiguousarray(labels, np.int32))
 
 
 def run_threads(work: Callable[[Any], Any], items: Sequence) -> list:
