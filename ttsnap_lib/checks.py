@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import math
 import numbers
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ttsnap_lib.errors import ConfigError, DeviceError, TTSnapError, shown
 
@@ -18,12 +19,8 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 2**26
 """Images above this are not opened: a small file can claim a huge picture."""
-
-
 MAX_IMAGES = 1_000_000
 """Most images per prompt: beyond, a number is a mistake, and lists of it would fill the memory."""
-
-
 MAX_STEPS = 10_000
 """Most steps per image, likewise."""
 
@@ -96,15 +93,34 @@ def known_keys(
 ) -> None:
     """Refuse keys of `given` that are not in `known`; an unknown key is never ignored."""
     known = list(known)
-    if not isinstance(given, Iterable) or isinstance(given, str | bytes):
-        raise error(
-            f"{what}: got {shown(given)}, expected a mapping with keys of {known}. Write lines of `name: value`."
-        )
-    unknown = [key for key in given if key not in known]
-    if unknown:
-        raise error(
-            f"{what}: unknown key: got {shown(unknown[0])}, expected one of {known}. {_suggest(unknown[0], known)}"
-        )
+    for key in given:
+        if key not in known:
+            raise error(f"{what}: unknown key: got {shown(key)}, expected one of {known}. {_suggest(key, known)}")
+
+
+class Plain:
+    """A dataclass that goes to a mapping of plain values and comes back; an unknown key is an error."""
+
+    _what: ClassVar[str] = "settings"
+    _error: ClassVar[type[TTSnapError]] = ConfigError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, for JSON and YAML."""
+        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """Build from :meth:`to_dict`'s form; unknown and missing keys are an error."""
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        names = [field.name for field in fields]
+        if not isinstance(content, Mapping):
+            raise cls._error(f"{cls._what}: got {shown(content)}, expected a mapping. Write `name: value` for {names}.")
+        known_keys(cls._what, content, names, error=cls._error)
+        for field in fields:
+            if field.name not in content and field.default is field.default_factory is dataclasses.MISSING:
+                raise cls._error(f"{cls._what}: got {shown(dict(content))}, without {field.name}. Add it.")
+        return cls(**content)
 
 
 def _outside(value: float, low: float | None, high: float | None) -> bool:

@@ -7,13 +7,13 @@ import itertools
 import math
 import operator
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ttsnap_lib.checks import choice, integer, known_keys, real, text
+from ttsnap_lib.checks import Plain, choice, integer, real, text
 from ttsnap_lib.errors import CostError
-from ttsnap_lib.files import as_path, read_json, read_yaml
+from ttsnap_lib.files import as_path, read_json, read_yaml, write_json
 from ttsnap_lib.schedule import Schedule
 
 _TOLERANCE = 1e-9  # relative; a budget that is a multiple of the cost must buy that multiple despite rounding
@@ -37,7 +37,7 @@ class StageCost:
 
 
 @dataclass(frozen=True)
-class CostModel:
+class CostModel(Plain):
     """What denoising, decoding and scoring one candidate costs.
 
     Parameters
@@ -76,6 +76,8 @@ class CostModel:
     accounting: str = "exact"
     preview_decode: float | None = None
     per_prompt: float = 0.0
+    _what = "cost model"
+    _error = CostError
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -87,8 +89,6 @@ class CostModel:
         put(self, "n_steps", integer("cost.n_steps", self.n_steps, 1, error=CostError))
         text("cost.unit", self.unit, error=CostError)
         choice("cost.accounting", self.accounting, ("exact", "published"), error=CostError)
-
-    # -- reading costs ------------------------------------------------------------------------------------------
 
     def stages(self, n: int, schedule: Schedule | None = None) -> tuple[StageCost, ...]:
         """Return the cost of each stage for `n` candidates; their totals and `per_prompt` add up to :meth:`total`.
@@ -137,8 +137,6 @@ class CostModel:
             return schedule.survivors(n)
         return tuple(itertools.accumulate(schedule.keep_ratios, operator.mul, initial=n))
 
-    # -- presets and files --------------------------------------------------------------------------------------
-
     @classmethod
     def preset(cls, name: str, **changes: Any) -> CostModel:
         """Return a named preset of :data:`PRESETS`, with single fields changed by keyword.
@@ -152,33 +150,10 @@ class CostModel:
         ``"pocket-sdxl[-tiny]+pocket-clip"``: GFLOPs of the shipped pocket models, counted by ``ttsnap cost``.
         """
         choice("cost preset", name, PRESETS, error=CostError)
-        known_keys("cost preset", changes, [field.name for field in fields(cls)], error=CostError)
-        return cls(**{**asdict(PRESETS[name]), **changes})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a plain dictionary."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> CostModel:
-        """Build from :meth:`to_dict`'s form; unknown keys are an error."""
-        if not isinstance(content, Mapping):
-            raise CostError(
-                f"cost model: got {content!r}, expected a mapping of fields. Write it with CostModel.save()."
-            )
-        known_keys("cost model", content, [field.name for field in fields(cls)], error=CostError)
-        missing = [name for name in ("step", "verify") if name not in content]
-        if missing:
-            raise CostError(
-                f"cost model without {missing[0]}: got {dict(content)!r}, expected at least step and verify. Measure "
-                "one with `ttsnap cost`, or use CostModel.preset()."
-            )
-        return cls(**content)
+        return cls.from_dict({**PRESETS[name].to_dict(), **changes})
 
     def save(self, path: str | Path) -> Path:
         """Write the model as JSON and return the path."""
-        from ttsnap_lib.files import write_json
-
         write_json(path, self.to_dict())
         return Path(path)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ttsnap_lib.checks import choice, integer, known_keys, real, text
+from ttsnap_lib.checks import Plain, choice, integer, real, text
 from ttsnap_lib.errors import ConfigError, ScheduleError
 from ttsnap_lib.files import parse_yaml, read_yaml
 
@@ -31,7 +31,7 @@ def kept(n: int, keep_ratio: float) -> int:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Plain):
     """Pruning steps and the fraction of candidates kept at each (the paper's alpha).
 
     ``Schedule()`` is empty: no pruning, that is Best-of-N.
@@ -57,6 +57,8 @@ class Schedule:
 
     steps: tuple[int, ...] = ()
     keep_ratios: tuple[float, ...] = ()
+    _what = "schedule"
+    _error = ScheduleError
 
     def __post_init__(self) -> None:
         steps = _sequence("schedule.steps", self.steps)
@@ -92,21 +94,6 @@ class Schedule:
         for ratio in self.keep_ratios:
             counts.append(kept(counts[-1], ratio))
         return tuple(counts)
-
-    def to_dict(self) -> dict[str, list]:
-        """Return ``{"steps": [...], "keep_ratios": [...]}``, ready for JSON or YAML."""
-        return {"steps": list(self.steps), "keep_ratios": list(self.keep_ratios)}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Schedule:
-        """Build from :meth:`to_dict`'s form; unknown keys are an error."""
-        if not isinstance(content, Mapping):
-            raise ScheduleError(
-                f"schedule: got {content!r}, expected a mapping with steps and keep_ratios. Write for example {{steps: "
-                "[2, 6, 11], keep_ratios: [0.4, 0.4, 0.5]}."
-            )
-        known_keys("schedule", content, ("steps", "keep_ratios"), error=ScheduleError)
-        return cls(**content)
 
     def to_yaml(self) -> str:
         """Return the schedule as two lines of YAML."""

@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
-from ttsnap_lib.checks import MAX_PIXELS, MAX_STEPS, integer, known_keys, memory_errors, real
+from ttsnap_lib.checks import MAX_PIXELS, MAX_STEPS, Plain, integer, memory_errors, real
 from ttsnap_lib.diffusion.families import adapter_of
 from ttsnap_lib.diffusion.schedulers import History, history_of, make_segment, noise_levels, prepare
 from ttsnap_lib.errors import ConfigError, PipelineError
@@ -37,7 +37,7 @@ _SMALLER = "Use a smaller batch, a smaller size, or load_pipeline(..., offload='
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Plain):
     """How images are denoised. None stands for the default of the pipeline (a pocket pipeline brings its own).
 
     Parameters
@@ -86,16 +86,6 @@ class Settings:
         if self.height is None or self.width is None:
             raise ConfigError("size: height and width are not known yet. Take the settings of a Denoiser.")
         return self.height, self.width
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a plain dictionary."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Settings:
-        """Build from :meth:`to_dict`'s form; unknown keys are an error."""
-        known_keys("settings", content, [field.name for field in fields(cls)])
-        return cls(**content)
 
 
 def as_settings(value: Any) -> Settings:
@@ -242,7 +232,7 @@ class Denoiser:
         (n_steps + 1,): the noise level before each step, and after the last.
     """
 
-    def __init__(self, pipeline: Any, settings: Settings | None = None) -> None:
+    def __init__(self, pipeline: Any, settings: Settings | Mapping[str, Any] | None = None) -> None:
         self.pipeline = pipeline
         self._adapter = adapter_of(pipeline)
         self._scheduler = prepare(pipeline.scheduler)

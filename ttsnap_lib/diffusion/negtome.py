@@ -12,14 +12,14 @@ the pipeline as it was.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch.nn.functional import normalize
 
-from ttsnap_lib.checks import choice, integer, known_keys, real
+from ttsnap_lib.checks import Plain, choice, integer, real
 from ttsnap_lib.diffusion.families import adapter_of
 from ttsnap_lib.errors import ConfigError, PipelineError
 
@@ -31,7 +31,7 @@ _ROUNDING = 1e-3  # of a timestep: 1000 * sigma need not be the whole number it 
 
 
 @dataclass(frozen=True)
-class NegToMe:
+class NegToMe(Plain):
     """Settings of Negative Token Merging. None stands for the published value of the pipeline's family.
 
     Parameters
@@ -62,6 +62,7 @@ class NegToMe:
     end: float | None = None
     min_features: int | None = None
     matching: str = "paper"
+    _what = "negtome"
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -77,16 +78,6 @@ class NegToMe:
                 "start is the larger."
             )
         choice("negtome.matching", self.matching, ("paper", "released"))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a plain dictionary."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> NegToMe:
-        """Build from :meth:`to_dict`'s form; unknown keys are an error."""
-        known_keys("negtome", content, [field.name for field in fields(cls)])
-        return cls(**content)
 
     def resolved(self, pipeline: Any) -> NegToMe:
         """Return the settings with the published values of `pipeline`'s family filled in."""

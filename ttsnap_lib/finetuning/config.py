@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ttsnap_lib.checks import choice, integer, known_keys, real, text
+from ttsnap_lib.checks import Plain, choice, integer, real, text
 from ttsnap_lib.errors import ConfigError
 from ttsnap_lib.files import as_path, read_yaml
 
@@ -37,7 +36,7 @@ _CHOICES = {
 
 
 @dataclass(frozen=True)
-class CurriculumConfig:
+class CurriculumConfig(Plain):
     """How a reward is finetuned.
 
     Parameters
@@ -103,6 +102,8 @@ class CurriculumConfig:
     ConfigError
         A value that cannot be right, with its bound.
     """
+
+    _what = "finetuning settings"
 
     reward: str = "pocket-clip"
     trajectories: str | None = None
@@ -174,22 +175,9 @@ class CurriculumConfig:
                 "one prompt. Set group_size to the images per prompt, for example 8."
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, for YAML and JSON."""
-        return {**asdict(self), "steps": list(self.steps)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], what: str = "finetuning settings") -> CurriculumConfig:
-        """Build from plain values; a key that is no field is an error."""
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"{what}: got {values!r}, expected a mapping of settings. Write lines of `name: value`.")
-        known_keys(what, values, [field.name for field in fields(cls)])
-        return cls(**values)
-
     def replace(self, **changes: Any) -> CurriculumConfig:
         """Return a copy with other values; unknown names are an error."""
-        known_keys("finetuning settings", changes, [field.name for field in fields(self)])
-        return replace(self, **changes)
+        return type(self).from_dict({**self.to_dict(), **changes})
 
 
 def _steps(given: Any) -> tuple[int, ...]:
@@ -238,8 +226,10 @@ def load_config(source: str | Path, **changes: Any) -> CurriculumConfig:
             f"{f'Did you mean {close[0]!r}?' if close else 'Check the path.'}"
         )
     values = read_yaml(path, "finetuning configuration", remedy="Write lines of `name: value`.")
-    known_keys("finetuning settings", changes, [field.name for field in fields(CurriculumConfig)])
-    return CurriculumConfig.from_dict({**values, **changes} if isinstance(values, Mapping) else values, str(path))
+    try:
+        return CurriculumConfig.from_dict(values).replace(**changes)
+    except ConfigError as error:
+        raise ConfigError(f"{path.name}: {error}") from None
 
 
 def learning_rate(config: CurriculumConfig, update: int, updates: int) -> float:
