@@ -21,8 +21,6 @@ from tests.faults.drill import Ended, Started, start, start_program
 from ttsnap_lib.tensors.tensor import open_rewards
 from ttsnap_lib.trajectories.read import verify
 
-__all__ = ["COMMANDS", "Command", "World", "found_again"]
-
 STEPS, IMAGES, PROMPTS = 4, 2, 30  # a shard of scores owns 25 prompts, so there are two
 TIMES = {"elapsed_s", "denoise_s", "decode_s", "score_s", "text_s"}
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "tiny.ipynb"

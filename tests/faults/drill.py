@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Ended", "Started", "alive", "below", "start", "start_program", "wait_for"]
-
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 900.0  # longer than any command here takes on a busy machine: what is still there then hangs
 
@@ -178,7 +176,7 @@ def start(
     """
     said.touch()  # it may be killed before it opens it
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults.preload"])
+    context.set_forkserver_preload(["papermill", "torch", "ttsnap_lib.__main__"])
     process = context.Process(
         target=_forked, args=([str(word) for word in words], str(said), environment or {}, prepare)
     )

@@ -12,16 +12,6 @@ from tests.faults.commands import Command, World, found_again
 from tests.faults.drill import alive, below, wait_for
 from tests.launch import launcher
 
-__all__ = [
-    "interrupted",
-    "killed",
-    "lost_process",
-    "lost_shard",
-    "lost_worker",
-    "other_settings_at_once",
-    "started_twice",
-]
-
 
 def killed(world: World, command: Command, tries: int, chance: random.Random) -> str:
     """Kill it by signal 9 at random moments, up to three times in a row, then let it end."""

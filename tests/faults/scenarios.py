@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from tests.faults import processes, surroundings
 from tests.faults.commands import COMMANDS, Command, World
 
-__all__ = ["SCENARIOS", "Scenario"]
-
 
 @dataclass(frozen=True)
 class Scenario:
@@ -41,8 +39,6 @@ SCENARIOS = {
                  surroundings.full_disk),
         Scenario("file cut short, EFBIG (ulimit -f)", "one line, exit status 1; goes on without the limit",
                  surroundings.file_limit),
-        Scenario("disk too small (tmpfs), then larger", "one line, exit status 1; goes on when there is room",
-                 surroundings.small_disk),
         Scenario("folder that cannot be written, user nobody", "one line, exit status 1; nothing is changed",
                  surroundings.read_only),
         Scenario("a shard dies", "the other shard goes on; the lost one is started again", processes.lost_shard, _SHARDED),
@@ -50,7 +46,6 @@ SCENARIOS = {
                  processes.lost_worker, ("sweep",)),
         Scenario("one of two training processes dies", "the launch ends; the same launch goes on",
                  processes.lost_process, ("finetune",)),
-        Scenario("clock jumps", "no difference", surroundings.clock_jumps),
         Scenario("started twice on one output", "the second is refused in one line, or joins",
                  processes.started_twice),
         Scenario("started twice with other settings", "one is refused in one line; results never mix",

@@ -1,17 +1,20 @@
-"""What goes wrong around a command: its disk, its permissions, the clock."""
+"""What goes wrong around a command: its disk, its permissions."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import functools
+import os
 import random
+import resource
 import stat
-import time
+import sys
 from pathlib import Path
 
-from tests.faults import faults
 from tests.faults.commands import Command, World, found_again
 
-__all__ = ["clock_jumps", "file_limit", "full_disk", "read_only", "small_disk"]
+NOBODY = 65534
 
 
 def full_disk(world: World, command: Command, tries: int, chance: random.Random) -> str:
@@ -20,7 +23,7 @@ def full_disk(world: World, command: Command, tries: int, chance: random.Random)
     while hits < tries:
         place = world.new(command.name)
         after = chance.randrange(most)
-        ended = world.start(command, place, prepare=functools.partial(faults.fill_disk, str(place), after)).end()
+        ended = world.start(command, place, prepare=functools.partial(fill_disk, str(place), after)).end()
         if ended.code == 0:  # it needed fewer files
             most = max(1, after)
         else:
@@ -38,32 +41,13 @@ def file_limit(world: World, command: Command, tries: int, chance: random.Random
     for _ in range(tries):
         place = world.new(command.name)
         size = int(largest * chance.uniform(0.3, 0.9))
-        ended = world.start(command, place, prepare=functools.partial(faults.limit_files, size)).end()
+        ended = world.start(command, place, prepare=functools.partial(limit_files, size)).end()
         if command.name == "sweep" and "failed: " in ended.said:  # the workers met it: runs fail, and are listed
             assert ended.code == 1 and not ended.traceback and "disk full" in ended.said, ended.said[-3000:]
         else:
             ended.check_refused("disk full")
         hits += 1
         found += world.resumed(command, place)
-        world.remove(place)
-    return f"{hits} times one line, exit status 1; {found_again(command, found, hits)}"
-
-
-def small_disk(world: World, command: Command, tries: int, chance: random.Random) -> str:
-    """Run on a disk that is too small, then make it larger and go on."""
-    used = sum(-(-path.stat().st_size // 4096) * 4096 for path in _files(world.undisturbed(command)[0]))
-    hits = found = 0
-    for _ in range(tries):
-        place = world.new(command.name)
-        with faults.small_disk(place, max(8192, int(used * chance.uniform(0.1, 0.8)))) as resize:
-            if resize is None:
-                raise faults.Skip("mounting is not allowed: run as root outside a container that forbids it")
-            ended = world.start(command, place).end()
-            assert ended.code == 1 and not ended.traceback, (ended.code, ended.said[-3000:])
-            assert any(words in ended.said for words in ("disk full", "not enough disk", "not enough room")), ended.said
-            hits += 1
-            resize(16 * used + 2**26)
-            found += world.resumed(command, place)
         world.remove(place)
     return f"{hits} times one line, exit status 1; {found_again(command, found, hits)}"
 
@@ -84,7 +68,7 @@ def read_only(world: World, command: Command, tries: int, chance: random.Random)
         home = world.new("home")
         home.chmod(0o777)
         environment = {"HOME": str(home), "MPLCONFIGDIR": str(home), "TTSNAP_DATA_CACHE": str(home / "cache")}
-        ended = world.start(command, place, environment=environment, prepare=faults.become_nobody).end()
+        ended = world.start(command, place, environment=environment, prepare=become_nobody).end()
         for path, mode in modes.items():
             path.chmod(mode)
         if ended.code == 0 and kind == "half done":  # it was done already: nothing to write
@@ -98,36 +82,6 @@ def read_only(world: World, command: Command, tries: int, chance: random.Random)
     return f"{len(places)} times one line, exit status 1, nothing changed; {found_again(command, found, len(places))}"
 
 
-def clock_jumps(world: World, command: Command, tries: int, chance: random.Random) -> str:
-    """Let the clock of the system jump a year, back and forth, while the command is at work."""
-    library, jumps = faults.clock_library(), 0
-    if library is None and command.name != "sweep":
-        raise faults.Skip("libfaketime is not installed: apt-get install libfaketime")
-    for _ in range(tries):
-        place, clock = world.new(command.name), world.new("clock")
-        file = clock / "clock"
-        file.write_text("+0")
-        if command.name == "sweep":
-            environment = faults.clock_in_python(clock)
-        else:
-            environment = {
-                "LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(file), "FAKETIME_NO_CACHE": "1",
-                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            }  # fmt: skip
-        started = world.start(command, place, program=True, environment=environment)
-        sign = 1
-        while started.running:
-            time.sleep(chance.uniform(0.05, 0.3))
-            sign, jumps = -sign, jumps + 1
-            file.write_text(f"{sign * chance.randrange(1, 366):+d}d")
-        ended = started.end()
-        assert ended.code == 0, ended.said[-3000:]
-        world.resumed(command, place)
-        world.remove(place)
-    how = "time.time in Python" if command.name == "sweep" else "libfaketime"
-    return f"{tries} runs through {jumps} jumps of up to a year, back and forth ({how})"
-
-
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
@@ -137,3 +91,61 @@ def _contents(folder: Path) -> dict[str, tuple[int, int]]:
     return {
         str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(_files(folder))
     }
+
+
+# -- put in place in the process of the command, before it begins ------------------------------------------------------
+
+
+def fill_disk(folder: str, after: int) -> None:
+    """Let the disk under `folder` be full once `after` files have been opened for writing there."""
+    opened, at_work = 0, False
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal opened, at_work
+        if event not in ("open", "os.mkdir") or at_work or not isinstance(arguments[0], str | bytes):
+            return
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+        at_work = True
+        try:
+            inside = os.path.abspath(os.fsdecode(arguments[0])).startswith(folder)
+        finally:
+            at_work = False
+        if inside:
+            opened += 1
+            if opened > after:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fsdecode(arguments[0]))
+
+    sys.addaudithook(hook)
+
+
+def limit_files(size: int) -> None:
+    """Let no file grow beyond `size` bytes (``ulimit -f``): a write stops in the middle of the file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def become_nobody() -> None:
+    """Become a user who may read everything, and write only what everybody may write.
+
+    Without the right to read, the interpreter itself could be out of reach (a Python in root's home).
+    """
+    if os.geteuid() != 0:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    keep_capabilities, ambient, raise_ambient, may_read = 8, 47, 2, 2
+
+    class Header(ctypes.Structure):
+        _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+    def check(result: int) -> None:
+        if result != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    check(libc.prctl(keep_capabilities, 1, 0, 0, 0))
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    bits = 1 << may_read
+    sets = (ctypes.c_uint32 * 6)(bits, bits, bits, 0, 0, 0)  # effective, permitted, inheritable; low and high words
+    check(libc.capset(ctypes.byref(Header(0x20080522, 0)), sets))
+    check(libc.prctl(ambient, raise_ambient, may_read, 0, 0))  # for the processes it starts
