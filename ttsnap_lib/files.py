@@ -184,22 +184,13 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[Any]:
 
 
 def _remove_dead_parts(path: Path) -> None:
-    """Remove what processes that are gone left of `path`; on a shared disk, a day old, since they may live elsewhere."""
+    """Remove what processes that are gone left of `path`."""
+    import psutil
+
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         writer = part.name.removeprefix(f".{path.name}.").split(".")[0]
-        with contextlib.suppress(OSError):
-            if writer.isdigit() and not _alive(int(writer)):
-                part.unlink()
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is there, and somebody else's
-        return True
-    return True
+        if writer.isdigit() and not psutil.pid_exists(int(writer)):
+            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -413,7 +404,9 @@ def parse_yaml(
     try:
         return yaml.load(text.decode("utf-8-sig") if isinstance(text, bytes) else text, Loader=_loader(fast))
     except Exception as failure:  # besides YAMLError, its constructors raise IndexError, KeyError, AttributeError
-        raise error(f"{what} cannot be read as YAML of plain values, each key once ({reason(failure)}). {remedy}") from failure
+        raise error(
+            f"{what} cannot be read as YAML of plain values, each key once ({reason(failure)}). {remedy}"
+        ) from failure
 
 
 @functools.cache
