@@ -17,7 +17,7 @@ NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "tiny.ipynb"
 
 def seconds(runs: int, workers: int) -> float:
     """Return the wall-clock seconds of a fresh sweep of `runs` runs, its workers' start included."""
-    grid = {"notebook": str(NOTEBOOK), "name": "bench", "grid": {"x": {"start": 1, "stop": runs, "step": 1}}}
+    grid = {"notebook": str(NOTEBOOK), "name": "bench", "grid": {"x": list(range(1, runs + 1))}}
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         result = run_sweep(grid, folder=Path(folder) / "sweep", runs_folder=Path(folder) / "runs", workers=workers)

@@ -36,6 +36,7 @@ from ttsnap_lib.files import (
 )
 from ttsnap_lib.provenance import code_hash, device, git_state, inputs, now, versions
 from ttsnap_lib.runs.parameters import declared_parameters, parameter_hash, read_notebook, resolve
+from ttsnap_lib.style import progress_bar
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -76,6 +77,15 @@ class Run:
         """Write a matplotlib figure (or the figure of an ``Axes``) as PNG at 200 dpi and PDF; return the PNG's path."""
         drawn = figure if hasattr(figure, "savefig") else figure.figure
         return self._told(write_figure(drawn, self._path(name, ".png")))
+
+    @property
+    def data_cache(self) -> Path:
+        """The folder of everything computed: what several notebooks use stands there."""
+        return data_cache()
+
+    def progress(self, what: str = "images") -> Any:
+        """Return a callback ``(done, total)`` that shows a bar: a widget in JupyterLab, a line of text headless."""
+        return progress_bar(what)
 
     def record(self, **facts: Any) -> None:
         """Add plain facts (the device that was used, a model's revision) to the manifest under ``recorded``."""
@@ -363,6 +373,7 @@ def _execute(planned: Plan, token: str, progress: bool, echo: bool, timeout_s: f
                 kernel_manager_class=_kernel_manager(scratch, environment),
                 start_timeout=_STARTUP_S,
                 execution_timeout=timeout_s,
+                coalesce_streams=True,  # of a progress bar the last state stays
                 progress_bar={"desc": planned.notebook.stem} if progress else False,
                 stdout_file=sys.stdout if echo else None,
                 stderr_file=sys.stderr if echo else None,
