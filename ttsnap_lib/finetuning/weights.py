@@ -51,8 +51,10 @@ class RewardModule(torch.nn.Module):
 
 def trainable_module(reward: Reward) -> torch.nn.Module:
     """Return the module of a base reward."""
-    if reward.module is None:
-        raise CurriculumError(f"reward {reward.name} has no weights to train. Finetune a model reward, not a function.")
+    if reward.module is None or reward.preprocessing is None:
+        raise CurriculumError(
+            f"reward {reward.name} has no weights to train, or no preprocessing. Finetune a model reward, not a function."
+        )
     if reward.adapter_steps or any("lora_" in name for name, _ in reward.module.named_parameters()):
         raise CurriculumError(
             f"reward {reward.name} has noise-aware weights or adapters already: its scores would be wrong as targets. "
