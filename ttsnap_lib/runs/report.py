@@ -29,25 +29,7 @@ img {{ max-width: 100%; }} pre {{ white-space: pre-wrap; }} .anchor-link {{ disp
 
 
 def render(folder: str | Path, output: str | Path | None = None) -> Path:
-    """Write the report of a run folder or a sweep folder and return its path.
-
-    Parameters
-    ----------
-    folder : str or Path
-        A run folder (with ``manifest.json``) or a sweep folder (with ``sweep.json``).
-    output : str or Path, optional
-        The HTML file; ``report.html`` in the folder by default.
-
-    Returns
-    -------
-    Path
-        The HTML file.
-
-    Raises
-    ------
-    RunError
-        When the folder is neither.
-    """
+    """Write the report of a run folder or a sweep folder to `output`, ``report.html`` in it by default; return its path."""
     folder = as_path("folder", folder, error=RunError)
     record = read_if_whole(folder / "sweep.json") or read_if_whole(folder / "manifest.json") or {}
     remedy = "Give the folder that `ttsnap run` or `ttsnap sweep` printed."

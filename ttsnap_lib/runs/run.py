@@ -259,29 +259,10 @@ def run(
 ) -> RunResult:
     """Execute `notebook` with `parameters` over its defaults, in a run folder named by their hash.
 
-    A run that has finished with the same parameters, notebook code and input files is not executed again. Two
-    processes that ask for the same run do it once: the second waits, then takes the first one's result.
-
-    Parameters
-    ----------
-    notebook : str or Path
-        Path of a notebook, or the name of a shipped one.
-    parameters : mapping, optional
-        Plain literals by name; unknown names and wrong types are refused before anything runs.
-    folder : str or Path, optional
-        Holds the run folders ``<notebook>/<hash>``; ``data_cache/runs`` by default.
-    force : bool
-        Execute even when a finished run exists; it is replaced.
-    progress : bool
-        Show a bar of the notebook's cells.
-    echo : bool
-        Show what the notebook prints as it prints it.
-    timeout_s : float, optional
-        Longest time for one cell, rounded up to whole seconds.
-
-    Returns
-    -------
-    RunResult
+    A run that has finished with the same parameters, notebook code and input files is not executed again, unless
+    `force` is given. Two processes that ask for the same run do it once: the second waits, then takes the first one's
+    result. `folder` holds the run folders ``<notebook>/<hash>``, ``data_cache/runs`` by default; `progress` shows a bar
+    of the cells, `echo` what the notebook prints as it prints it; `timeout_s` is the longest time for one cell.
 
     Raises
     ------
@@ -289,8 +270,6 @@ def run(
         Before anything runs; see :func:`plan`.
     RunError
         A cell failed. Its executed notebook is kept, and the message names it, the cell and the error's last line.
-    DiskError
-        A full disk, or a folder that cannot be written.
     """
     planned = plan(notebook, parameters, folder=folder)
     if timeout_s is not None:

@@ -124,16 +124,9 @@ def short_parameters(parameters: Mapping[str, Any], axes: tuple[str, ...], case:
 class SweepResult:
     """What a sweep gave.
 
-    Attributes
-    ----------
-    folder : Path
-        Holds ``results.csv``, ``results.parquet``, ``summary.png`` and ``sweep.json``.
-    table : pandas.DataFrame
-        Parameters as first columns, then each run's results, in the sweep's order.
-    failed : list of dict
-        Of each failed run: label, parameters, folder, cell, last_line.
-    reused : int
-        How many runs had finished before.
+    ``folder`` holds ``results.csv``, ``results.parquet``, ``summary.png`` and ``sweep.json``; ``table`` has the
+    parameters as first columns, then each run's results, in the sweep's order; ``failed`` tells of each failed run its
+    label, parameters, folder, cell and last_line; ``reused`` counts the runs that had finished before.
     """
 
     folder: Path
@@ -160,11 +153,9 @@ def run_sweep(
     ----------
     grid : GridSpec, path or mapping
         The sweep, a YAML file of it, or its content.
-    folder : str or Path, optional
-        For the sweep's table and figure; ``data_cache/sweeps/<name>`` by default.
-    runs_folder : str or Path, optional
-        Holds the run folders; ``data_cache/runs`` by default, where single runs stand too. On a cluster it has to be
-        on a file system that all workers share.
+    folder, runs_folder : str or Path, optional
+        For the sweep's table and figure, and for the run folders; ``data_cache/sweeps/<name>`` and ``data_cache/runs``
+        by default. On a cluster they have to be on a file system that all workers share.
     workers : int, optional
         Local worker processes; as many as there are cores by default. Each may use its share of the cores.
     scheduler : str, optional
@@ -175,19 +166,6 @@ def run_sweep(
         Longest time for one cell.
     progress : bool
         Show a bar of the runs.
-
-    Returns
-    -------
-    SweepResult
-
-    Raises
-    ------
-    ConfigError
-        Anything wrong in the grid, before the first run.
-    DiskError
-        Another process is at the same sweep.
-    RunError
-        No scheduler answers, or it went away.
     """
     if isinstance(grid, str | Path):
         grid = load_grid(grid)
@@ -394,8 +372,8 @@ def _figure(spec: GridSpec, table: pd.DataFrame) -> Figure | None:
     if not metric or table.empty:
         return None
     axes = [name if name in table.columns else f"{name}_parameter" for name in spec.axes]
-    axes += [name for name in ("case", "method", "reward", "budget") if name in table.columns and name not in axes]
-    axes = [name for name in axes if table[name].nunique() > 1]
+    axes = list(dict.fromkeys(["method", *axes, "case", "reward", "budget"]))
+    axes = [name for name in axes if name in table.columns and table[name].nunique() > 1]
     axes.sort(key=lambda name: -table[name].nunique() if table[name].dtype.kind in "if" else 0)
     along, hue, style = (*(axes or ["run"]), None, None)[:3]
     shown = table.astype({name: str for name in (hue, style) if name})
