@@ -49,10 +49,12 @@ def test_commands_are_ones_that_the_parser_takes(page, command, tmp_path):
     given = parser().parse_args(given_words(command))
     assert given.func
     if given.command == "run":
-        from ttsnap_lib.commands.notebooks import _given
-        from ttsnap_lib.runs.run import plan
+        from ttsnap_lib.runs.parameters import declared_parameters, from_text, read_notebook
+        from ttsnap_lib.runs.run import find_notebook, plan
 
-        assert plan(given.notebook, _given(given), folder=tmp_path).parameters
+        declared = declared_parameters(read_notebook(find_notebook(given.notebook)))
+        values = {name: from_text(text, declared.get(name)) for name, text in given.parameters}
+        assert plan(given.notebook, values, folder=tmp_path).parameters
     for name in (getattr(given, "cost", None), *(v for k, v in getattr(given, "parameters", []) if k == "cost")):
         if name and not name.endswith(".json"):
             from ttsnap_lib import CostModel
