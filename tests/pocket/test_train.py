@@ -11,8 +11,7 @@ torch = pytest.importorskip("torch")
 
 from ttsnap_lib.errors import CheckpointError
 from ttsnap_lib.pocket.training.clip import degrade
-from ttsnap_lib.pocket.training.loop import Fit, fit, step_rng
-from ttsnap_lib.pocket.training.muon import Muon, orthogonal
+from ttsnap_lib.pocket.training.loop import Fit, fit
 from ttsnap_lib.pocket.training.train import SMOKE, main
 
 
@@ -93,27 +92,6 @@ def test_divergence_is_an_error(tmp_path):
     bad = lambda rng, batch: {"loss": model["out"].weight.sum() * float("nan")}
     with pytest.raises(CheckpointError, match="diverged"):
         fit("a", {"m": model}, bad, Fit(2, 4, 1e-2), seed=0, scratch=tmp_path, log=lambda text: None)
-
-
-def test_orthogonal_brings_singular_values_near_one():
-    matrices = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))
-    for given in (matrices, matrices.transpose(1, 2)):
-        values = torch.linalg.svdvals(orthogonal(given, rounds=5))
-        assert 0.5 < float(values.min()) <= float(values.max()) < 1.4
-
-
-def test_adam_part_is_torchs_own():
-    model, loss = _problem()
-    twin, other = _problem()
-    ours = Muon([{"params": list(model.parameters())}], 1e-2)
-    theirs = torch.optim.AdamW(twin.parameters(), 1e-2, betas=(0.9, 0.99), weight_decay=0.01)
-    for step in range(5):
-        for optimizer, value in ((ours, loss), (theirs, other)):
-            optimizer.zero_grad()
-            value(step_rng(0, step), 8)["loss"].backward()
-            optimizer.step()
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_degraded_pictures_stay_close():

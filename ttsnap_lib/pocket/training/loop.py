@@ -14,7 +14,6 @@ from torch import nn
 
 from ttsnap_lib.errors import CheckpointError
 from ttsnap_lib.files import atomic_write, write_json
-from ttsnap_lib.pocket.training.muon import Muon
 
 _WARMUP, _FLOOR = 100, 0.02  # steps, and the last learning rate as a fraction of the peak
 _WEIGHT_DECAY, _CLIP = 0.01, 1.0
@@ -60,13 +59,13 @@ def fit(
     weights = {
         f"{key}.{n}": p for key, module in modules.items() for n, p in module.named_parameters() if p.requires_grad
     }
-    optimizer = _optimizer(weights, how)
+    optimizers = _optimizers(weights, how)
     average = {key: p.detach().clone() for key, p in weights.items()}
     state_file = scratch / f"{name}.pt"
     first, before_s = 0, 0.0
     history: list[dict[str, float]] = []
     if state_file.exists():
-        first, before_s, history = _load(state_file, weights, average, optimizer)
+        first, before_s, history = _load(state_file, weights, average, optimizers)
         log(f"{name}: going on from step {first}")
     started, saved, count = time.monotonic(), time.monotonic(), 0
     sums: dict[str, float] = {}
@@ -74,13 +73,15 @@ def fit(
     for module in modules.values():
         module.train()
     for step in range(first, how.steps):
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = how.lr * how.rate(step)
         parts = loss(step_rng(seed, step), how.batch)
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         parts["loss"].backward()
         nn.utils.clip_grad_norm_(weights.values(), _CLIP)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         decay = min(how.ema, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in weights.values()], 1 - decay)
         for key, value in parts.items():
@@ -98,7 +99,7 @@ def fit(
                 )
             sums, count = {}, 0
         if time.monotonic() - saved > save_every_s or step + 1 == how.steps:
-            _save(state_file, weights, average, optimizer, step + 1, elapsed, history)
+            _save(state_file, weights, average, optimizers, step + 1, elapsed, history)
             write_json(scratch / f"{name}.json", history)
             saved = time.monotonic()
     with torch.no_grad():
@@ -109,27 +110,28 @@ def fit(
     return history
 
 
-def _optimizer(weights: Mapping[str, nn.Parameter], how: Fit) -> torch.optim.Optimizer:
-    if not how.muon:
-        return torch.optim.AdamW(weights.values(), how.lr, betas=(0.9, 0.99), weight_decay=_WEIGHT_DECAY)
+def _optimizers(weights: Mapping[str, nn.Parameter], how: Fit) -> list[torch.optim.Optimizer]:
+    """Return AdamW, and Muon (Jordan et al., 2024) at AdamW's step size (arXiv 2502.16982) for the inner matrices."""
     # Modulation, embeddings and the last layer are no inner matrices; AdamW suits them.
     inner = {
         key
         for key, p in weights.items()
-        if p.ndim == 2 and ("blocks." in key or "layers." in key) and "norm" not in key
+        if how.muon and p.ndim == 2 and ("blocks." in key or "layers." in key) and "norm" not in key
     }
-    groups: list[dict] = [
-        {"params": [p for key, p in weights.items() if key in inner], "orthogonal": True},
-        {"params": [p for key, p in weights.items() if key not in inner]},
-    ]
-    return Muon(groups, how.lr, weight_decay=_WEIGHT_DECAY)
+    rest = [p for key, p in weights.items() if key not in inner]
+    adam = torch.optim.AdamW(rest, how.lr, betas=(0.9, 0.99), weight_decay=_WEIGHT_DECAY)
+    if not inner:
+        return [adam]
+    matrices = [weights[key] for key in sorted(inner)]
+    muon = torch.optim.Muon(matrices, how.lr, weight_decay=_WEIGHT_DECAY, ns_steps=4, adjust_lr_fn="match_rms_adamw")
+    return [adam, muon]
 
 
-def _save(path: Path, weights, average, optimizer, step: int, elapsed: float, history: list) -> None:
+def _save(path: Path, weights, average, optimizers, step: int, elapsed: float, history: list) -> None:
     state = {
         "weights": {key: p.detach() for key, p in weights.items()},
         "average": average,
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "step": step,
         "elapsed_s": elapsed,
         "history": history,
@@ -138,7 +140,7 @@ def _save(path: Path, weights, average, optimizer, step: int, elapsed: float, hi
         torch.save(state, file)
 
 
-def _load(path: Path, weights, average, optimizer) -> tuple[int, float, list]:
+def _load(path: Path, weights, average, optimizers) -> tuple[int, float, list]:
     state = torch.load(path, weights_only=True)
     shapes = {key: p.shape for key, p in weights.items()}
     if {key: p.shape for key, p in state["weights"].items()} != shapes:
@@ -150,5 +152,6 @@ def _load(path: Path, weights, average, optimizer) -> tuple[int, float, list]:
         for key, p in weights.items():
             p.copy_(state["weights"][key])
             average[key].copy_(state["average"][key])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     return state["step"], state["elapsed_s"], state["history"]
