@@ -6,8 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["environment", "launcher"]
-
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["MISSING", "reference_folder"]
-
 MISSING = "published reference data not found; set TTSNAP_REFERENCE to its folder"
 
 

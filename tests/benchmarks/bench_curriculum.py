@@ -23,8 +23,6 @@ from ttsnap_lib.finetuning.train import finetune
 from ttsnap_lib.pocket.world import pocket_prompts
 from ttsnap_lib.rewards.loading import load_reward
 
-__all__ = ["run"]
-
 GROUP = 8
 
 

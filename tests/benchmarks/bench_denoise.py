@@ -17,8 +17,6 @@ from tests.benchmarks.rows import Row
 from ttsnap_lib.diffusion.denoise import Denoiser, Settings, image_generator
 from ttsnap_lib.diffusion.pipelines import load_pipeline
 
-__all__ = ["run"]
-
 LIMIT = 1.05
 STOCK = "stock call"
 

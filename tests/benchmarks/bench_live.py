@@ -24,8 +24,6 @@ from ttsnap_lib.rewards.loading import find_adapters, load_reward
 from ttsnap_lib.simulation import metrics
 from ttsnap_lib.tensors.tensor import make_rewards
 
-__all__ = ["run"]
-
 METHODS = ("best_of_n", "ttsp", "ttsnap")
 MULTIPLE = 3  # budget in finished images of Best-of-N
 POOL = 32  # images of a prompt in the tensor that the simulation draws from

@@ -21,8 +21,6 @@ from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval
 from ttsnap_lib.trajectories.read import pairwise_distances
 
-__all__ = ["run"]
-
 GROUP, GROUPS = 4, 4
 
 

@@ -16,8 +16,6 @@ from ttsnap_lib.tensors.tensor import synthetic_rewards
 from ttsnap_lib.tuning.race import Scorer, Selection
 from ttsnap_lib.tuning.space import SearchSpace
 
-__all__ = ["run"]
-
 COST = CostModel.preset("flux-512+image_reward")
 BUDGETS = np.arange(2, 21) * COST.total(1)
 PROMPTS, ITERATIONS = 100, 30

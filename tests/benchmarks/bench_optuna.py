@@ -17,8 +17,6 @@ from ttsnap_lib.tuning.optimize import Setup, choose_best, make_setup
 from ttsnap_lib.tuning.race import Race, Trial
 from ttsnap_lib.tuning.space import SearchSpace
 
-__all__ = ["run"]
-
 SECONDS = 15.0  # CPU time of each search: what else the machine does favours neither
 SEEDS = (0, 1, 2)
 ITERATIONS = 48  # of the last round of the race

@@ -24,8 +24,6 @@ from ttsnap_lib.finetuning.train import finetune
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval
 
-__all__ = ["run"]
-
 MODELS = ("pocket-flux", "pocket-sdxl")
 FRESH = "evaluation:128x24@1"
 SEEDS = (0, 1, 2)

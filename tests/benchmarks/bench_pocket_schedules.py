@@ -16,8 +16,6 @@ from ttsnap_lib.files import data_cache
 from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval, relative_gain_of
 from ttsnap_lib.simulation.simulate import curves
 
-__all__ = ["run"]
-
 METHODS = ("ttsp", "ttsnap")
 EARLY = Schedule((2,), (0.3,))
 

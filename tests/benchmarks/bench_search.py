@@ -14,8 +14,6 @@ from ttsnap_lib.live.measure import count_tflops, measure_costs
 from ttsnap_lib.pocket.world import pocket_prompts
 from ttsnap_lib.rewards.loading import find_adapters, load_reward
 
-__all__ = ["run"]
-
 SCHEDULE = Schedule((2, 6, 11), (0.4, 0.4, 0.5))
 BATCH = 16
 

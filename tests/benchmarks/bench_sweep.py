@@ -10,8 +10,6 @@ from pathlib import Path
 from tests.benchmarks.rows import Row
 from ttsnap_lib.runs.sweep import cores, run_sweep
 
-__all__ = ["run", "seconds"]
-
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "tiny.ipynb"
 
 

@@ -12,8 +12,6 @@ import xarray as xr
 from tests.reference_data import reference_folder
 from ttsnap_lib import CostModel, import_published, open_rewards
 
-__all__ = ["CASES", "POCKET", "TuningCase"]
-
 # The costs of the reference table: 2.85 TFLOPs a check, 0.48 with a tiny decoder.
 FLUX = CostModel(step=21.5, verify=0.335, decode=2.515)
 SDXL = CostModel(step=3.18, verify=0.335, decode=2.515)
