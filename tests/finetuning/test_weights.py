@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
+import open_clip
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPModel
 
 from tests.worlds import WORDS, make_bank, randomize_image_reward, save_clip
 from ttsnap_lib.errors import CheckpointError
@@ -12,7 +16,7 @@ from ttsnap_lib.finetuning.config import CurriculumConfig
 from ttsnap_lib.finetuning.data import score_step
 from ttsnap_lib.finetuning.train import finetune
 from ttsnap_lib.finetuning.weights import import_series
-from ttsnap_lib.rewards.image_reward import ImageRewardModel
+from ttsnap_lib.rewards.image_reward import ImageRewardModel, build_module
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.rewards.pixels import Preprocessing
 from ttsnap_lib.rewards.towers import ClipReward, OpenClipReward
@@ -62,40 +66,34 @@ def check_one_update(make, folder, **changes):
     np.testing.assert_allclose(score_step(fresh.use_step(None), bank, 1, batch_size=2), before, rtol=1e-4, atol=1e-5)
 
 
-def test_image_reward(image_reward_module, tmp_path):
-    import copy
+def seeded(make):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make()
 
+
+def test_image_reward(image_reward_module, tmp_path):
     check_one_update(
         lambda: ImageRewardModel("image_reward", copy.deepcopy(image_reward_module), device="cpu"), tmp_path / "run"
     )
 
 
 def test_open_clip(tmp_path):
-    import open_clip
-    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-
     tokenizer = open_clip.get_tokenizer("ViT-H-14")
+    vision = open_clip.model.CLIPVisionCfg(image_size=224, layers=2, width=32, head_width=16, patch_size=32)
+    text = open_clip.model.CLIPTextCfg(width=32, heads=2, layers=1)
 
     def make():
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            module = CLIP(
-                16,
-                CLIPVisionCfg(image_size=224, layers=2, width=32, head_width=16, patch_size=32),
-                CLIPTextCfg(width=32, heads=2, layers=1),
-            )
+        module = seeded(lambda: open_clip.model.CLIP(16, vision, text))
         return OpenClipReward("hpsv2", module, tokenizer, device="cpu")
 
     check_one_update(make, tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_clip_h(tmp_path):
+def test_clip_h(clip, tmp_path):
     """The model class and size of PickScore."""
-    from transformers import CLIPConfig, CLIPModel
-
-    folder = save_clip(tmp_path / "tiny-clip")
-    tokenizer = load_reward(folder, device="cpu").tokenizer
+    tokenizer = load_reward(clip, device="cpu").tokenizer
     vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
               "patch_size": 14, "image_size": 224, "projection_dim": 1024}  # fmt: skip
     text = {"vocab_size": len(tokenizer) + len(WORDS), "hidden_size": 64, "num_hidden_layers": 1, "eos_token_id": 1,
@@ -103,9 +101,7 @@ def test_clip_h(tmp_path):
     config = CLIPConfig(vision_config=vision, text_config=text, projection_dim=1024)
 
     def make():
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            module = CLIPModel(config)
+        module = seeded(lambda: CLIPModel(config))
         return ClipReward("pickscore", module, tokenizer, Preprocessing(224, centre="floor"), device="cpu")
 
     check_one_update(make, tmp_path / "run")
@@ -113,14 +109,10 @@ def test_clip_h(tmp_path):
 
 @pytest.mark.slow
 def test_open_clip_h(tmp_path):
-    import open_clip
-
     tokenizer = open_clip.get_tokenizer("ViT-H-14")
 
     def make():
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            module = open_clip.create_model("ViT-H-14", pretrained=None, precision="fp32", device="cpu")
+        module = seeded(lambda: open_clip.create_model("ViT-H-14", pretrained=None, precision="fp32", device="cpu"))
         return OpenClipReward("hpsv2", module, tokenizer, device="cpu")
 
     check_one_update(make, tmp_path / "run")
@@ -128,19 +120,15 @@ def test_open_clip_h(tmp_path):
 
 @pytest.mark.slow
 def test_image_reward_at_real_size(bert_folder, med_config, tmp_path):
-    from ttsnap_lib.rewards.image_reward import build_module
-
     def make():
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            module = build_module(med_config, bert_folder)
+        module = seeded(lambda: build_module(med_config, bert_folder))
         randomize_image_reward(module)
         return ImageRewardModel("image_reward", module, device="cpu")
 
     check_one_update(make, tmp_path / "run")
 
 
-# -- the authors' checkpoints -------------------------------------------------------------------------------------
+# Full checkpoints from elsewhere
 
 
 def write_checkpoints(clip, folder, steps=(14, 3), prefix="", wrap=False):
