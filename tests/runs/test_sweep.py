@@ -232,7 +232,10 @@ def test_a_scheduler_that_is_not_there_is_told(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dask_cluster_survives_the_loss_of_a_worker(straight, tmp_path, cache):
+@pytest.mark.parametrize("lost", ["scheduler", "worker"])
+def test_a_dask_cluster_survives_the_loss_of_a_worker_and_says_that_its_scheduler_is_gone(
+    lost, straight, tmp_path, cache
+):
     (straight / "log").unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     dask = [sys.executable, "-m", "dask"]
@@ -248,8 +251,11 @@ def test_a_dask_cluster_survives_the_loss_of_a_worker(straight, tmp_path, cache)
         sweep = _start(straight / "logs.yaml", "--scheduler", address)
         # A worker dies as soon as one run has ended and another one is at work on it.
         wait_for(lambda: completed(cache) or sweep.poll() is not None)
-        started[1].kill()
+        started[lost == "worker"].kill()
         out, err = sweep.communicate(timeout=400)
+        if lost == "scheduler":
+            assert sweep.returncode == 1 and "the Dask scheduler is gone" in err and "Traceback" not in err, err
+            return
         assert sweep.returncode == 0, err
         assert "4/4 done" in err and "0 failed" in err
     finally:

@@ -264,11 +264,15 @@ def _outcome(future: Future) -> tuple[str, str] | None:
     """Return the failure of a run that Dask has ended, or None when it is good."""
     from distributed import KilledWorker
 
-    if future.status == "finished":
-        return future.result()
-    if future.status != "error":
-        raise RunError("the Dask scheduler is gone. Start it again and run the same sweep: what has finished is kept.")
-    error = future.exception()
+    gone = "the Dask scheduler is gone. Start it again and run the same sweep: what has finished is kept."
+    try:
+        if future.status == "finished":
+            return future.result()
+        if future.status != "error":
+            raise RunError(gone)
+        error = future.exception()
+    except OSError as failure:
+        raise RunError(gone) from failure
     if isinstance(error, KilledWorker):
         return "", f"its worker died {error.allowed_failures + 1} times (killed, or out of memory)"
     return getattr(error, "cell", ""), getattr(error, "last_line", "") or f"{type(error).__name__}: {error}"
@@ -284,6 +288,8 @@ def _client(scheduler: str | None, workers: int, most: int, retries: int) -> Ite
     from distributed import Client, LocalCluster
 
     if scheduler is not None:
+        for name in ("distributed.client", "distributed.utils"):  # a lost scheduler is told in one line
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         where = {"scheduler_file": scheduler} if scheduler.endswith(".json") else {"address": scheduler}
         try:
             client = Client(**where, set_as_default=False)
@@ -306,7 +312,7 @@ def _client(scheduler: str | None, workers: int, most: int, retries: int) -> Ite
             n_workers=min(workers, most),
             threads_per_worker=1,
             memory_limit=None,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
             env={name: os.environ.get(name, share) for name in _THREAD_VARIABLES},
         ) as cluster,
