@@ -236,6 +236,7 @@ def test_elsewhere(kind, folder):
             check_outputs(run_all(page))
         page.wait_for_selector(".ttsnap-numbers", timeout=240_000)
         settle(page)
+        assert "Saved" not in page.locator(".widget-vbox").first.inner_text()  # nothing unasked: somebody looks on
         before = numbers(page)
         press(page, "step 1", "ArrowRight")
         page.wait_for_function("(text) => document.querySelector('.ttsnap-numbers').innerText !== text", arg=before)

@@ -10,11 +10,11 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
 import shlex
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import ipywidgets as ipw
+from IPython import get_ipython
 
 from ttsnap_lib.checks import choice, real
 from ttsnap_lib.costs import PRESETS, CostModel
@@ -47,7 +48,6 @@ _COMBINE = {"sum of ranks": "rank_sum", "mean of z-scores": "z_score"}
 _SEARCH = "command that runs it"
 _COPY_FORMATS = (_SEARCH, "schedule YAML", "papermill parameters", "command line")
 _GIVEN = "given"  # a tensor or a cost in memory
-_KEPT_POOLS = 3
 _OFFERED = 50  # tensors of the data cache in the list, at most
 _TOGETHER_S, _REST_S = 0.01, 0.15  # moves that come within the first are drawn together; a rest
 _AT_ONCE = 4  # numbers of candidates pruned before a move that has come in is looked at
@@ -99,8 +99,7 @@ def nobody_watches(run: Run) -> bool:
     """Tell whether a notebook runs without a front end: ``ttsnap run``, or papermill and others built on nbclient."""
     if run.headless:
         return True
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    request = getattr(shell, "parent_header", None) or {}  # the message that asked for this cell
+    request = getattr(get_ipython(), "parent_header", None) or {}  # the message that asked for this cell
     # Front ends can ask a person for input. Voila's executor cannot, and yet has somebody to look on.
     asks = request.get("content", {}).get("allow_stdin", True)
     return not asks and not os.environ.get("SERVER_SOFTWARE", "").startswith("voila")
@@ -182,12 +181,11 @@ class Explorer(ipw.VBox):
         self._stop = threading.Event()
         self.thread: threading.Thread | None = None
 
-        self.pool: Pool | None = None
-        self._pools: dict[str, Pool] = {}
         name = str(tensor) if isinstance(tensor, str | Path) else _GIVEN
-        self._given = {} if isinstance(tensor, str | Path) else {_GIVEN: tensor}
         given_cost = _GIVEN if isinstance(cost, CostModel) else str(cost)
+        self._given = tensor
         self._costs = {given_cost: cost if isinstance(cost, CostModel) else CostModel.load(cost), **PRESETS}
+        self.pool: Pool | None = None
 
         self.controls = controls = Controls(self.changed)
         with controls.quiet():
@@ -230,10 +228,10 @@ class Explorer(ipw.VBox):
             button.on_click(lambda button, action=action: action())
         controls.tensor.observe(self._tensor_chosen, names="value")
         controls.cost.observe(self._cost_chosen, names="value")
-        controls.tensor_path.observe(lambda change: self._add(controls.tensor_path, controls.tensor, open_rewards),
-                                     names="value")  # fmt: skip
-        controls.cost_path.observe(lambda change: self._add(controls.cost_path, controls.cost, self._load_cost),
-                                   names="value")  # fmt: skip
+        typed = functools.partial(self._typed, controls.tensor, open_rewards)
+        controls.tensor_path.observe(typed, names="value")
+        typed = functools.partial(self._typed, controls.cost, self._load_cost)
+        controls.cost_path.observe(typed, names="value")
 
     # From a change to the screen
 
@@ -246,18 +244,23 @@ class Explorer(ipw.VBox):
     def finish(self) -> None:
         """Do all iterations now."""
         if self.result is not None and not self.result.complete:
-            self._show(None)
+            with self._errors_said(of_state=True):
+                self._show(None)
 
     def say(self, text: str) -> None:
         """Show a plain message in place of a result."""
         self.message.value = message_html(text)
 
     @contextlib.contextmanager
-    def _errors_said(self) -> Iterator[None]:
+    def _errors_said(self, *, of_state: bool = False) -> Iterator[None]:
+        """Say errors in place; a state that cannot run leaves no result, and the old picture pale."""
         try:
             yield
         except TTSnapError as error:
             self.say(str(error))
+            if of_state:
+                self.image.add_class("ttsnap-stale")
+                self.numbers.value, self.result = "", None
 
     def read(self) -> State:
         """Return the state that the controls stand for."""
@@ -285,28 +288,23 @@ class Explorer(ipw.VBox):
 
     def _preview(self) -> None:
         self._moved = False
-        try:
+        with self._errors_said(of_state=True):
             pool, self.state = self._opened(), self.read()
             self._show(pool.preview(len(self.state.rewards) or 1) if lacking(self.state, pool) else None)
-        except TTSnapError as error:
-            self.say(str(error))
-            self.image.add_class("ttsnap-stale")
-            self.numbers.value = ""
-            self.result = None
-            return
         if self.result is not None and not self.result.complete:
             self._after(_REST_S, self._complete)
 
     def _complete(self) -> None:
         """Prune what is missing part by part, so that a move which comes in meanwhile need not wait for all of it."""
-        state, pool = cast("State", self.state), self._opened()
-        missing = lacking(state, pool)
-        if not missing:
-            self._show(None)
-            return
-        job = missing[0][0]
-        pool.per_prompt(job, [n for other, n in missing if other == job][:_AT_ONCE], pool.iterations)
-        self._after(0.001, self._complete)
+        with self._errors_said(of_state=True):
+            state, pool = cast("State", self.state), self._opened()
+            missing = lacking(state, pool)
+            if not missing:
+                self._show(None)
+                return
+            job = missing[0][0]
+            pool.per_prompt(job, [n for other, n in missing if other == job][:_AT_ONCE], pool.iterations)
+            self._after(0.001, self._complete)
 
     def _show(self, iterations: int | None) -> None:
         self.result = compute(cast("State", self.state), self._opened(), iterations)
@@ -326,11 +324,9 @@ class Explorer(ipw.VBox):
     # Tensors and costs behind the choosers
 
     def _open(self, name: str) -> Pool:
-        """Open a tensor, keep the last few, and offer its rewards and steps."""
-        pool = self._pools.pop(name, None) or Pool(self._given.get(name) or open_rewards(name), **self._fixed)
-        self._pools[name] = self.pool = pool
-        for oldest in list(self._pools)[:-_KEPT_POOLS]:
-            del self._pools[oldest]
+        """Open a tensor and offer its rewards and steps."""
+        dataset = cast("xr.Dataset", self._given) if name == _GIVEN else open_rewards(name)
+        self.pool = pool = Pool(dataset, **self._fixed)
         self.controls.offer(pool.names, pool.steps[:-1])
         return pool
 
@@ -358,8 +354,9 @@ class Explorer(ipw.VBox):
     def _load_cost(self, name: str) -> None:
         self._costs[name] = CostModel.load(name)
 
-    def _add(self, field: ipw.Text, chooser: ipw.Dropdown, load: Callable[[str], Any]) -> None:
+    def _typed(self, chooser: ipw.Dropdown, load: Callable[[str], Any], change: Any) -> None:
         """Add a path that was typed to a chooser, if it opens."""
+        field = change["owner"]
         name = field.value.strip()
         if name:
             with self._errors_said():

@@ -109,6 +109,12 @@ class Panels:
         self._context: tuple = ()
         self._forget()
 
+    def _forget(self) -> None:
+        self._background: Any = None  # the picture of what stays
+        self._moving: list[tuple[Axes, Any]] = []
+        self._fitted: set[str] = set()  # panels whose limits are ours
+        self._stale: set[str] = set()
+
     def update(self, result: Result) -> None:
         """Move the artists to `result`; axes, ticks and labels are made anew only where they have to change."""
         state = result.state
@@ -149,12 +155,6 @@ class Panels:
         file = io.BytesIO()
         Image.fromarray(picture).convert("RGB").save(file, "PNG", compress_level=3)  # 1 takes longer
         return file.getvalue()
-
-    def _forget(self) -> None:
-        self._background: Any = None  # the picture of what stays
-        self._moving: list[tuple[Axes, Any]] = []
-        self._fitted: set[str] = set()  # panels whose limits are ours
-        self._stale: set[str] = set()
 
     # The parts that stay, and artists that move for the others
 
