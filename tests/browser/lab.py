@@ -26,11 +26,6 @@ from typing import Any
 
 import pytest
 
-__all__ = [
-    "ARTIFACTS", "ROOT", "Site", "browser", "check_outputs", "chromium", "copy_notebook", "keep_pages", "run_all", "serve",
-    "shut_down",
-]  # fmt: skip
-
 ROOT = Path(__file__).resolve().parents[2]
 ARTIFACTS = ROOT / "test-artifacts"
 """Screenshots are kept here; git ignores it."""
