@@ -223,6 +223,7 @@ def test_an_interrupted_sweep_is_taken_up_and_gives_the_same_table(how, straight
 
 def test_a_scheduler_that_is_not_there_is_told(tmp_path):
     import dask
+    import distributed  # noqa: F401 - its defaults have to be there before one of them is changed
 
     with (
         dask.config.set({"distributed.comm.timeouts.connect": "2s"}),
