@@ -27,12 +27,18 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils import logging as diffusers_logging
+from packaging.version import Version
 
 from ttsnap_lib.checks import as_device, choice
 from ttsnap_lib.diffusion.families import ADAPTERS, adapter_of
 from ttsnap_lib.diffusion.schedulers import schedulable
 from ttsnap_lib.errors import ConfigError, DeviceError, PipelineError
 from ttsnap_lib.files import as_path, failures_as
+from ttsnap_lib.style import quiet_loading
+
+# The old name of the argument draws a warning since diffusers 0.42.
+_DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+
 
 _OWN_ENTRY = re.compile(r"\{'block_out_channels': [\[(][^\])]*[\])]\} were passed to AutoencoderTiny")
 
@@ -193,7 +199,8 @@ def load_pipeline(
     if is_folder:  # nothing is fetched: a bar would only be in the way
         diffusers_logging.disable_progress_bar()
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=number, variant=variant, **options)
+        with quiet_loading() if is_folder else contextlib.nullcontext():
+            pipeline = DiffusionPipeline.from_pretrained(source, variant=variant, **{_DTYPE: number}, **options)
     except Exception as error:  # many libraries below, each with its own errors
         raise explain(source, is_folder, error) from error
     finally:
@@ -362,7 +369,7 @@ def load_decoder(source: Any, pipeline: Any) -> Any:
             f"tiny decoder cannot be loaded: got {source}, expected a folder or hub id of an AutoencoderTiny. "
             "pocket-tiny for the pocket models, madebyollin/taef1 for FLUX, madebyollin/taesdxl for SDXL."
         ), _without_false_alarm():  # fmt: skip
-            decoder = AutoencoderTiny.from_pretrained(place, torch_dtype=pipeline.vae.dtype)
+            decoder = AutoencoderTiny.from_pretrained(place).to(pipeline.vae.dtype)
         decoder = decoder.to(pipeline._execution_device).eval()
     channels = [getattr(getattr(one, "config", None), "latent_channels", None) for one in (decoder, pipeline.vae)]
     if channels[0] != channels[1]:
