@@ -26,10 +26,9 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizerFast,
+    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
-    T5TokenizerFast,
 )
 
 from ttsnap_lib.pocket.training.tokens import as_clip, as_t5
@@ -55,11 +54,11 @@ def _letters(template: str) -> Tokenizer:
     return tokenizer
 
 
-def clip_tokenizer() -> CLIPTokenizerFast:
+def clip_tokenizer() -> PreTrainedTokenizerFast:
     return as_clip(_letters("<s> $A </s>"), TOKENS)
 
 
-def t5_tokenizer() -> T5TokenizerFast:
+def t5_tokenizer() -> PreTrainedTokenizerFast:
     return as_t5(_letters("$A </s>"), TOKENS)
 
 

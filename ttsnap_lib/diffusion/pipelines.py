@@ -100,7 +100,8 @@ def explain(source: str, is_folder: bool, error: Exception) -> PipelineError:
         "ConnectionError",
         "ConnectTimeout",
         "Timeout",
-        "HTTPError",
+        "HTTPError",  # the hub's own errors, of requests below 1.0 and of httpx from there on
+        "TransportError",
     }
     if offline & names or "connect" in text.lower() or "offline" in text.lower():
         return PipelineError(
@@ -369,7 +370,7 @@ def load_decoder(source: Any, pipeline: Any) -> Any:
             f"tiny decoder cannot be loaded: got {source}, expected a folder or hub id of an AutoencoderTiny. "
             "pocket-tiny for the pocket models, madebyollin/taef1 for FLUX, madebyollin/taesdxl for SDXL."
         ), _without_false_alarm():  # fmt: skip
-            decoder = AutoencoderTiny.from_pretrained(place).to(pipeline.vae.dtype)
+            decoder = AutoencoderTiny.from_pretrained(place, **{_DTYPE: pipeline.vae.dtype})
         decoder = decoder.to(pipeline._execution_device).eval()
     channels = [getattr(getattr(one, "config", None), "latent_channels", None) for one in (decoder, pipeline.vae)]
     if channels[0] != channels[1]:
