@@ -39,18 +39,17 @@ def _randomize(module: torch.nn.Module) -> None:
             parameter.data = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
 
 
-@pytest.fixture(scope="module")
-def small_vision():
+@pytest.fixture
+def small_vision(monkeypatch):
     """Let ImageReward be built with a vision transformer of two layers."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_reward, "_VISION", SMALL_VISION)
-        yield
+    monkeypatch.setattr(image_reward, "_VISION", SMALL_VISION)
 
 
 @pytest.fixture(scope="module")
-def small(bert_folder, med_config, small_vision):
+def small(bert_folder, med_config):
     """Return ImageReward with small towers."""
-    with torch.random.fork_rng():
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        patch.setattr(image_reward, "_VISION", SMALL_VISION)
         torch.manual_seed(0)
         module = build_module(med_config, bert_folder)
     _randomize(module)
@@ -64,7 +63,7 @@ def _as_package(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {package_name(key): value for key, value in state.items()} | extra | constant
 
 
-def test_gives_the_numbers_of_the_package(small, bert_folder, med_config, tmp_path):
+def test_gives_the_numbers_of_the_package(small, small_vision, bert_folder, med_config, tmp_path):
     names = {package_name(name): tuple(value.shape) for name, value in small.state_dict().items()}
     torch.save(_as_package(random_state(names)), tmp_path / "ImageReward.pt")
     given = {"weights": tmp_path / "ImageReward.pt", "med_config": med_config, "tokenizer": bert_folder}
@@ -123,7 +122,9 @@ def test_forward_trains(small, images):
 
 @pytest.mark.parametrize("where", ["folder", "working directory"])
 @pytest.mark.parametrize("naming", ["today's", "the package's"])
-def test_loads_the_checkpoint_format(small, bert_folder, med_config, tmp_path, monkeypatch, where, naming):
+def test_loads_the_checkpoint_format(
+    small, small_vision, bert_folder, med_config, tmp_path, monkeypatch, where, naming
+):
     """`load_reward` end to end with local files."""
     options = {"tokenizer": bert_folder}
     if where == "working directory":  # where the package itself looks for `bert-base-uncased`
@@ -138,7 +139,7 @@ def test_loads_the_checkpoint_format(small, bert_folder, med_config, tmp_path, m
         assert torch.equal(value, state[key]), key
 
 
-def test_weights_that_do_not_fit(small, bert_folder, med_config, tmp_path):
+def test_weights_that_do_not_fit(small, small_vision, bert_folder, med_config, tmp_path):
     given = {"weights": tmp_path / "ImageReward.pt", "med_config": med_config, "tokenizer": bert_folder}
     whole = _as_package(small.state_dict())
 
@@ -159,7 +160,7 @@ def test_weights_that_do_not_fit(small, bert_folder, med_config, tmp_path):
         load_reward("image_reward", device="cpu", **given)
 
 
-def test_missing_files(tmp_path, bert_folder, med_config):
+def test_missing_files(small_vision, tmp_path, bert_folder, med_config):
     with pytest.raises(RewardError, match="weights file"):
         load_reward("image_reward", weights=tmp_path / "no.pt", med_config=med_config)
     with pytest.raises(RewardError, match="med_config"):

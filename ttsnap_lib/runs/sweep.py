@@ -881,6 +881,8 @@ def run_sweep(
     DiskError
         Another process is at the same sweep.
     """
+    import nbformat  # noqa: F401 - without the extra "notebooks" every worker would die of it, three times each run
+
     if isinstance(grid, str | Path):
         grid = load_grid(grid)
     elif not isinstance(grid, GridSpec):
