@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,7 +185,8 @@ class Weights:
             lora_dropout=self.config.lora_dropout,
             target_modules=targets,
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft reads a property that transformers 5 renamed
             torch.manual_seed(self.config.seed)
             try:
                 self._peft = get_peft_model(self.module, about)

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -391,7 +392,9 @@ class StepSeries:
                     "model it was trained on, or train it again.",
                 ),
                 _adapter_of_today(path, layers) as place,
+                warnings.catch_warnings(),
             ):
+                warnings.simplefilter("ignore", FutureWarning)  # peft reads a property that transformers 5 renamed
                 if self._peft is None:
                     self._peft = PeftModel.from_pretrained(self._module, str(place), adapter_name=name)
                 else:

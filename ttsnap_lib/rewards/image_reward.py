@@ -69,6 +69,8 @@ class BlipScorer(torch.nn.Module):
         What the package standardizes its scores with.
     """
 
+    blip: Any
+    mlp: Any
     mean = 0.16717362830052426
     std = 1.0333394966054072
 
