@@ -109,22 +109,16 @@ def med_config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def image_reward_module(bert_folder, med_config):
-    """Return the package's class with its own vision transformer at a small width and depth."""
-    pytest.importorskip("ImageReward.ImageReward")
+    """ImageReward with small towers, its weights made to react."""
     import torch
-    from ImageReward.models.BLIP import blip_pretrain
-    from ImageReward.models.BLIP.vit import VisionTransformer
 
+    from tests.parity.image_reward import SMALL_VISION
     from tests.worlds import randomize_image_reward
-    from ttsnap_lib.rewards.image_reward import build_module
-
-    def create_vit(vit, image_size, *others):
-        width = 48
-        return VisionTransformer(img_size=image_size, patch_size=56, embed_dim=width, depth=2, num_heads=4), width
+    from ttsnap_lib.rewards import image_reward
 
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        patch.setattr(image_reward, "_VISION", SMALL_VISION)
         torch.manual_seed(0)
-        patch.setattr(blip_pretrain, "create_vit", create_vit)  # the package knows "base" and "large" only
-        module = build_module(med_config, bert_folder)
+        module = image_reward.build_module(med_config, bert_folder)
     randomize_image_reward(module)
     return module

@@ -12,13 +12,29 @@ from packaging.specifiers import SpecifierSet
 from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DECLARED = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
-PINS = {
-    requirement.name.lower().replace("_", "-"): requirement
-    for line in (ROOT / "constraints.txt").read_text().splitlines()
-    if line and not line.startswith("#")
-    for requirement in [Requirement(line)]
-}
+EXTRAS = PROJECT["optional-dependencies"]
+OURS = Requirement(EXTRAS["dev"][0])  # the other extras, by name
+DECLARED = [
+    Requirement(text)
+    for part in (PROJECT["dependencies"], EXTRAS["dev"][1:], *(EXTRAS[extra] for extra in sorted(OURS.extras)))
+    for text in part
+]
+HEAVY = ("torch", "diffusers", "transformers", "jupyterlab", "papermill", "dask", "distributed")
+# What the project's description names; image-reward is told in a comment, with the reason.
+NAMED = {"jupyterlab", "papermill", "torch", "diffusers", "transformers", "peft", "numpy", "pandas", "seaborn"}
+NAMED |= {"ipywidgets"}
+
+
+def _pins(lines):
+    found = {}
+    for line in lines:
+        if line and not line.startswith(("#", "-")):
+            requirement = Requirement(line)
+            found[requirement.name.lower().replace("_", "-")] = requirement
+    return found
+
+
+PINS = _pins((ROOT / "constraints.txt").read_text().splitlines())
 
 
 @pytest.mark.parametrize("requirement", DECLARED, ids=str)
@@ -30,12 +46,42 @@ def test_every_requirement_has_an_exact_pin_that_fits(requirement):
     assert importlib.metadata.version(requirement.name).split("+")[0] == version
 
 
+def test_all_but_the_parity_environment_is_in_dev():
+    assert OURS.name == PROJECT["name"]
+    assert OURS.extras == EXTRAS.keys() - {"dev", "image-reward"}
+
+
+def test_the_core_is_light():
+    core = {Requirement(text).name for text in PROJECT["dependencies"]}
+    assert not core & {*HEAVY, *(Requirement(text).name for extra in OURS.extras for text in EXTRAS[extra])}
+
+
+def test_no_pin_shuts_users_out():
+    bounded = [str(r) for r in DECLARED if any(part.operator not in (">=", "!=") for part in r.specifier)]
+    assert not bounded
+    for classifier in PROJECT["classifiers"]:
+        assert SpecifierSet(PROJECT["requires-python"]).contains(classifier.rpartition(" ")[2])
+
+
 def test_conda_takes_the_same_python_and_the_same_pins():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    text = (ROOT / "environment.yml").read_text()
+    environment = yaml.safe_load(text)
     python = next(d for d in environment["dependencies"] if isinstance(d, str) and d.startswith("python"))
     assert SpecifierSet(PROJECT["requires-python"]).contains(python.partition("=")[2] + ".7")
     pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
-    assert pip == ["-c constraints.txt", "-e .[dev]"]
+    assert pip[:2] == ["-c constraints.txt", "-e .[dev]"]
+    named = _pins(pip)
+    assert named.keys() == NAMED and "# image-reward" in text
+    assert all(str(named[name].specifier) == str(PINS[name].specifier) for name in named)
+
+
+def test_the_oldest_environment_is_as_old_as_allowed():
+    oldest = _pins((ROOT / "tests" / "oldest.txt").read_text().splitlines())
+    for requirement in DECLARED:
+        for bound in requirement.specifier:
+            if bound.operator == ">=":
+                pin = str(oldest[requirement.name].specifier)
+                assert re.fullmatch(rf"=={re.escape(bound.version)}(\.0)*", pin), requirement
 
 
 def test_torch_and_torchvision_are_a_matching_pair():
@@ -48,7 +94,6 @@ def test_torch_and_torchvision_are_a_matching_pair():
 def test_the_named_stack_imports_together():
     import accelerate
     import diffusers
-    import ImageReward
     import ipywidgets
     import jupyterlab
     import open_clip
@@ -57,17 +102,6 @@ def test_the_named_stack_imports_together():
     import seaborn
     import transformers
 
-    modules = (
-        accelerate,
-        diffusers,
-        ImageReward,
-        ipywidgets,
-        jupyterlab,
-        open_clip,
-        papermill,
-        peft,
-        seaborn,
-        transformers,
-    )
+    modules = (accelerate, diffusers, ipywidgets, jupyterlab, open_clip, papermill, peft, seaborn, transformers)
     assert all(module.__name__ for module in modules)
-    assert hasattr(diffusers.FluxPipeline, "from_pretrained") and hasattr(ImageReward, "load")
+    assert hasattr(diffusers.FluxPipeline, "from_pretrained")

@@ -96,6 +96,20 @@ def make_images(n: int, width: int = 40, height: int = 30, seed: int = 0) -> lis
     return images
 
 
+def embedding(found):
+    """Return the embedding of ``CLIPModel.get_image_features``: an object holds it since transformers 5."""
+    return getattr(found, "pooler_output", found)
+
+
+def pillow_processor():
+    """Return the CLIPImageProcessor that resizes with Pillow: transformers 5 gives that name to torchvision's."""
+    try:
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    except ModuleNotFoundError:
+        from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+    return CLIPImageProcessorPil
+
+
 def as_tensor(images: list[Image.Image]) -> torch.Tensor:
     """Return images as floats (n, 3, H, W) in [0, 1]."""
     return torch.from_numpy(np.stack([np.array(image) for image in images])).permute(0, 3, 1, 2).float() / 255

@@ -41,7 +41,15 @@ __all__ = list(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    try:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        from ttsnap_lib.errors import missing_extra
+
+        ours = missing_extra(error)
+        if ours is None:
+            raise
+        raise ours from error
     globals()[name] = value  # the next use does not come here
     return value
 

@@ -13,7 +13,7 @@ import sys
 
 from ttsnap_lib import __version__
 from ttsnap_lib.commands import COMMANDS
-from ttsnap_lib.errors import TTSnapError
+from ttsnap_lib.errors import TTSnapError, missing_extra
 from ttsnap_lib.files import disk_error
 from ttsnap_lib.style import close_bars
 
@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except Exception as error:
         # A disk that fills up or refuses may be met by a library, far from where we write.
-        ours = error if isinstance(error, TTSnapError) else disk_error(error, _file_of(error), "open or write")
+        ours: Exception | None = error if isinstance(error, TTSnapError) else missing_extra(error)
+        ours = ours or disk_error(error, _file_of(error), "open or write")
         close_bars()
         if ours is None or given.traceback:
             raise

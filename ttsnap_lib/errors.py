@@ -100,3 +100,35 @@ class DiskError(TTSnapError, OSError):
     """Not enough disk, or a folder that cannot be written."""
 
     __str__ = Exception.__str__  # OSError's own __str__ prefers errno, which is not set here
+
+
+class MissingExtraError(TTSnapError, ImportError):
+    """A package that an extra of the installation brings is not there."""
+
+
+_EXTRAS = {
+    "models": (
+        "accelerate", "diffusers", "huggingface_hub", "open_clip", "peft", "safetensors", "sentencepiece", "tokenizers",
+        "torch", "torchvision", "transformers",
+    ),
+    "notebooks": (
+        "IPython", "ipykernel", "ipywidgets", "jupyter_client", "jupyterlab", "nbclient", "nbconvert", "nbformat",
+        "papermill", "traitlets",
+    ),
+    "sweeps": ("dask", "distributed"),
+}  # fmt: skip
+
+
+def missing_extra(failure: BaseException) -> MissingExtraError | None:
+    """Return the error that says what to install when an import failed for want of an extra, else None."""
+    link: BaseException | None = failure
+    while link is not None:
+        package = str(getattr(link, "name", None) or "").partition(".")[0]
+        for extra, packages in _EXTRAS.items():
+            if isinstance(link, ModuleNotFoundError) and package in packages:
+                return MissingExtraError(
+                    f"this needs {package}, which is not installed: got an installation without the extra {extra!r}, "
+                    f"expected one with it. Run `pip install 'ttsnap[{extra}]'`."
+                )
+        link = link.__cause__ or link.__context__
+    return None

@@ -20,7 +20,7 @@ from ttsnap_lib.files import repository_root
 
 _PACKAGES = (
     "ttsnap", "numpy", "scipy", "pandas", "xarray", "zarr", "numba", "torch", "torchvision", "diffusers",
-    "transformers", "accelerate", "peft", "image-reward", "open_clip_torch", "matplotlib", "seaborn", "papermill",
+    "transformers", "accelerate", "peft", "open_clip_torch", "matplotlib", "seaborn", "papermill",
     "ipykernel", "dask", "distributed",
 )  # fmt: skip
 _WHOLE_BYTES = 256 * 2**20  # above this, a folder is known by names, sizes and times instead of its content

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -80,6 +81,20 @@ def progress_bar(what: str = "images", *, quiet: bool = False) -> Callable[[int,
             bar = None
 
     return show
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without the bars that transformers 5 draws while it reads a model from disk; nothing is fetched there."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def close_bars() -> None:

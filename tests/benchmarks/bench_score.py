@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from tests.benchmarks.rows import Row, interleaved, ratio
+from tests.worlds import embedding
 from ttsnap_lib.rewards.base import Reward
 from ttsnap_lib.rewards.loading import load_reward
 
@@ -45,8 +46,8 @@ def pocket_rows(n: int = 128, repeats: int = 5) -> list[Row]:
         for image in images:
             pixels = processor(images=image, return_tensors="pt").to(reward.device)
             text = processor(text=PROMPT, max_length=reward.max_length, **options).to(reward.device)
-            seen = torch.nn.functional.normalize(model.get_image_features(**pixels), dim=-1)
-            read = torch.nn.functional.normalize(model.get_text_features(**text), dim=-1)
+            seen = torch.nn.functional.normalize(embedding(model.get_image_features(**pixels)), dim=-1)
+            read = torch.nn.functional.normalize(embedding(model.get_text_features(**text)), dim=-1)
             scores.append((model.logit_scale.exp() * (read @ seen.T)[0]).item())
         return scores
 
@@ -87,7 +88,7 @@ def real_rows(reward: Reward, single, label: str, n: int = 8, repeats: int = 3) 
 
 
 def image_reward_rows() -> list[Row]:
-    """Return the rows of ImageReward's own class at real size (small text tower, random weights)."""
+    """Return the rows of ImageReward at real size (small text tower, random weights)."""
     from transformers import BertTokenizer
 
     from ttsnap_lib.rewards.image_reward import ImageRewardModel, build_module
@@ -104,7 +105,11 @@ def image_reward_rows() -> list[Row]:
         BertTokenizer(str(root / "vocab.txt")).save_pretrained(root)
         module = build_module(root / "med_config.json", root)
     reward = ImageRewardModel("image_reward", module)
-    single = torch.no_grad()(lambda image: module.score(PROMPT, image))
+
+    @torch.no_grad()
+    def single(image: Image.Image) -> float:  # image and prompt through the model, as the package's score does
+        return reward.forward(reward.preprocess([image]), [PROMPT]).item()
+
     return real_rows(reward, single, "ImageReward (real size)")
 
 

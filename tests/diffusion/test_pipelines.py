@@ -7,6 +7,7 @@ import logging
 import shutil
 from types import SimpleNamespace
 
+import httpx
 import pytest
 import requests
 import torch
@@ -152,20 +153,25 @@ def test_broken_folders(folders, tmp_path):
 # The hub, up to the network call
 
 
-def response(status: int) -> requests.Response:
-    made = requests.Response()
-    made.status_code, made.request = status, requests.Request("GET", "https://huggingface.co/owner/name").prepare()
-    return made
+def response(status: int):
+    """Return an answer of the hub, of the library that it is asked with: httpx, requests before huggingface-hub 1.0."""
+    url = "https://huggingface.co/owner/name"
+    if issubclass(hub.HfHubHTTPError, requests.HTTPError):
+        made = requests.Response()
+        made.status_code, made.request = status, requests.Request("GET", url).prepare()
+        return made
+    return httpx.Response(status, request=httpx.Request("GET", url))
 
 
 @pytest.mark.parametrize(
     ("cause", "match"),
     [
-        (lambda: hub.GatedRepoError("403 gated", response(403)), "is gated.*accept the licence.*HF_TOKEN"),
-        (lambda: hub.RepositoryNotFoundError("404", response(404)), "the hub has no .*Did you mean"),
-        (lambda: hub.RevisionNotFoundError("404", response(404)), "not that revision"),
+        (lambda: hub.GatedRepoError("403 gated", response=response(403)), "is gated.*accept the licence.*HF_TOKEN"),
+        (lambda: hub.RepositoryNotFoundError("404", response=response(404)), "the hub has no .*Did you mean"),
+        (lambda: hub.RevisionNotFoundError("404", response=response(404)), "not that revision"),
         (lambda: hub.LocalEntryNotFoundError("no cache"), "cannot be downloaded.*hf download"),
         (lambda: requests.ConnectionError("no route"), "cannot be downloaded.*hf download"),
+        (lambda: httpx.ConnectError("no route"), "cannot be downloaded.*hf download"),
         (lambda: OfflineModeIsEnabled("HF_HUB_OFFLINE"), "cannot be downloaded.*pocket models need no download"),
         (lambda: RuntimeError("surprise"), "cannot be loaded.*RuntimeError: surprise"),
     ],

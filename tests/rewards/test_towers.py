@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from tests.worlds import PROMPTS, as_tensor
+from tests.worlds import PROMPTS, as_tensor, embedding, pillow_processor
 from ttsnap_lib.errors import RewardError
 from ttsnap_lib.rewards.base import TextBatch
 from ttsnap_lib.rewards.loading import load_reward
@@ -17,7 +17,8 @@ from ttsnap_lib.rewards.towers import OpenClipReward
 
 def _model_card(folder, prompts: list[str], images: list[Image.Image]) -> np.ndarray:
     """PickScore's published formula, one image at a time."""
-    model, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
+    model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder).tokenizer
+    processor = CLIPProcessor(pillow_processor().from_pretrained(folder), tokenizer)
     scores = []
     with torch.no_grad():
         for prompt, image in zip(prompts, images, strict=True):
@@ -26,9 +27,9 @@ def _model_card(folder, prompts: list[str], images: list[Image.Image]) -> np.nda
                 text=prompt, padding=True, truncation=True, max_length=model.config.text_config.max_position_embeddings,
                 return_tensors="pt",
             )  # fmt: skip
-            image_embs = model.get_image_features(**pixels)
+            image_embs = embedding(model.get_image_features(**pixels))
             image_embs = image_embs / torch.norm(image_embs, dim=-1, keepdim=True)
-            text_embs = model.get_text_features(**text)
+            text_embs = embedding(model.get_text_features(**text))
             text_embs = text_embs / torch.norm(text_embs, dim=-1, keepdim=True)
             scores.append((model.logit_scale.exp() * (text_embs @ image_embs.T)[0]).item())
     return np.array(scores, np.float32)

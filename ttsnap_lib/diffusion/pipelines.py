@@ -26,6 +26,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils import logging as diffusers_logging
+from packaging.version import Version
 
 from ttsnap_lib.checks import as_device, as_dtype, choice
 from ttsnap_lib.diffusion.families import ADAPTERS, adapter_of
@@ -33,6 +34,10 @@ from ttsnap_lib.diffusion.schedulers import schedulable
 from ttsnap_lib.errors import ConfigError, DeviceError, PipelineError
 from ttsnap_lib.files import as_path, failures_as, reason
 from ttsnap_lib.pocket import POCKET_DEFAULTS, pocket_folder
+from ttsnap_lib.style import quiet_loading
+
+# The old name of the argument draws a warning since diffusers 0.42.
+_DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 
 POCKET_PIPELINES = ("pocket-flux", "pocket-sdxl")
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -52,6 +57,7 @@ _KNOWN_IDS = (  # what a misspelt name is compared with
 _DEFAULT_KEYS = ("guidance", "height", "width", "max_sequence_length")
 _OFFLINE = {
     "LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectTimeout", "Timeout", "HTTPError",
+    "TransportError",  # of the hub since it speaks httpx
 }  # fmt: skip
 
 
@@ -114,7 +120,8 @@ def load_pipeline(
         # The index names the class before any weights are fetched. (A list would name code of the folder: not run.)
         kind = str(DiffusionPipeline.load_config(source, **options).get("_class_name", "pipeline without a class name"))
         if kind in ADAPTERS:
-            pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=number, variant=variant, **options)
+            with quiet_loading() if is_folder else contextlib.nullcontext():
+                pipeline = DiffusionPipeline.from_pretrained(source, variant=variant, **{_DTYPE: number}, **options)
     except Exception as error:  # many libraries below, each with its own errors
         raise _explained(source, is_folder, error) from error
     finally:
@@ -155,7 +162,7 @@ def load_decoder(source: Any, pipeline: Any) -> Any:
             "pocket models, madebyollin/taef1 for FLUX, madebyollin/taesdxl for SDXL."
         )
         with failures_as(PipelineError, message), _without_false_alarm():
-            decoder = diffusers.AutoencoderTiny.from_pretrained(place, torch_dtype=pipeline.vae.dtype)
+            decoder = diffusers.AutoencoderTiny.from_pretrained(place, **{_DTYPE: pipeline.vae.dtype})
         decoder = decoder.to(pipeline._execution_device).eval()
     given, own = (getattr(getattr(one, "config", None), "latent_channels", None) for one in (decoder, pipeline.vae))
     if given != own:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ class Weights:
             lora_alpha=self.config.lora_alpha,  # type: ignore[arg-type]  # any number works
             target_modules=targets,
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft reads a property that transformers 5 renamed
             torch.manual_seed(self.config.seed)
             self._peft = get_peft_model(self.module, about)
         keep_base_exact(self.module)

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ttsnap_lib.errors import CheckpointError, RewardError
-from ttsnap_lib.files import as_path, failures_as, read_json, reason
+from ttsnap_lib.files import as_path, failures_as, read_json, reason, write_json
 
 CURRICULUM = "curriculum.json"
 """What a run folder says about itself: its reward, its steps, how each came out."""
 ADAPTER, FULL = "adapter_model.safetensors", "model.safetensors"
 """The weights in a step's folder: a LoRA adapter, or the model's own."""
+# The image-reward package names its vision transformer as timm does; transformers, whose classes we use, otherwise.
+# Pairs of old and new, each read after `blip.visual_encoder`; the text tower has the same names in both.
+_BLIP_NAMES = (
+    (".blocks.", ".encoder.layers."),
+    (".attn.qkv", ".self_attn.qkv"),
+    (".attn.proj", ".self_attn.projection"),
+    (".norm1", ".layer_norm1"),
+    (".norm2", ".layer_norm2"),
+    (".patch_embed.proj", ".embeddings.patch_embedding"),
+    (".cls_token", ".embeddings.class_embedding"),
+    (".pos_embed", ".embeddings.position_embedding"),
+    (".norm", ".post_layernorm"),
+)
+_BLIP_TOWER = "blip.visual_encoder"
+# In the package's files, and read by no score: projections of BLIP's pretraining, and a constant.
+_BLIP_UNUSED = re.compile(r"(.*\.)?blip\.((vision|text)_proj\..*|text_encoder\.embeddings\.position_ids)")
 
 
 class StepSeries:
@@ -91,19 +110,25 @@ class StepSeries:
         from safetensors import safe_open
 
         device = next(self._module.parameters()).device
+        layers = [name for name, _ in self._module.named_modules() if name]
         for step, path in self._folders.items():
             name = f"step_{step}"
             _check_adapter(path)
-            with failures_as(
-                CheckpointError,
-                f"adapter cannot be attached: got {path}, expected a LoRA adapter of this base model. Use the base "
-                "model it was trained on, or train it again.",
+            with (
+                failures_as(
+                    CheckpointError,
+                    f"adapter cannot be attached: got {path}, expected a LoRA adapter of this base model. Use the base "
+                    "model it was trained on, or train it again.",
+                ),
+                _adapter_of_today(path, layers) as place,
+                warnings.catch_warnings(),
             ):
+                warnings.simplefilter("ignore", FutureWarning)  # peft reads a property that transformers 5 renamed
                 if self._peft is None:
-                    self._peft = PeftModel.from_pretrained(self._module, str(path), adapter_name=name)
+                    self._peft = PeftModel.from_pretrained(self._module, str(place), adapter_name=name)
                 else:
-                    self._peft.load_adapter(str(path), adapter_name=name, torch_device=str(device))
-                with safe_open(path / ADAPTER, framework="pt") as file:
+                    self._peft.load_adapter(str(place), adapter_name=name, torch_device=str(device))
+                with safe_open(place / ADAPTER, framework="pt") as file:
                     stored = set(file.keys())
             wanted = set(get_peft_model_state_dict(self._peft, adapter_name=name))
             if stored != wanted:
@@ -128,7 +153,7 @@ class StepSeries:
                 f"checkpoint cannot be read: got {path}, expected a whole safetensors file. Train this step again, or "
                 "remove its folder.",
             ):
-                state = load_file(path)
+                state = todays_names(load_file(path))
             bad = [key for key, value in state.items() if key not in own or own[key].shape != value.shape]
             if bad or not state:
                 raise CheckpointError(
@@ -171,6 +196,40 @@ def _check_adapter(folder: Path) -> None:
     for key, values in plain.items():
         if about.get(key) not in values:
             raise CheckpointError(f"{path}: {key}: got {about.get(key)!r}, expected one of {values}. {remedy}")
+
+
+@contextlib.contextmanager
+def _adapter_of_today(folder: Path, layers: list[str]) -> Iterator[Path]:
+    """Give the folder of an adapter; one under the image-reward package's names is rewritten into a folder for now.
+
+    `layers` are the base model's. The configuration tells by a pattern, or by ends of names, which of them have
+    adapters: read with the package's names it gives the layers that the file has to bring.
+    """
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / ADAPTER)
+    renamed = todays_names(state)
+    about = read_json(folder / "adapter_config.json", "adapter configuration", error=CheckpointError, remedy="")
+    targets = about.get("target_modules")
+    now, then = ({layer for layer in layers if _targeted(named(layer), targets)} for named in (str, package_name))
+    # A weight that has its name of today already was not trained on the package's model.
+    new_already = any(package_name(key) != key for key in state)
+    if new_already or (renamed.keys() == state.keys() and now == then):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        if then:
+            about["target_modules"] = sorted(then)
+        write_json(Path(scratch) / "adapter_config.json", about)
+        save_file(renamed, Path(scratch) / ADAPTER, metadata={"format": "pt"})
+        yield Path(scratch)
+
+
+def _targeted(layer: str, targets: Any) -> bool:
+    """Whether peft puts an adapter on a layer: a pattern fits its whole name, or one of a list ends it."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, layer) is not None
+    return any(layer == end or layer.endswith(f".{end}") for end in targets or ())
 
 
 def keep_base_exact(module: torch.nn.Module) -> None:
@@ -255,7 +314,7 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     """Return name -> tensor, on the CPU, of a safetensors file or a `torch.save` file of plain tensors.
 
     A mapping under the key ``state_dict`` (open_clip's checkpoint format) is taken out; leading ``module.`` of a
-    wrapped model is dropped.
+    wrapped model is dropped, and names of the image-reward package become those of today (:func:`todays_names`).
     """
     path = as_path("weights file", path, error=RewardError)
     if not path.is_file():
@@ -281,7 +340,28 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
         raise RewardError(f"weights file: got {path}, expected a mapping from names to tensors. Save a state dict.")
     if state and all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
-    return dict(state)
+    return todays_names(state)
+
+
+def todays_name(name: str) -> str:
+    """Return the name of a layer or a weight in this library; only what the image-reward package names changes."""
+    before, tower, rest = name.partition(_BLIP_TOWER)
+    for old, new in _BLIP_NAMES:
+        rest = rest.replace(old, new)
+    return before + tower + rest
+
+
+def package_name(name: str) -> str:
+    """Return the name that the image-reward package has for a layer or a weight; the inverse of `todays_name`."""
+    before, tower, rest = name.partition(_BLIP_TOWER)
+    for old, new in reversed(_BLIP_NAMES):
+        rest = rest.replace(new, old)
+    return before + tower + rest
+
+
+def todays_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict under the names of today, without what no score reads."""
+    return {todays_name(key): value for key, value in state.items() if not _BLIP_UNUSED.fullmatch(key)}
 
 
 def load_strict(

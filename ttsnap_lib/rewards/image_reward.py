@@ -1,48 +1,112 @@
-"""ImageReward, through the class of the image-reward package."""
+"""ImageReward on the BLIP classes of transformers; files of the image-reward package load as they are."""
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ttsnap_lib.checks import integer
 from ttsnap_lib.errors import RewardError
+from ttsnap_lib.files import failures_as, read_json, reason
 from ttsnap_lib.rewards.base import Reward, TextBatch
 from ttsnap_lib.rewards.checkpoints import fetch, is_local, load_strict, offline_error, read_state
 from ttsnap_lib.rewards.pixels import IMAGE_REWARD_PIXELS
 
 _MAX_TOKENS = 35  # the package truncates prompts here
+
+
 _LORA_TARGETS = (
-    r"blip\.visual_encoder\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
+    r"blip\.visual_encoder\.encoder\.layers\.\d+\.(self_attn\.(qkv|projection)|mlp\.fc[12])"
     r"|blip\.text_encoder\.encoder\.layer\.\d+\.crossattention\.(self\.(query|key|value)|output\.dense)"
 )
-_CONSTANTS = (r"blip\.text_encoder\.embeddings\.position_ids",)  # versions of transformers keep it or compute it
-_patching = threading.Lock()
+_VISION = {
+    "patch_size": 16,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
+"""The large vision transformer, the one that ImageReward was trained with."""
+_TEXT = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "initializer_range": 0.02,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
+"""What med_config.json may set, with BERT's defaults, which the package takes for what the file leaves out."""
+
+
+_HEAD_WIDTH = 768
+
+
+class BlipScorer(torch.nn.Module):
+    """ImageReward's network: the text tower looks at the image, and a head of linear layers reads its first token.
+
+    `blip` holds `visual_encoder` and `text_encoder`, `mlp` the `layers` of the head; the package standardizes its scores
+    with `mean` and `std`.
+    """
+
+    blip: Any
+    mlp: Any
+    mean = 0.16717362830052426
+    std = 1.0333394966054072
+
+    def __init__(self, visual_encoder: torch.nn.Module, text_encoder: torch.nn.Module, tokenizer: Any) -> None:
+        super().__init__()
+        self.blip = torch.nn.ModuleDict({"visual_encoder": visual_encoder, "text_encoder": text_encoder})
+        linear, dropout = torch.nn.Linear, torch.nn.Dropout
+        layers = torch.nn.Sequential(
+            linear(_HEAD_WIDTH, 1024), dropout(0.2), linear(1024, 128), dropout(0.2), linear(128, 64), dropout(0.1),
+            linear(64, 16), linear(16, 1),
+        )  # fmt: skip
+        for layer in layers:
+            if isinstance(layer, linear):  # as the package starts its head
+                torch.nn.init.normal_(layer.weight, std=1 / (_HEAD_WIDTH + 1))
+                torch.nn.init.zeros_(layer.bias)
+        self.mlp = torch.nn.ModuleDict({"layers": layers})
+        self.tokenizer = tokenizer
+
+    def forward(self, pixels: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return the raw rewards (n,), float32, of preprocessed images and one prompt each."""
+        image = self.blip.visual_encoder(pixel_values=pixels).last_hidden_state
+        read = self.blip.text_encoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=image,
+            encoder_attention_mask=torch.ones(image.shape[:-1], dtype=torch.long, device=image.device),
+            is_decoder=False,  # no causal mask
+        )
+        return self.mlp.layers(read.last_hidden_state[:, 0, :]).squeeze(-1).float()
 
 
 class ImageRewardModel(Reward):
     """The raw head output of ImageReward, as the published values are, or the package's standardized score.
 
-    `module` is the package's model. `standardize` returns ``(x - mean) / std`` with the package's 0.16717 and 1.03334,
-    as its `score` and `inference_rank` do.
+    `standardize` returns ``(x - mean) / std`` with the package's 0.16717 and 1.03334, as its `score` and
+    `inference_rank` do.
     """
 
-    module: Any
+    module: BlipScorer
 
-    def __init__(self, name: str, module: Any, *, standardize: bool = False, **options: Any) -> None:
+    def __init__(self, name: str, module: BlipScorer, *, standardize: bool = False, **options: Any) -> None:
         super().__init__(name, module, preprocessing=IMAGE_REWARD_PIXELS, default_lora_targets=_LORA_TARGETS, **options)
         self.standardize = bool(standardize)
         module.to(device=self.device, dtype=self.dtype).eval()
-        module.device = self.device  # the package's own entry points read it
 
     def encode_text(self, prompts: Sequence[str]) -> TextBatch:
         """Return ``input_ids`` and ``attention_mask`` (n, 35): the text tower itself looks at the image."""
-        tokens = self.module.blip.tokenizer(
+        tokens = self.module.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
         )
         return TextBatch({key: tokens[key].to(self.device) for key in ("input_ids", "attention_mask")})
@@ -52,15 +116,7 @@ class ImageRewardModel(Reward):
         if not isinstance(text, TextBatch):
             text = self.encode_text(text)
         tokens = text.expand(len(pixels)).tensors
-        image = self.module.blip.visual_encoder(pixels.to(self.dtype))
-        output = self.module.blip.text_encoder(
-            tokens["input_ids"],
-            attention_mask=tokens["attention_mask"],
-            encoder_hidden_states=image,
-            encoder_attention_mask=torch.ones(image.shape[:-1], dtype=torch.long, device=image.device),
-            return_dict=True,
-        )
-        raw = self.module.mlp(output.last_hidden_state[:, 0, :]).squeeze(-1).float()
+        raw = self.module(pixels.to(self.dtype), tokens["input_ids"], tokens["attention_mask"])
         return (raw - self.module.mean) / self.module.std if self.standardize else raw
 
 
@@ -73,64 +129,85 @@ def load_image_reward(
     revision: str | None = None,
     **options: Any,
 ) -> ImageRewardModel:
-    """Load ImageReward: checkpoint and text configuration of `THUDM/ImageReward`, the package's BERT tokenizer."""
+    """Load ImageReward: checkpoint and text configuration of `THUDM/ImageReward`, and BERT's tokenizer."""
     repo = "THUDM/ImageReward"
     weights = Path(weights) if weights is not None else fetch(repo, "ImageReward.pt", revision=revision)
     med_config = Path(med_config) if med_config is not None else fetch(repo, "med_config.json", revision=revision)
     state = read_state(weights)
     module = build_module(med_config, tokenizer)
-    load_strict(module, state, source=str(weights), constants=_CONSTANTS)
+    load_strict(module, state, source=str(weights))
     return ImageRewardModel(name, module, **options)
 
 
-def build_module(med_config: str | Path, tokenizer: str | Path | None = None) -> Any:
-    """Return the package's model with random weights.
+def build_module(med_config: str | Path, tokenizer: str | Path | None = None) -> BlipScorer:
+    """Return the network with random weights; `med_config` is the text tower's configuration, a BERT's."""
+    from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
+    from transformers.models.blip.modeling_blip_text import BlipTextModel  # the package has it, its top does not
 
-    The import takes seconds and pulls in half of the ecosystem, so it happens here and nowhere else.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from ImageReward.ImageReward import ImageReward
-    except ImportError as error:
+    text = _read_med_config(Path(med_config))
+    read = _load_tokenizer("bert-base-uncased" if tokenizer is None else str(tokenizer))
+    if len(read) > text["vocab_size"]:
         raise RewardError(
-            f"the image-reward package cannot be imported ({error}), expected image-reward 1.5. Run `pip install "
-            'image-reward clip-anytorch "transformers<4.56" "setuptools<81"`.'
-        ) from error
-    med_config = Path(med_config)
-    if not med_config.is_file():
-        raise RewardError(f"med_config: got {med_config}, expected an existing JSON file. Download med_config.json.")
-    with _tokenizer_from(tokenizer):
-        try:
-            return ImageReward(device="cpu", med_config=str(med_config))
-        except OSError as error:  # the package asks the hub for its tokenizer
-            if tokenizer is not None and is_local(tokenizer):
-                raise RewardError(
-                    f"tokenizer cannot be loaded: got {tokenizer}, expected a BERT tokenizer folder. Check the path."
-                ) from error
-            raise offline_error(str(tokenizer or "bert-base-uncased"), "tokenizer", error) from error
+            f"tokenizer of ImageReward: got {len(read)} tokens with [DEC] and [ENC], expected at most "
+            f"{text['vocab_size']}, the vocab_size of {med_config}. Use the tokenizer bert-base-uncased."
+        )
+    with failures_as(
+        RewardError,
+        f"med_config {med_config}: no text tower can be built, expected a BERT configuration. Download med_config.json "
+        "of THUDM/ImageReward.",
+    ):
+        # Built as a decoder to have cross-attention; the defaults name tokens that the vocabulary need not have.
+        config = BlipTextConfig(
+            **text,
+            encoder_hidden_size=_VISION["hidden_size"],
+            is_decoder=True,
+            bos_token_id=None,
+            eos_token_id=None,
+            sep_token_id=None,
+        )
+        encoder = BlipTextModel(config, add_pooling_layer=False)
+    seen = BlipVisionConfig(
+        **_VISION,
+        image_size=IMAGE_REWARD_PIXELS.size,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+        initializer_range=0.02,
+    )
+    return BlipScorer(BlipVisionModel(seen), encoder, read)
 
 
-@contextlib.contextmanager
-def _tokenizer_from(folder: str | Path | None) -> Iterator[None]:
-    """Let the package, which knows only `bert-base-uncased`, build its tokenizer from `folder`."""
-    if folder is None:
-        yield
-        return
-    from ImageReward.models.BLIP import blip_pretrain
+def _read_med_config(path: Path) -> dict[str, Any]:
+    remedy = "Download med_config.json of THUDM/ImageReward."
+    if not path.is_file():
+        raise RewardError(f"med_config: got {path}, expected an existing JSON file. {remedy}")
+    given = read_json(path, "med_config", error=RewardError, remedy=remedy)
+    if not given.get("add_cross_attention"):
+        raise RewardError(
+            f"med_config {path}: add_cross_attention: got {given.get('add_cross_attention')!r}, expected true: the "
+            f"text tower looks at the image. {remedy}"
+        )
+    text = {key: given.get(key, default) for key, default in _TEXT.items()}
+    integer(f"med_config {path}: hidden_size", text["hidden_size"], _HEAD_WIDTH, _HEAD_WIDTH, error=RewardError)
+    for key, least in (("vocab_size", 1), ("num_hidden_layers", 1), ("max_position_embeddings", _MAX_TOKENS)):
+        integer(f"med_config {path}: {key}", text[key], least, error=RewardError)
+    return text
+
+
+def _load_tokenizer(source: str) -> Any:
+    """Return a BERT tokenizer with the two tokens that BLIP adds at the end: [DEC], then [ENC]."""
     from transformers import BertTokenizer
 
-    def init_tokenizer() -> Any:  # what the package adds to the plain BERT tokenizer
-        tokenizer = BertTokenizer.from_pretrained(str(folder))
-        tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-        tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
-        tokenizer.enc_token_id = tokenizer.additional_special_tokens_ids[0]
-        return tokenizer
-
-    with _patching:
-        original = blip_pretrain.init_tokenizer
-        blip_pretrain.init_tokenizer = init_tokenizer
-        try:
-            yield
-        finally:
-            blip_pretrain.init_tokenizer = original
+    try:
+        tokenizer = BertTokenizer.from_pretrained(source)
+        if "[CLS]" not in tokenizer.get_vocab() or len(tokenizer) < 6:
+            raise ValueError("no vocabulary")
+    except Exception as error:  # OSError, ValueError, TypeError, JSON errors, all for one bad folder
+        if is_local(source):
+            raise RewardError(
+                f"tokenizer cannot be loaded ({reason(error)}): got {source!r}, expected a folder with the vocab.txt "
+                "of a BERT tokenizer. Check the path."
+            ) from error
+        raise offline_error(source, "tokenizer", error) from error
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_tokens(["[ENC]"], special_tokens=True)
+    return tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ttsnap_lib.files import reason
 from ttsnap_lib.rewards.base import Reward, TextBatch
 from ttsnap_lib.rewards.checkpoints import fetch, is_local, load_strict, offline_error, read_state, refuse_keys
 from ttsnap_lib.rewards.pixels import HPS_PIXELS, Preprocessing, from_clip_processor
+from ttsnap_lib.style import quiet_loading
 
 HPS_FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
 """Checkpoint files of the repository `xswu/HPSv2`."""
@@ -103,11 +105,15 @@ class ClipReward(CosineReward):
         tokens = self.tokenizer(
             prompts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.device)
-        return self.module.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens.get("attention_mask"))
+        found = self.module.get_text_features(
+            input_ids=tokens["input_ids"], attention_mask=tokens.get("attention_mask")
+        )
+        return getattr(found, "pooler_output", found)  # a tensor before transformers 5
 
     def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the image embeddings (n, d)."""
-        return self.module.get_image_features(pixel_values=pixels)
+        found = self.module.get_image_features(pixel_values=pixels)
+        return getattr(found, "pooler_output", found)
 
     def factor(self) -> torch.Tensor | float:
         """Return the logit scale, or the number given instead."""
@@ -164,8 +170,7 @@ def load_clip(
 
     source = str(source)
     if weights is None:
-        load, plain = CLIPModel.from_pretrained, {"output_loading_info": True, "torch_dtype": torch.float32}
-        module, info = _pretrained(load, source, "model", revision, **plain)
+        module, info = _pretrained(CLIPModel.from_pretrained, source, "model", revision, output_loading_info=True)
         refuse_keys(info["missing_keys"], info["unexpected_keys"], source=source, constants=_CLIP_CONSTANTS)
     else:
         module = CLIPModel(_pretrained(CLIPConfig.from_pretrained, source, "config", revision))
@@ -182,7 +187,8 @@ def _pretrained(load: Any, source: str, what: str, revision: str | None, **optio
     """Call a `from_pretrained` and turn its many errors into one that says what to do."""
     local = is_local(source)
     try:
-        return load(source, **({} if local else {"revision": revision or "main"}), **options)
+        with quiet_loading() if local else contextlib.nullcontext():
+            return load(source, **({} if local else {"revision": revision or "main"}), **options)
     except Exception as error:  # OSError, ValueError, JSON and safetensors errors, all for one bad folder
         if local:
             raise RewardError(

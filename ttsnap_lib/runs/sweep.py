@@ -167,6 +167,8 @@ def run_sweep(
     progress : bool
         Show a bar of the runs.
     """
+    import nbformat  # noqa: F401 - without the extra "notebooks" every worker would die of it, three times each run
+
     if isinstance(grid, str | Path):
         grid = load_grid(grid)
     elif not isinstance(grid, GridSpec):

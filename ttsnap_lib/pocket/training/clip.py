@@ -57,9 +57,13 @@ def _pixels(pictures: np.ndarray) -> torch.Tensor:
 
 
 def _embed(clip: CLIPModel, pictures: np.ndarray | None, ids: torch.Tensor | None) -> tuple:
-    seen = None if pictures is None else F.normalize(clip.get_image_features(pixel_values=_pixels(pictures)), dim=-1)
-    read = None if ids is None else F.normalize(clip.get_text_features(input_ids=ids), dim=-1)
-    return seen, read
+    seen = None if pictures is None else clip.get_image_features(pixel_values=_pixels(pictures))
+    read = None if ids is None else clip.get_text_features(input_ids=ids)
+    # An object that holds the embedding since transformers 5.
+    return tuple(
+        found if found is None else F.normalize(getattr(found, "pooler_output", found), dim=-1)
+        for found in (seen, read)
+    )
 
 
 @torch.no_grad()

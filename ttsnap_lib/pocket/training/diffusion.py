@@ -35,7 +35,8 @@ _DROPOUT = 0.1  # of captions, so that classifier-free guidance has an unconditi
 def plain_clip_text(clip: CLIPTextModelWithProjection) -> CLIPTextModel:
     """Return the same text encoder without the projection."""
     plain = make_clip_text()
-    plain.text_model.load_state_dict(clip.text_model.state_dict())
+    # The class itself is the tower since transformers 5.
+    getattr(plain, "text_model", plain).load_state_dict(clip.text_model.state_dict())
     return plain.eval().requires_grad_(False)
 
 

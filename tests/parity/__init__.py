@@ -1,0 +1,1 @@
+"""Comparisons against other packages, each in an environment of its own."""
