@@ -57,16 +57,6 @@ class Simulation:
     budget: float
     spent: float
 
-    def frame(self) -> pd.DataFrame:
-        """Return one row per reward."""
-        import pandas as pd
-
-        shared = {"method": self.method, "budget": self.budget, "n": self.n, "spent": self.spent}
-        return pd.DataFrame(
-            {**shared, "reward": name, "mean": self.mean[r], "low": self.low[r], "high": self.high[r]}
-            for r, name in enumerate(self.rewards)
-        )
-
 
 def simulate(
     dataset: xr.Dataset,
@@ -116,7 +106,7 @@ def simulate(
         dataset, [method], None if budget is None else [budget], cost, schedule, n=None if n is None else [n],
         baseline=False, keep_winners=True, **options,
     )  # fmt: skip
-    low, high = result.interval(result.boot)
+    low, high = percentile_interval(result.boot, result.level)
     return Simulation(
         method=method,
         rewards=result.rewards,
@@ -190,19 +180,15 @@ class Curves:
     level: float
     boot: np.ndarray
 
-    def interval(self, samples: np.ndarray) -> np.ndarray:
-        """Return the percentile interval (low, high) of `samples` (resample, ...)."""
-        return percentile_interval(samples, self.level)
-
     def frame(self) -> pd.DataFrame:
         """Return one row per method, reward and budget; ``gain`` is the paired difference to Best-of-N."""
         import pandas as pd
 
         mean = self.per_prompt.mean(-1)
-        low, high = self.interval(self.boot)
+        low, high = percentile_interval(self.boot, self.level)
         baseline = self.methods.index("best_of_n")
         gain = mean - mean[[baseline]]
-        gain_low, gain_high = self.interval(self.boot - self.boot[:, [baseline]])
+        gain_low, gain_high = percentile_interval(self.boot - self.boot[:, [baseline]], self.level)
         rows = []
         for m, method in enumerate(self.methods):
             for r, reward in enumerate(self.rewards):
@@ -228,7 +214,7 @@ class Curves:
             for r, reward in enumerate(self.rewards):
                 gain = float(relative_gain_of(self.budgets, mean[m, :, r], mean[base, :, r]))
                 samples = relative_gain_of(self.budgets, self.boot[:, m, :, r], self.boot[:, base, :, r], strict=False)
-                low, high = self.interval(samples)
+                low, high = percentile_interval(samples, self.level)
                 rows.append((method, reward, gain, float(low), float(high)))
         return pd.DataFrame(rows, columns=["method", "reward", "relative_gain", "low", "high"])
 
