@@ -162,13 +162,7 @@ def read_values(path: str | Path) -> np.ndarray:
         if not isinstance(row, list) or not row or len(row) != width:  # a file cut off ends in a short row
             images = f"{len(row)} images" if isinstance(row, list) else repr(row)
             raise TensorError(f"{path}: prompt {prompt}: got {images}, expected {width or 'a list of them'}. {remedy}")
-        rows.append(_float32_row(row))
-        if not np.isfinite(rows[-1]).all():
-            image = int(np.argmin(np.isfinite(rows[-1])))
-            raise TensorError(
-                f"{path}: prompt {prompt}, image {image}: got {row[image]!r:.80}, expected a finite number of 32 bits. "
-                f"{remedy}"
-            )
+        rows.append(_float32_row(dict(enumerate(row)), f"{path}: prompt {prompt}, image", remedy))
     return np.stack(rows)
 
 
@@ -240,14 +234,7 @@ def import_ground_truth(path: str | Path) -> xr.DataArray:
     table: dict[int, dict[int, Any]] = {}
     for prompt, images in _indexed(content, "p", f"{path}: prompts", remedy).items():
         row = _indexed(images, "id", f"{path}: p{prompt:04d}", remedy)
-        values = _float32_row(list(row.values()))
-        if not np.isfinite(values).all():
-            image = list(row)[int(np.argmin(np.isfinite(values)))]
-            raise TensorError(
-                f"{path}: p{prompt:04d}, id{image:03d}: got {row[image]!r:.80}, expected a finite number of 32 bits. "
-                f"{remedy}"
-            )
-        table[prompt] = dict(zip(row, values, strict=True))
+        table[prompt] = dict(zip(row, _float32_row(row, f"{path}: p{prompt:04d}, id", remedy), strict=True))
     columns = list(next(iter(table.values())))
     for prompt, row in table.items():
         if list(row) != columns:
@@ -281,13 +268,18 @@ def _prompt_text(prompts: Any, n_prompts: int) -> list[str] | None:
     return texts[:n_prompts]
 
 
-def _float32_row(row: list) -> np.ndarray:
-    """Return numbers as float32; what is none, or beyond its range, is not finite."""
+def _float32_row(row: dict[int, Any], what: str, remedy: str) -> np.ndarray:
+    """Return numbers, by image, as float32; what is none, or beyond its range, is refused."""
     numbers = [
-        value if type(value) is float or (type(value) is int and abs(value) < 2**128) else np.nan for value in row
+        value if type(value) is float or (type(value) is int and abs(value) < 2**128) else np.nan
+        for value in row.values()
     ]
     with np.errstate(over="ignore"):
-        return np.array(numbers, np.float64).astype(np.float32)
+        values = np.array(numbers, np.float64).astype(np.float32)
+    if not np.isfinite(values).all():
+        image = list(row)[int(np.argmin(np.isfinite(values)))]
+        raise TensorError(f"{what} {image}: got {row[image]!r:.80}, expected a finite number of 32 bits. {remedy}")
+    return values
 
 
 def _indexed(content: Any, prefix: str, what: str, remedy: str) -> dict[int, Any]:

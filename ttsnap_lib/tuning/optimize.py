@@ -18,7 +18,7 @@ from ttsnap_lib.schedule import PUBLISHED_SCHEDULE, Schedule, selecting_rewards
 from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval
 from ttsnap_lib.simulation.pruning import n_threads
 from ttsnap_lib.simulation.simulate import MOST_DRAWS, VARIABLE, candidates_table, check_n_steps
-from ttsnap_lib.tensors.tensor import COPIED, check_rewards, read_steps
+from ttsnap_lib.tensors.tensor import check_rewards, noise_aware_steps, read_steps
 from ttsnap_lib.tuning.race import Goals, Race, Scorer, Selection, Trial, best_indices
 from ttsnap_lib.tuning.space import SearchSpace
 
@@ -61,8 +61,6 @@ class OptimizedSchedule:
         (of the last round it ran in; the best over budgets for ``"frontier"``).
     complete : bool
         False when a time limit or Ctrl-C ended the search before `n_trials`.
-    infeasible : int
-        Schedules dropped because a budget buys none of their candidates, or more than the pool.
     objective, method : str
     cost : CostModel
     budgets : float64 (budget,)
@@ -81,7 +79,6 @@ class OptimizedSchedule:
     rewards: pd.DataFrame
     trials: pd.DataFrame
     complete: bool
-    infeasible: int
     objective: str
     method: str
     cost: CostModel
@@ -95,22 +92,10 @@ class OptimizedSchedule:
     ) -> pd.DataFrame:
         """Tell which of the schedules tried are as good as the chosen one on the test prompts, within the interval.
 
-        Parameters
-        ----------
-        dataset : xarray.Dataset
-            The tensor that it was tuned on.
-        top : int
-            Schedules compared: those that scored best in the last round of the search.
-        also : sequence of Schedule
-            Others to compare, such as the one in use so far.
-        options : Any
-            Further ones of :func:`compare_schedules`: iterations, seed, combine, weights, report, level, resamples.
-
-        Returns
-        -------
-        pandas.DataFrame
-            As :func:`compare_schedules`, the chosen schedule first, then `also`, with ``within``: the interval of the
-            points by which it trails holds 0.
+        `dataset` is the tensor that it was tuned on. Compared are the `top` schedules that scored best in the last round
+        of the search, and those of `also`, such as the one in use so far. `options` are further ones of
+        :func:`compare_schedules`, whose table it returns: the chosen schedule first, then `also`, with ``within``: the
+        interval of the points by which it trails holds 0.
         """
         tried = self.trials[self.trials["rounds"] == self.trials["rounds"].max()]
         best = tried.iloc[best_indices(tried["score"].to_numpy(), integer("top", top, 1))]
@@ -240,7 +225,6 @@ def optimize_schedule(
         **_told_on(scorer, setup, chosen, single, tuned[:-1], streams[4], level, resamples),
         trials=_trials_table(race.trials),
         complete=complete,
-        infeasible=race.infeasible,
         objective=objective,
         method=method,
         cost=cost,
@@ -267,26 +251,12 @@ def compare_schedules(
     level: float = 0.95,
     resamples: int = 1000,
 ) -> pd.DataFrame:
-    """Score schedules on the same prompts and subsets, paired with the first of them.
+    """Score schedules on the same prompts and subsets, `iterations` a prompt, paired with the first of them.
 
-    Parameters
-    ----------
-    dataset, cost, budgets, method, combine, weights, report, level, resamples
-        As in :func:`optimize_schedule`.
-    schedules : sequence of Schedule
-    prompts : sequence of int, optional
-        Positions along the prompt axis; all by default.
-    iterations : int
-        Subsets per prompt.
-    seed : int
-        Of the subsets and of the bootstrap.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per schedule: schedule, gain (percent over Best-of-N; the paper's relative gain over several budgets,
-        for one budget as for objective ``"single"``), low, high, behind (points behind the first schedule),
-        behind_low, behind_high. NaN where a schedule cannot run.
+    `prompts` are positions along the prompt axis, all by default; the other options are as in :func:`optimize_schedule`.
+    Returns a row per schedule: schedule, gain (percent over Best-of-N; the paper's relative gain over several budgets,
+    for one budget as for objective ``"single"``), low, high, behind (points behind the first schedule), behind_low,
+    behind_high. NaN where a schedule cannot run.
     """
     import pandas as pd
 
@@ -462,9 +432,9 @@ def _positions(name: str, given: Any, n_prompts: int) -> np.ndarray:
 def _allowed_steps(dataset: Any, method: str, selecting: Sequence[int], copied_steps: bool) -> tuple[int, ...]:
     """Return the steps at which a check may stand: scored, not the last, for ttsnap with a noise-aware reward."""
     steps = [int(step) for step in dataset["step"].values[:-1]]
-    if method == "ttsnap" and not copied_steps and "noise_aware_source" in dataset:
-        source = dataset["noise_aware_source"].transpose("reward", "step").values[list(selecting), :-1]
-        steps = [step for step, names in zip(steps, source.T, strict=True) if not (names == COPIED).any()]
+    if method == "ttsnap" and not copied_steps:
+        finetuned = list(noise_aware_steps(dataset).values())
+        steps = [step for step in steps if all(step in finetuned[reward] for reward in selecting)]
         if not steps:
             raise ScheduleError(
                 "steps with a noise-aware reward: got [], expected one or more of a finetuned reward. Score with "
