@@ -261,7 +261,7 @@ def curves(
     check_rewards(dataset)
     steps = dataset["step"].values
     if cost is not None or budgets is not None:
-        check_n_steps(cost, steps)
+        check_n_steps(cost, int(steps[-1]) + 1)
     names = [str(name) for name in dataset["reward"].values]
     selecting, shares = selecting_rewards(names, report, combine, weights)
     n_prompts, pool = dataset.sizes["prompt"], dataset.sizes["image"]
@@ -310,16 +310,16 @@ def curves(
     )
 
 
-def check_n_steps(cost: Any, steps: np.ndarray) -> None:
-    """Refuse what is no cost model, or one of another number of steps than a tensor with these steps."""
+def check_n_steps(cost: Any, n_steps: int) -> None:
+    """Refuse what is no cost model, or one of another number of denoising steps."""
     if not isinstance(cost, CostModel):
         raise CostError(
             f"cost: got {cost!r}, expected a CostModel. Pass CostModel.preset('published') or one of yours."
         )
-    if cost.n_steps != int(steps[-1]) + 1:
+    if cost.n_steps != n_steps:
         raise CostError(
-            f"cost.n_steps: got {cost.n_steps!r}, expected {int(steps[-1]) + 1}, the steps of the reward tensor. Use a "
-            f"cost model with n_steps={int(steps[-1]) + 1} (dataclasses.replace changes one field)."
+            f"cost.n_steps: got {cost.n_steps!r}, expected {n_steps}, the denoising steps to be priced. Use a cost model "
+            f"with n_steps={n_steps} (dataclasses.replace changes one field)."
         )
 
 

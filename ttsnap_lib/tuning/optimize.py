@@ -333,7 +333,7 @@ def make_setup(
     choice("method", method, VARIABLE)
     choice("objective", objective, _TRIALS)
     check_rewards(dataset)
-    check_n_steps(cost, dataset["step"].values)
+    check_n_steps(cost, int(dataset["step"][-1]) + 1)
     max_stages = integer("max_stages", max_stages, 0)
     names = [str(name) for name in dataset["reward"].values]
     selecting, shares = selecting_rewards(names, report, combine, weights)
