@@ -35,7 +35,7 @@ class Clock:
     def __init__(self) -> None:
         self.now, self._queue, self._count = 0.0, [], itertools.count()
 
-    def later(self, delay_s, callback):
+    def call_later(self, delay_s, callback):
         handle = SimpleNamespace(callback=callback)
         handle.cancel = lambda: setattr(handle, "callback", lambda: None)
         heapq.heappush(self._queue, (self.now + delay_s, next(self._count), handle))
@@ -66,8 +66,9 @@ def clock():
 
 
 @pytest.fixture
-def timed(dataset, clock):
-    return Explorer(dataset, rewards=["a"], multiples=MULTIPLES, multiple=8, iterations=300, later=clock.later)
+def timed(dataset, clock, monkeypatch):
+    monkeypatch.setattr("asyncio.get_running_loop", lambda: clock)
+    return Explorer(dataset, rewards=["a"], multiples=MULTIPLES, multiple=8, iterations=300)
 
 
 def test_moving_a_step_changes_numbers_and_picture(explorer):
