@@ -94,22 +94,6 @@ def test_other_text_is_refused(text):
         parse_caption(text)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: Thing("huge", "red", "ring"),
-        lambda: Thing("small", "pink", "ring"),
-        lambda: Scene("red", (Thing("small", "red", "ring"),)),
-        lambda: Scene("black", (Thing("small", "red", "ring"),), "above"),
-        lambda: Scene("black", (Thing("small", "red", "ring"),) * 2),
-        lambda: Scene("black", ()),
-    ],
-)
-def test_impossible_scenes_are_refused(make):
-    with pytest.raises(PromptError):
-        make()
-
-
 def test_mirrored_tells_the_same_picture():
     scene = Scene("black", (Thing("small", "red", "ring"), Thing("large", "blue", "cross")), "left of")
     pictures = render([scene, scene.mirrored()], np.random.default_rng(0), jitter=False)

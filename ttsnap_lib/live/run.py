@@ -215,13 +215,12 @@ def planned(
         pruning = Schedule()
     costs = CostModel.load(cost) if isinstance(cost, str | Path) else cost
     group = 1 if negtome is None else negtome.group_size
-    n = _candidates_for(budget, candidates, costs, pruning, n_steps, group)
     if batch_size is not None and integer("batch_size", batch_size, 1) % group:
         raise ConfigError(
             f"batch_size with NegToMe: got {batch_size}, expected a multiple of its group_size, {group}. Set one, or "
             "leave batch_size out."
         )
-    return pruning, costs, n
+    return pruning, costs, _candidates_for(budget, candidates, costs, pruning, n_steps, group)
 
 
 def _candidates_for(

@@ -67,11 +67,6 @@ class Thing:
     color: str
     shape: str
 
-    def __post_init__(self) -> None:
-        choice("size", self.size, SIZES, error=PromptError)
-        choice("color", self.color, COLORS, error=PromptError)
-        choice("shape", self.shape, SHAPES, error=PromptError)
-
 
 @dataclass(frozen=True)
 class Scene:
@@ -80,11 +75,6 @@ class Scene:
     background: str
     things: tuple[Thing, ...]
     relation: str | None = None
-
-    def __post_init__(self) -> None:
-        choice("background", self.background, BACKGROUNDS, error=PromptError)
-        integer("number of things", len(self.things), 1, 2, error=PromptError)
-        choice("relation", self.relation, RELATIONS if len(self.things) == 2 else [None], error=PromptError)
 
     def mirrored(self) -> Scene:
         """Return the same picture told from the other thing ("a above b" is "b below a")."""

@@ -117,8 +117,7 @@ def relative_gain(budgets: np.ndarray, rewards: np.ndarray, baseline: np.ndarray
         if curve.ndim == 0 or curve.shape[-1] != len(budgets) or np.isnan(curve).any():
             raise ConfigError(
                 f"{name}: got shape {curve.shape}{' with NaN' if np.isnan(curve).any() else ''}, expected numbers with "
-                f"{len(budgets)} on the last axis, one per budget. Put the budgets on the last axis and score what is "
-                "missing."
+                f"{len(budgets)} on the last axis, one per budget. Turn the axes, or score what is missing."
             )
     return float(
         relative_gain_of(budgets, rewards.reshape(-1, len(budgets)).mean(0), baseline.reshape(-1, len(budgets)).mean(0))

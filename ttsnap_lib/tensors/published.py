@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ttsnap_lib.checks import choice, integer, plain_name
+from ttsnap_lib.checks import choice, plain_name
 from ttsnap_lib.errors import TensorError
 from ttsnap_lib.files import as_path, atomic_write, read_json, read_yaml
 from ttsnap_lib.tensors.tensor import (
@@ -201,19 +201,17 @@ def export_published(
     return files
 
 
-def export_ground_truth(dataset: xr.Dataset, path: str | Path, *, reward: str | None = None, step: int = -1) -> Path:
-    """Write the base rewards at a position of the step axis as ``p0000: {id000: value}``, the finetuning targets' layout.
+def export_ground_truth(dataset: xr.Dataset, path: str | Path, *, reward: str | None = None) -> Path:
+    """Write the base rewards of the clean images as ``p0000: {id000: value}``, the finetuning targets' layout.
 
-    The last position holds the clean images. A tensor of several rewards needs the name of one.
+    A tensor of several rewards needs the name of one.
     """
     check_rewards(dataset)
     names = [str(name) for name in dataset["reward"].values]
     if reward is None and len(names) > 1:
         raise TensorError(f"reward: got {names!r}, expected one of them. Name the reward to export.")
     reward = choice("reward", names[0] if reward is None else reward, names, error=TensorError)
-    size = dataset.sizes["step"]
-    step = integer("step", step, -size, size - 1)
-    block = dataset["base"].sel(reward=reward).isel(step=step).transpose("prompt", "image")
+    block = dataset["base"].sel(reward=reward).isel(step=-1).transpose("prompt", "image")
     _finite(block.values, f"base of {reward}")
     with atomic_write(path, "w") as file:
         for prompt, row in zip(block["prompt"].values, block.values, strict=True):
@@ -300,9 +298,8 @@ def _finite(block: np.ndarray, what: str) -> None:
     if not np.isfinite(block).all():
         prompt, image = np.argwhere(~np.isfinite(block))[0].tolist()
         raise TensorError(
-            f"{what} has missing values, first at prompt {prompt}, image {image}: got "
-            f"{int((~np.isfinite(block)).sum())!r}, expected a number everywhere. Score the rest, or drop those images "
-            "with tensors.drop_missing()."
+            f"{what} lacks {int((~np.isfinite(block)).sum())} values, the first at prompt {prompt}, image {image}. Score "
+            "the rest, or drop those images with tensors.drop_missing()."
         )
 
 

@@ -241,8 +241,7 @@ def read_steps(variable: xr.DataArray, positions: Sequence[int]) -> np.ndarray:
         prompt, image, step, _ = np.argwhere(np.isinf(values))[0].tolist()
         raise TensorError(
             f"{variable.name} of prompt {int(block['prompt'][prompt])}, image {int(block['image'][image])}, step "
-            f"{int(block['step'][step])}: got an infinite number, expected finite ones. Score the image again, or "
-            "drop it with tensors.drop_missing()."
+            f"{int(block['step'][step])}: got an infinite number, expected finite ones. Score it again, or drop_missing()."
         )
     return values
 

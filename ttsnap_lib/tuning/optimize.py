@@ -61,11 +61,8 @@ class OptimizedSchedule:
         (of the last round it ran in; the best over budgets for ``"frontier"``).
     complete : bool
         False when a time limit or Ctrl-C ended the search before `n_trials`.
-    objective, method : str
-    cost : CostModel
     budgets : float64 (budget,)
     tune, test : int64, prompt positions
-    elapsed_s : float
     """
 
     schedule: Schedule
@@ -343,8 +340,7 @@ def make_setup(
     if objective == "single" and n[0] < 2:
         raise BudgetError(
             f"budget for objective 'single': got {float(amounts[0])!r}, expected at least {cost.total(2):.6g} "
-            f"{cost.unit}, two Best-of-N candidates. Raise the budget: the gain is told in percent of what Best-of-N "
-            "gains over one candidate."
+            f"{cost.unit}, two Best-of-N candidates: what they gain over one is the yardstick. Raise the budget."
         )
     tune_at, test_at = (prompts, prompts) if prompts is not None else _split(dataset.sizes["prompt"], tune, test)
     space = SearchSpace(_allowed_steps(dataset, method, selecting, copied_steps), max_stages, cost, amounts, pool)
@@ -358,9 +354,8 @@ def make_setup(
     for name, values in (("final rewards", final[read]), (f"{method} rewards at the checks", checks[read])):
         if np.isnan(values).any():
             raise TensorError(
-                f"{name} of prompt {int(read[np.argwhere(np.isnan(values))[0][0]])}: got NaN, expected a number for "
-                "every image, at every step that a schedule may check. Score the missing images, or drop them with "
-                "tensors.drop_missing()."
+                f"{name} of prompt {int(read[np.argwhere(np.isnan(values))[0][0]])}: got NaN, expected a number at "
+                "every step that a schedule may check. Score what is missing, or drop it: tensors.drop_missing()."
             )
     merit = np.zeros(len(names))
     if shares is not None:
@@ -390,8 +385,7 @@ def _budgets(budgets: Any, objective: str) -> np.ndarray:
     if not fits or (np.diff(amounts) <= 0).any():
         raise BudgetError(
             f"budgets for objective {objective!r}: got {amounts.tolist()!r}, expected "
-            f"{wanted.get(objective, 'increasing numbers')}. Sort the budgets and name each once; objective='single' "
-            "takes one."
+            f"{wanted.get(objective, 'increasing numbers')}. Sort the budgets and name each once."
         )
     return amounts
 
@@ -413,8 +407,7 @@ def _split(n_prompts: int, tune: Sequence[int] | None, test: Sequence[int] | Non
     if len(shared) or not len(tunes) or not len(tests):
         raise ConfigError(
             f"tune and test: got {shared.tolist() or 'all prompts in one of them'!r}, expected two groups of prompts "
-            "without overlap, neither empty. Tune on some prompts and test on the others, for instance even and odd "
-            "ones."
+            "without overlap, neither empty. Tune on some prompts and test on the others."
         )
     return tunes, tests
 
