@@ -404,10 +404,16 @@ class Explorer(ipw.VBox):
 
         try:
             found = optimize_schedule(
-                pool.dataset, state.cost, budgets, state.method, objective=objective, time_limit_s=seconds,
-                combine=state.combine, report=[name for name in pool.names if name not in state.rewards],
+                pool.dataset,
+                state.cost,
+                budgets,
+                state.method,
+                objective=objective,
+                time_limit_s=seconds,
+                combine=state.combine,
+                report=[name for name in pool.names if name not in state.rewards],
                 progress=progress,
-            )  # fmt: skip
+            )
             then = functools.partial(self._found, found, state)
         except KeyboardInterrupt:
             then = functools.partial(self.say, "Cancelled before a schedule was found.")
@@ -467,13 +473,7 @@ class Explorer(ipw.VBox):
         return f"# papermill notebooks/explore.ipynb out.ipynb -f this-file.yaml\n{content}"
 
     def parameters(self) -> dict[str, Any]:
-        """Return the parameters of the notebook ``explore`` that lead back to this state.
-
-        Raises
-        ------
-        ConfigError
-            A tensor or cost that was given in memory has no name to be written down.
-        """
+        """Return the parameters of the notebook ``explore`` that lead back to this state, the usual ones left out."""
         controls = self.controls
         for control, save in ((controls.tensor, "save_rewards()"), (controls.cost, "CostModel.save()")):
             if control.value == _GIVEN:
@@ -568,8 +568,8 @@ class Controls:
 
         self.box = ipw.VBox(self._rows, layout=ipw.Layout(width="412px", flex="0 0 auto"))
         for k, slider in enumerate(self.steps):
-            slider.observe(lambda change, k=k: self._step_moved(k), names="index")
-        self.stages.observe(lambda change: self._stages_moved(), names="value")
+            slider.observe(lambda change, k=k: self._moved(k), names="index")
+        self.stages.observe(lambda change: self._moved(None), names="value")
         free = [self.rewards, self.shown, self.combine, self.accounting, self.method, self.multiple, *self.keeps]
         for control in free:
             control.observe(lambda change: self._tell(), names="value")
@@ -637,23 +637,19 @@ class Controls:
         if not self._quiet:
             self._changed()
 
-    def _step_moved(self, k: int) -> None:
-        """Stop a step slider at its neighbours."""
+    def _moved(self, k: int | None) -> None:
+        """Stop step slider `k` at its neighbours; None when stages come or go."""
         if self._quiet:
             return
         with self.quiet():
-            last = self.stages.value - 1
-            low = self.steps[k - 1].index + 1 if k else 0
-            high = self.steps[k + 1].index - 1 if k < last else len(self.steps[k].options) - 1
-            self.steps[k].index = min(max(self.steps[k].index, low), max(low, high))
-        self._tell()
-
-    def _stages_moved(self) -> None:
-        if self._quiet:
-            return
-        with self.quiet():
-            self._in_order()
-            self._show_stages()
+            if k is None:
+                self._in_order()
+                self._show_stages()
+            else:
+                last = self.stages.value - 1
+                low = self.steps[k - 1].index + 1 if k else 0
+                high = self.steps[k + 1].index - 1 if k < last else len(self.steps[k].options) - 1
+                self.steps[k].index = min(max(self.steps[k].index, low), max(low, high))
         self._tell()
 
     def _in_order(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -201,18 +202,15 @@ def _over(one: Curve, other: Curve) -> Interval:
 
 def _gains(curves: dict[str, Curve]) -> dict[str, Interval]:
     """Return the relative gains of the schedule and of the pinned one, and their difference, on common budgets."""
-    budgets = curves["best_of_n"].budgets
-    for curve in curves.values():
-        budgets = np.intersect1d(budgets, curve.budgets)
+    budgets = functools.reduce(np.intersect1d, [curve.budgets for curve in curves.values()])
     if len(budgets) < 3:
         return {}
-    rows = {name: np.searchsorted(curve.budgets, budgets) for name, curve in curves.items()}
-    means = {name: curve.reward.value[rows[name]] for name, curve in curves.items()}
-    boots = {name: curve.boot[:, rows[name]] for name, curve in curves.items()}
+    means, boots = {}, {}
+    for name, curve in curves.items():
+        rows = np.searchsorted(curve.budgets, budgets)
+        means[name], boots[name] = curve.reward.value[rows], curve.boot[:, rows]
     found = {
-        name: tuple(
-            relative_gain_of(budgets, given[name], given["best_of_n"], strict=False) for given in (means, boots)
-        )
+        name: tuple(relative_gain_of(budgets, of[name], of["best_of_n"], strict=False) for of in (means, boots))
         for name in curves
         if name != "best_of_n"
     }

@@ -103,6 +103,7 @@ class Panels:
         FigureCanvasAgg(self.figure)
         self.axes = {name: self.figure.add_axes(place) for name, place in _PANELS.items()}
         self._context: tuple = ()
+        self._background: np.ndarray | None = None  # the picture of what stays
 
     def update(self, result: Result) -> None:
         """Move the artists to `result`; axes, ticks and labels are made anew only where they have to change."""
@@ -132,7 +133,7 @@ class Panels:
         return file.getvalue()
 
     def _build(self, result: Result) -> None:
-        self._background: Any = None  # the picture of what stays
+        self._background = None
         self._moving: list[Any] = []
         self._limits: dict[str, tuple[float, float]] = {}
         for ax in self.axes.values():
