@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from tests.benchmarks.rows import Row
 from ttsnap_lib.finetuning.config import load_config
 from ttsnap_lib.finetuning.data import open_images, own_targets
-from ttsnap_lib.finetuning.report import compare_at_steps, gain_where_useful
+from ttsnap_lib.finetuning.report import compare_at_steps
 from ttsnap_lib.finetuning.train import finetune
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval
@@ -55,11 +56,11 @@ def _rows(model: str, folder: Path) -> list[Row]:
     for seed in SEEDS:
         table, gains = _compare(model, folder / f"{model}-lora-{seed}", {"seed": seed})
         shipped.append((table, gains))
-        found = gain_where_useful(table, gains)
+        found = _gain_where_useful(table, gains)
         rows.append(_gain_row(f"{model}, LoRA, seed {seed}: gain in tau", found))
     useful = shipped[0][0]["base_tau"].between(0.1, 0.5).to_numpy()
     mean = np.mean([gains for _, gains in shipped], axis=0)
-    over_seeds = gain_where_useful(shipped[0][0], mean)
+    over_seeds = _gain_where_useful(shipped[0][0], mean)
     rows += [
         _gain_row(f"{model}, LoRA, mean of {len(SEEDS)} seeds", over_seeds, TARGET),
         Row("  lower end of its 95% interval over prompts", over_seeds["low"], "tau", at_least=0),
@@ -72,9 +73,26 @@ def _rows(model: str, folder: Path) -> list[Row]:
         note = f"{base:.3f} -> {base + mean[:, k].mean():.3f}, gain {low:+.3f} to {high:+.3f}{used}"
         rows.append(Row(f"  step {step}: gain of the mean of seeds", mean[:, k].mean(), "tau", note=note))
     for name, changes in ABLATIONS.items():
-        found = gain_where_useful(*_compare(model, folder / f"{model}-small-{name.replace(' ', '-')}", changes))
+        found = _gain_where_useful(*_compare(model, folder / f"{model}-small-{name.replace(' ', '-')}", changes))
         rows.append(_gain_row(f"{model}, 1000 x 8 pictures, {name}: gain in tau", found))
     return rows
+
+
+def _gain_where_useful(table: pd.DataFrame, gains: np.ndarray) -> dict[str, Any]:
+    """Return the mean gain, with its interval over prompts, over the steps where the base tau is in [0.1, 0.5].
+
+    These are the steps at which pruning pays: the base reward knows something, and not yet enough.
+    """
+    chosen = table["base_tau"].between(0.1, 0.5).to_numpy()
+    per_prompt = np.nan_to_num(gains[:, chosen], nan=0.0).mean(1)
+    low, high = percentile_interval(bootstrap_means(per_prompt, 0, 2000))
+    return {
+        "steps": table["step"][chosen].tolist(),
+        "gain": float(per_prompt.mean()),
+        "low": float(low),
+        "high": float(high),
+        "worst_step_gain": float(table["gain"][chosen].min()) if chosen.any() else float("nan"),
+    }
 
 
 def _gain_row(name: str, found: dict[str, Any], at_least: float | None = None) -> Row:

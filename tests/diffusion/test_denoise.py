@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 
 from tests import worlds
 from tests.worlds import CAPTIONS, RELATIVE, STEPS, generators, in_parts, same_to, settings, stock
-from ttsnap_lib.diffusion.denoise import Candidates, Conditioning, Denoiser, Settings, image_generator, image_seed
+from ttsnap_lib.diffusion.denoise import Candidates, Denoiser, Settings, image_generator, image_seed
 from ttsnap_lib.errors import ConfigError, DeviceError, PipelineError
 
 CUTS = [(5,), (0, 5), (2, 5), (4, 5), (0, 1, 2, 3, 4, 5)]
@@ -37,7 +37,7 @@ def test_parts_are_bit_equal_to_one_stock_call(pipelines, name):
         assert torch.equal(denoiser.final(candidates), images), cuts
         assert sorted(estimates) == list(range(STEPS)) and candidates.step == STEPS - 1
     assert torch.equal(stock(pipeline), latents)  # nothing stays changed on the pipeline
-    assert denoiser.ends_clean and denoiser.sigmas[-1] == 0  # and there the last estimate is the image, no earlier one
+    assert denoiser.sigmas[-1] == 0  # and there the last estimate is the image, no earlier one
     same_to(estimates[STEPS - 1], latents, 1e-6)
     assert all((estimates[step] - latents).abs().max() > 1e-3 for step in range(STEPS - 1))
 
@@ -61,9 +61,7 @@ def test_candidates_of_several_batches_go_on_together(pipelines):
     conditioning = denoiser.encode(CAPTIONS)
     noise = denoiser.noise(generators())
     parts = [denoiser.run(noise.take(rows), conditioning.take(rows), 1) for rows in ([0, 1], [2])]
-    joined = denoiser.run(
-        Candidates.cat(parts), Conditioning.cat([conditioning.take([0, 1]), conditioning.take([2])]), 5
-    )
+    joined = denoiser.run(Candidates.cat(parts), conditioning, 5)
     same_to(joined.latents, stock(pipeline), RELATIVE)
 
 

@@ -35,7 +35,7 @@ class Clock:
     def __init__(self) -> None:
         self.now, self._queue, self._count = 0.0, [], itertools.count()
 
-    def later(self, delay_s, callback):
+    def call_later(self, delay_s, callback):
         handle = SimpleNamespace(callback=callback)
         handle.cancel = lambda: setattr(handle, "callback", lambda: None)
         heapq.heappush(self._queue, (self.now + delay_s, next(self._count), handle))
@@ -66,8 +66,9 @@ def clock():
 
 
 @pytest.fixture
-def timed(dataset, clock):
-    return Explorer(dataset, rewards=["a"], multiples=MULTIPLES, multiple=8, iterations=300, later=clock.later)
+def timed(dataset, clock, monkeypatch):
+    monkeypatch.setattr("asyncio.get_running_loop", lambda: clock)
+    return Explorer(dataset, rewards=["a"], multiples=MULTIPLES, multiple=8, iterations=300)
 
 
 def test_moving_a_step_changes_numbers_and_picture(explorer):
@@ -77,14 +78,15 @@ def test_moving_a_step_changes_numbers_and_picture(explorer):
     explorer.controls.keeps[1].value = 0.6
     assert explorer.controls.schedule == explorer.state.schedule == Schedule((4, 6, 11), (0.4, 0.6, 0.5))
     assert explorer.image.value != image and explorer.numbers.value != text
-    assert explorer.result.gain.value == compute(explorer.state, explorer.pool).gain.value
-    assert f"{explorer.result.gain.value:+.1f}" in explorer.numbers.value
+    gain = explorer.result.gains["current"].value
+    assert gain == compute(explorer.state, explorer.pool).gains["current"].value
+    assert f"{gain:+.1f}" in explorer.numbers.value
 
 
 def test_method_rewards_budget_and_accounting_are_followed(explorer):
-    controls, gain = explorer.controls, explorer.result.gain.value
+    controls, gain = explorer.controls, explorer.result.gains["current"].value
     controls.method.value = "ttsp"
-    assert explorer.result.curves["current"].method == "ttsp" and explorer.result.gain.value < gain
+    assert explorer.result.curves["current"].method == "ttsp" and explorer.result.gains["current"].value < gain
     controls.multiple.value = 4
     assert explorer.result.at["best_of_n"].n[0] == 4
     controls.rewards.value = ("a", "b")
@@ -95,7 +97,7 @@ def test_method_rewards_budget_and_accounting_are_followed(explorer):
     controls.accounting.value = "published"
     assert explorer.result.at["current"].n[0] > before  # one step fewer is charged
     controls.method.value = "best_of_n"
-    assert explorer.result.over_best.value == 0
+    assert explorer.result.over["best_of_n"].value == 0
     assert len(explorer.result.stages) == 1
 
 
@@ -122,19 +124,19 @@ def test_stages_appear_in_order_and_with_room(explorer):
     assert controls.schedule.steps == (2,)
     assert [slider.layout.display for slider in controls.steps] == [None, "none", "none", "none"]
     controls.stages.value = 0
-    assert explorer.result.over_best.value == 0
+    assert explorer.result.over["best_of_n"].value == 0
 
 
 def test_pin_and_back(explorer):
     controls = explorer.controls
     controls.steps[0].index = 4
-    assert explorer.result.over_pinned.value != 0
+    assert explorer.result.over["pinned"].value != 0
     explorer.controls.pin.click()
-    assert explorer.result.over_pinned.value == 0
+    assert explorer.result.over["pinned"].value == 0
     pinned = controls.schedule
     controls.keeps[0].value = 0.8
     controls.unpin.click()
-    assert controls.schedule == pinned and explorer.result.over_pinned.value == 0
+    assert controls.schedule == pinned and explorer.result.over["pinned"].value == 0
 
 
 def test_a_bad_state_is_a_message_and_goes_away(explorer):
@@ -225,7 +227,7 @@ def test_optimise_sets_the_schedule_and_pins_the_old_one(explorer):
     explorer.optimise()
     explorer.thread.join(300)
     assert explorer.pinned == ("ttsnap", poor)
-    assert explorer.result.gain_change.value > 5
+    assert explorer.result.gains["change"].value > 5
     assert "Found and set" in explorer.progress.value
     assert not controls.optimise.disabled and controls.cancel.disabled
 

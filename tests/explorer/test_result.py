@@ -50,10 +50,13 @@ def test_numbers_are_those_of_the_simulation(dataset, pool, method, rewards, com
     if len(rewards) > 1:  # Best-of-N by several rewards is simulated too, on the same subsets
         np.testing.assert_array_equal(result.curves["best_of_n"].per_prompt, expected.per_prompt[0, :, 1])
         gains = expected.relative_gains().query("reward == 'b'").iloc[0]
-        assert result.gain.value == pytest.approx(gains["relative_gain"], abs=1e-9)
+        assert result.gains["current"].value == pytest.approx(gains["relative_gain"], abs=1e-9)
         # Other resamples: the bounds agree within a quarter of the interval's width.
         width = gains["high"] - gains["low"]
-        assert abs(result.gain.low - gains["low"]) < width / 4 and abs(result.gain.high - gains["high"]) < width / 4
+        assert (
+            abs(result.gains["current"].low - gains["low"]) < width / 4
+            and abs(result.gains["current"].high - gains["high"]) < width / 4
+        )
 
 
 def test_best_of_n_by_one_reward_is_exact_and_also_told_for_another_reward(dataset, pool):
@@ -64,15 +67,16 @@ def test_best_of_n_by_one_reward_is_exact_and_also_told_for_another_reward(datas
 
 def test_changes_are_paired_and_vanish_for_the_pinned_schedule_itself(pool):
     same = compute(state(), pool, 10)
-    assert (same.over_pinned.value, same.over_pinned.low, same.over_pinned.high) == (0, 0, 0)
-    assert not np.any(same.change.value) and same.gain_change.value == 0
+    over = same.over["pinned"]
+    assert (over.value, over.low, over.high) == (0, 0, 0)
+    assert not np.any(same.change.value) and same.gains["change"].value == 0
     other = compute(state(schedule=LATER), pool)
     at, pinned = other.at["current"].reward, other.at["pinned"].reward
-    assert other.over_pinned.value == pytest.approx(at.value[0] - pinned.value[0], abs=1e-12)
-    paired = other.over_pinned.high - other.over_pinned.low
+    assert other.over["pinned"].value == pytest.approx(at.value[0] - pinned.value[0], abs=1e-12)
+    paired = other.over["pinned"].high - other.over["pinned"].low
     assert paired < 0.7 * np.hypot(at.high[0] - at.low[0], pinned.high[0] - pinned.low[0])
-    assert other.gain_change.value == pytest.approx(other.gain.value - other.pinned_gain.value)
-    assert other.gain.low < other.gain.value < other.gain.high
+    assert other.gains["change"].value == pytest.approx(other.gains["current"].value - other.gains["pinned"].value)
+    assert other.gains["current"].low < other.gains["current"].value < other.gains["current"].high
 
 
 def test_tau_and_stages(dataset, pool):
@@ -122,8 +126,8 @@ def test_budgets_that_cannot_run_are_left_out_and_told(pool):
     assert len(result.curves["current"].n) < len(BUDGETS) == len(result.curves["best_of_n"].n)
     assert any("left out" in note for note in result.notes)
     beside = compute(state(pinned=("ttsnap", costly), budget=12 * ONE), pool, 10)
-    assert "pinned" not in beside.curves and beside.change is beside.over_pinned is beside.pinned_gain is None
-    assert beside.gain is not None and any("pinned schedule cannot run" in note for note in beside.notes)
+    assert "pinned" not in beside.curves and set(beside.over) == {"best_of_n"} and beside.change is None
+    assert set(beside.gains) == {"current"} and any("pinned schedule cannot run" in note for note in beside.notes)
 
 
 def test_copied_steps_are_told(dataset):
@@ -143,7 +147,11 @@ def test_a_missing_score_is_told_where_it_would_be_read(dataset):
 
 def test_a_single_prompt_has_no_interval(dataset):
     result = compute(state(schedule=LATER), Pool(dataset.isel(prompt=[0]), iterations=30))
-    assert np.isnan(result.at["current"].reward.low) and np.isnan(result.gain.low) and not np.isnan(result.gain.value)
+    assert (
+        np.isnan(result.at["current"].reward.low)
+        and np.isnan(result.gains["current"].low)
+        and not np.isnan(result.gains["current"].value)
+    )
 
 
 def test_published_accounting_and_empty_schedules(pool):
@@ -154,4 +162,4 @@ def test_published_accounting_and_empty_schedules(pool):
     assert result.at["current"].n[0] == published.candidates(800.0, wanted.schedule)
     empty = compute(state(schedule=Schedule()), pool, 10)
     np.testing.assert_array_equal(empty.curves["current"].per_prompt, empty.curves["best_of_n"].per_prompt)
-    assert empty.gain.value == 0
+    assert empty.gains["current"].value == 0

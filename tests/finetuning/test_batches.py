@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ttsnap_lib.errors import CurriculumError
-from ttsnap_lib.finetuning.batches import Plan, TargetScale, batch_loss
+from ttsnap_lib.finetuning.batches import Plan, batch_loss, target_scale
 from ttsnap_lib.finetuning.config import CurriculumConfig
 
 LOSSES = [{"mse": 1.0}, {"centered_mse": 2.0}, {"preference": 1.0}, {"listwise": 1.0},
@@ -20,7 +20,7 @@ def test_parts_of_a_batch_add_up(weights):
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(24, generator=generator, dtype=torch.float64).float().requires_grad_()
     targets = torch.randn(24, generator=generator) * 3
-    scale = TargetScale.of(targets, config.standardize)
+    scale = target_scale(targets, config.standardize)
     whole, _ = batch_loss(scores, targets, config, 24, scale)
     (expected,) = torch.autograd.grad(whole, scores)
     for cuts in ([8, 16], [4, 20], [12, 4, 8]):
@@ -34,7 +34,7 @@ def test_parts_of_a_batch_add_up(weights):
 def test_losses_are_what_they_say():
     def loss(scores, targets, **weights):
         config = CurriculumConfig(batch_size=4, group_size=4, preference_tau=0.5, **{"mse": 0.0, **weights})
-        return float(batch_loss(scores, targets, config, 4, TargetScale())[0])
+        return float(batch_loss(scores, targets, config, 4, (0.0, 1.0))[0])
 
     targets, scores = torch.tensor([1.0, 2.0, 4.0, 0.0]), torch.tensor([0.0, 2.0, 3.0, 1.0])
     assert loss(scores, targets, mse=1.0) == pytest.approx(0.75)
@@ -58,12 +58,12 @@ def test_losses_are_what_they_say():
 
 def test_standardization_uses_the_targets_of_the_whole_batch():
     targets = torch.tensor([20.0, 22.0, 24.0, 26.0])
-    scale = TargetScale.of(targets, True)
-    assert scale.center == 23 and scale.spread == pytest.approx(targets.std().item())
-    assert TargetScale.of(torch.ones(4), True).spread == 1.0 and TargetScale.of(targets, False) == TargetScale()
+    center, spread = target_scale(targets, True)
+    assert center == 23 and spread == pytest.approx(targets.std().item())
+    assert target_scale(torch.ones(4), True)[1] == 1.0 and target_scale(targets, False) == (0.0, 1.0)
     config = CurriculumConfig(batch_size=4, standardize=True)
-    value, _ = batch_loss(targets + 2, targets, config, 4, scale)
-    assert float(value) == pytest.approx(4 / scale.spread**2)
+    value, _ = batch_loss(targets + 2, targets, config, 4, (center, spread))
+    assert float(value) == pytest.approx(4 / spread**2)
 
 
 def test_every_picture_once_per_epoch_and_groups_of_one_prompt():

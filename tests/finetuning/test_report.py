@@ -12,12 +12,11 @@ from tests.worlds import SMALL_CURRICULUM, make_bank, save_clip
 from ttsnap_lib.__main__ import main
 from ttsnap_lib.errors import CheckpointError, CurriculumError
 from ttsnap_lib.finetuning.config import load_config
-from ttsnap_lib.finetuning.data import ImageBank, open_images, own_targets, with_mirror_images
+from ttsnap_lib.finetuning.data import ImageBank, open_images, score_step, with_mirror_images
 from ttsnap_lib.finetuning.report import (
     LiveCurves,
     compare_at_steps,
     gain_by_step,
-    gain_where_useful,
     loss_curves,
     losses_table,
     metrics_table,
@@ -75,12 +74,12 @@ def test_the_command_adopts_full_checkpoints(clip, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def compared(run, clip):
-    """Table and gains on prompts that the run has not seen, and how often progress was told."""
-    fresh, calls = make_bank(seed=2), []
+    """Table and gains on prompts that the run has not seen."""
+    fresh = make_bank(seed=2)
     reward = load_reward(clip, device="cpu", adapters=run)
-    targets = own_targets(load_reward(clip, device="cpu"), fresh, cache=run.parent / "targets")
-    table, gains = compare_at_steps(reward, fresh, targets, progress=lambda done, total: calls.append((done, total)))
-    assert reward.step is None and calls == [(1, 2), (2, 2)]
+    targets = score_step(load_reward(clip, device="cpu"), fresh, -1)
+    table, gains = compare_at_steps(reward, fresh, targets)
+    assert reward.step is None
     return table, gains
 
 
@@ -99,14 +98,6 @@ def test_what_is_not_there_is_said(clip, tmp_path):
         compare_at_steps(reward, make_bank(), np.ones((6, 4)))
     with pytest.raises(CheckpointError, match="Finish at least one step"):
         losses_table(tmp_path)
-
-
-def test_gain_counts_the_steps_where_pruning_pays():
-    table = pd.DataFrame({"step": [0, 1, 2], "base_tau": [0.05, 0.2, 0.4], "gain": [9.0, 0.2, 0.1]})
-    gains = np.array([[9.0, 0.1, 0.0], [9.0, 0.3, 0.2]])
-    found = gain_where_useful(table, gains)
-    assert found["steps"] == [1, 2] and found["gain"] == pytest.approx(0.15) and found["worst_step_gain"] == 0.1
-    assert found["low"] == pytest.approx(0.05) and found["high"] == pytest.approx(0.25)  # of two prompts: both ends
 
 
 def test_figures_show_the_tables(run, compared):

@@ -101,17 +101,6 @@ def test_batches_do_not_change_the_result(flux, clip, whole):
         assert again.winner == whole.winner
 
 
-def test_a_candidate_can_be_made_again_alone(flux, whole, tmp_path):
-    record = SearchRecord.load(whole.save(tmp_path))
-    alone = run.regenerate(flux, record, record.winner)
-    difference = np.abs(np.asarray(alone, int) - np.asarray(whole.image, int))
-    assert difference.max() <= 1  # of 255
-    loser = run.regenerate(flux, record, (record.winner + 1) % 8)
-    assert np.abs(np.asarray(loser, int) - np.asarray(whole.image, int)).max() > 10
-    with pytest.raises(ConfigError, match="candidate"):
-        run.regenerate(flux, record, 8)
-
-
 def test_noise_aware_weights_are_those_of_the_step(flux, folders, adapters):
     reward = load_clip(folders[0], adapters=adapters)
     record = tiny_search(flux, reward, schedule=Schedule((1, 2), (0.5, 0.5))).record

@@ -12,10 +12,12 @@ from ttsnap_lib.pocket.oracle import oracle_score
 from ttsnap_lib.pocket.world import caption, hard_negative, held_out, parse_caption, pocket_prompts, render
 
 torch = pytest.importorskip("torch")
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
+from transformers import CLIPModel
 
 from ttsnap_lib.pocket.training.clip import clip_scores
 from ttsnap_lib.pocket.training.pictures import call_settings, initial_noise, sample, sample_steps
-from ttsnap_lib.pocket.training.report import load_pocket, measure
+from ttsnap_lib.pocket.training.report import measure
 from ttsnap_lib.pocket.training.vae import encode, to_pixels
 
 
@@ -29,12 +31,12 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def clip():
-    return load_pocket("pocket-clip")
+    return CLIPModel.from_pretrained(pocket_folder("pocket-clip"))
 
 
 @pytest.fixture(scope="module", params=["pocket-flux", "pocket-sdxl"])
 def drawn(request):
-    pipeline = load_pocket(request.param)
+    pipeline = DiffusionPipeline.from_pretrained(pocket_folder(request.param))
     prompts = pocket_prompts("evaluation", 8)
     return request.param, pipeline, prompts, sample_steps(pipeline, prompts, 6, base_seed=5, batch=48)
 
@@ -97,7 +99,9 @@ def test_recorded_steps_are_the_stock_pipelines_own(drawn):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pocket-flux", "pocket-sdxl"])
 def test_figures_on_held_out_prompts(name, clip):
-    figures, _ = measure(name, clip, pocket_prompts("evaluation", 48), 8)
+    figures, _ = measure(
+        DiffusionPipeline.from_pretrained(pocket_folder(name)), clip, pocket_prompts("evaluation", 48), 8
+    )
     assert figures["spearman_clip_oracle"] >= 0.4  # a reward that is mostly noise teaches nothing
     assert 0.4 < figures["oracle_mean"] < 0.95
     tau = figures["kendall_tau_by_step"]
@@ -128,7 +132,8 @@ def test_clip_prefers_the_right_caption(clip):
 
 
 def test_tiny_decoder_reads_the_pipelines_latents(clip):
-    vae, tiny = load_pocket("pocket-flux").vae, load_pocket("pocket-tiny")
+    vae = AutoencoderKL.from_pretrained(pocket_folder("pocket-flux"), subfolder="vae")
+    tiny = AutoencoderTiny.from_pretrained(pocket_folder("pocket-tiny"))
     pictures = render([parse_caption(text) for text in pocket_prompts("test", 32)], np.random.default_rng(0))
     x = to_pixels(pictures)
     with torch.no_grad():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +17,14 @@ from ttsnap_lib.pocket import pocket_folder
 from ttsnap_lib.pocket import world as prompt_module
 from ttsnap_lib.pocket.oracle import judge, oracle_score
 from ttsnap_lib.pocket.world import (
+    BACKGROUNDS,
     COLORS,
     RELATIONS,
     SHAPES,
     SIZES,
+    SPLITS,
     Scene,
     Thing,
-    all_scenes,
     caption,
     hard_negative,
     mislabeled,
@@ -30,6 +33,43 @@ from ttsnap_lib.pocket.world import (
     random_scene,
     render,
 )
+
+
+def all_scenes() -> Iterator[Scene]:
+    """Yield every scene of the world in a fixed order: those of one thing, then those of two."""
+    things = [Thing(*parts) for parts in itertools.product(SIZES, COLORS, SHAPES)]
+    for background, thing in itertools.product(BACKGROUNDS, things):
+        yield Scene(background, (thing,))
+    for background, relation, first, second in itertools.product(BACKGROUNDS, RELATIONS, things, things):
+        if (first.color, first.shape) != (second.color, second.shape):  # two that differ by size alone are hard to tell
+            yield Scene(background, (first, second), relation)
+
+
+def make_splits() -> dict[str, list[str]]:
+    """Draw the packaged splits: as many one-thing captions in each as a random scene would have, no picture in two splits.
+
+    A picture told from its other thing ("a above b", "b below a") counts as the same.
+    """
+    rng = np.random.default_rng(20251122)
+    scenes = list(all_scenes())
+    single = [scene for scene in scenes if scene.relation is None]
+    double = [scene for scene in scenes if scene.relation is not None]
+    rng.shuffle(single)
+    rng.shuffle(double)
+    splits: dict[str, list[str]] = {}
+    used: set[Scene] = set()
+    for name in ("selection", "evaluation", "test", "train"):
+        size = SPLITS[name]
+        alone = min(size // 8, len(single)) if name != "train" else len(single)
+        chosen = [single.pop() for _ in range(alone)]
+        while len(chosen) < size:
+            scene = double.pop()
+            if scene not in used:
+                used |= {scene, scene.mirrored()}
+                chosen.append(scene)
+        order = rng.permutation(size)
+        splits[name] = [caption(chosen[k]) for k in order]
+    return splits
 
 
 @pytest.fixture(scope="module")
@@ -52,22 +92,6 @@ def test_every_caption_is_read_back():
 def test_other_text_is_refused(text):
     with pytest.raises(PromptError, match="caption"):
         parse_caption(text)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: Thing("huge", "red", "ring"),
-        lambda: Thing("small", "pink", "ring"),
-        lambda: Scene("red", (Thing("small", "red", "ring"),)),
-        lambda: Scene("black", (Thing("small", "red", "ring"),), "above"),
-        lambda: Scene("black", (Thing("small", "red", "ring"),) * 2),
-        lambda: Scene("black", ()),
-    ],
-)
-def test_impossible_scenes_are_refused(make):
-    with pytest.raises(PromptError):
-        make()
 
 
 def test_mirrored_tells_the_same_picture():
@@ -169,8 +193,8 @@ def test_oracle_refuses_what_it_cannot_judge(world):
 
 
 def test_splits_are_disjoint_whole_and_the_packaged_ones():
-    splits = {name: pocket_prompts(name) for name in prompt_module.SPLITS}
-    assert {name: len(texts) for name, texts in splits.items()} == prompt_module.SPLITS
+    splits = {name: pocket_prompts(name) for name in SPLITS}
+    assert {name: len(texts) for name, texts in splits.items()} == SPLITS
     seen: set = set()
     for texts in splits.values():
         told = {parse_caption(text) for text in texts}
@@ -179,7 +203,7 @@ def test_splits_are_disjoint_whole_and_the_packaged_ones():
         assert not both & seen
         seen |= both
     packaged = json.loads(Path(prompt_module.__file__).with_name("prompts.json").read_text("utf-8"))
-    assert prompt_module.make_splits() == packaged
+    assert make_splits() == packaged
 
 
 def test_training_scenes_are_not_held_out():

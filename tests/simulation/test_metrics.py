@@ -91,13 +91,6 @@ def test_perfect_verifier_and_compute_saved():
     assert np.isnan(saved[2])
 
 
-@pytest.mark.parametrize(
-    ("final", "size"), [(np.arange(10.0), 10), ([1.0, 1, 2, 2], 2), ([1.0, 1, 1, 2], 1 / (0.75**2 + 0.25**2))]
-)
-def test_effective_pool_size(final, size):
-    assert m.effective_pool_size([final]) == pytest.approx([size])
-
-
 def test_bad_shapes():
     for scores, final in ((np.zeros((2, 3)), np.zeros((2, 3))), (np.zeros((2, 3, 4)), np.zeros((2, 4)))):
         with pytest.raises(TensorError, match="shapes"):

@@ -187,7 +187,7 @@ def test_published_ground_truth(reference, tmp_path):
     [
         ("- 1\n", "a mapping from p "),
         ("p0000: {image: 1.0}\n", "id and digits"),
-        ("p0000: {id000: high}\n", "p0000, id000"),
+        ("p0000: {id000: high}\n", "p0000, id 0"),
         ("p0000: !!python/object/apply:os.system ['true']\n", "cannot be read"),
     ],
 )

@@ -152,11 +152,6 @@ class Conditioning:
         """Return each row `n` times in a row: all candidates of the first prompt, then those of the second."""
         return Conditioning({name: value.repeat_interleave(n, dim=0) for name, value in self.embeds.items()})
 
-    @classmethod
-    def cat(cls, parts: Sequence[Conditioning]) -> Conditioning:
-        """Return the rows of all `parts`, in order."""
-        return cls({name: torch.cat([part.embeds[name] for part in parts]) for name in parts[0].embeds})
-
 
 @dataclass(frozen=True)
 class Candidates:
@@ -273,11 +268,6 @@ class Denoiser:
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image's latents as the decoder takes them."""
         return self._adapter.latent_shape(self.pipeline, *self.settings.size)
-
-    @property
-    def ends_clean(self) -> bool:
-        """Whether the x0 estimate of the last step is the image: the schedule ends at sigma 0."""
-        return self.sigmas[-1] == 0
 
     def wait(self) -> None:
         """Return when the device has done all that it was given: before reading a clock."""

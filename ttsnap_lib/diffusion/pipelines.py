@@ -251,8 +251,7 @@ def _explained(source: str, is_folder: bool, error: Exception) -> PipelineError:
     if _OFFLINE & names or "connect" in text.lower() or "offline" in text.lower():
         return PipelineError(
             f"{source} is not on this machine and cannot be downloaded. Where there is a network, run "
-            f"`hf download {source}`, and give the folder it prints as the model, or copy the cache (HF_HOME). The "
-            "pocket models need no download."
+            f"`hf download {source}`, and give the folder it prints as the model. The pocket models need no download."
         )
     return PipelineError(f"{source} cannot be loaded ({reason(error)}). `hf download` it again if a file is broken.")
 
@@ -268,9 +267,8 @@ def _scheduler(wanted: Any, own: Any) -> Any:
         options = {**options, "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": own.shift}
     elif flow != (cls is FlowMatchEulerDiscreteScheduler):
         raise ConfigError(
-            f"scheduler does not fit this model: got {wanted!r}, expected "
-            f"{'flow-euler, dpm++ or unipc' if flow else 'euler, ddim, dpm++ or unipc'}. The model was trained for "
-            f"{'flow matching' if flow else 'diffusion'}."
+            f"scheduler: got {wanted!r}, expected {'flow-euler' if flow else 'euler, ddim'}, dpm++ or unipc, since the "
+            f"model was trained for {'flow matching' if flow else 'diffusion'}. Choose one of these."
         )
     return cls.from_config(own.config, **options)
 

@@ -88,13 +88,8 @@ def schedulable(scheduler: Any) -> Schedulable:
     """Return what is known of `scheduler`'s class; a PipelineError says what it, or one of its options, lacks."""
     name = type(scheduler).__name__
     known = next((entry for cls, entry in SCHEDULABLE.items() if isinstance(scheduler, cls)), None)
-    if known is None:
-        lacks = next(
-            (lack for parts, lack in _KNOWN_LACKS if any(part in name for part in parts)),
-            "a rule to read x0 from a step",
-        )
-    else:
-        lacks = known.refuse(scheduler.config)
+    kinds = (lack for parts, lack in _KNOWN_LACKS if any(part in name for part in parts))
+    lacks = next(kinds, "a rule to read x0 from a step") if known is None else known.refuse(scheduler.config)
     if known is None or lacks:
         raise PipelineError(
             f"scheduler: got {name}, expected one that can be stopped and continued; this one lacks {lacks}. Load with "

@@ -29,7 +29,7 @@ from ttsnap_lib.costs import PRESETS, CostModel
 from ttsnap_lib.errors import ConfigError, ScheduleError, TTSnapError
 from ttsnap_lib.explorer.pool import Pool
 from ttsnap_lib.explorer.result import Result, State, compute, lacking
-from ttsnap_lib.explorer.view import STYLE, Panels, draw, message_html, numbers_html
+from ttsnap_lib.explorer.view import MAX_STAGES, STYLE, Panels, draw, message_html, numbers_html
 from ttsnap_lib.files import SHIPPED_TENSORS, data_cache, reason, shipped_tensor
 from ttsnap_lib.runs.run import Run, current_run
 from ttsnap_lib.schedule import METHODS, PUBLISHED_SCHEDULE, Schedule
@@ -42,7 +42,6 @@ from ttsnap_lib.tuning.optimize import OptimizedSchedule, optimize_schedule
 if TYPE_CHECKING:
     import xarray as xr
 
-MAX_STAGES = 4
 MULTIPLES = (2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20)
 _COMBINE = {"sum of ranks": "rank_sum", "mean of z-scores": "z_score"}
 _SEARCH = "command that runs it"
@@ -131,18 +130,6 @@ class Explorer(ipw.VBox):
         As in :func:`ttsnap_lib.simulate`.
     run : Run, optional
         Where figures are saved; the interactive run of ``explore`` by default.
-    later : callable, optional
-        ``later(delay_s, callback)`` calls back once and returns a handle with ``cancel()``, or returns None where it
-        cannot. The running event loop by default; without one every change is computed to the end at once.
-
-    Attributes
-    ----------
-    controls : Controls
-    pool : Pool or None
-        The tensor at hand; None when it did not open.
-    pinned : (str, Schedule)
-    result : Result or None
-    state : State or None
     """
 
     def __init__(
@@ -162,19 +149,18 @@ class Explorer(ipw.VBox):
         iterations: int = 200,
         seed: int = 0,
         run: Run | None = None,
-        later: Callable[[float, Callable[[], None]], Any] | None = None,
     ) -> None:
         schedule = Schedule(cast("tuple[int, ...]", steps), cast("tuple[float, ...]", keep_ratios))  # it checks them
         choice("method", method, METHODS)
         choice("combine", combine, _COMBINE.values())
         choice("accounting", accounting, ("", "exact", "published"))
-        self.run, self._later = run, later or _on_event_loop
+        self.run = run
         self._multiples = tuple(real("multiples", value, 0, open_low=True) for value in multiples)
         self._fixed = {"iterations": iterations, "seed": seed}
         self.state: State | None = None
         self.result: Result | None = None
         self.pinned = (method, schedule)
-        self._timer: Any = None  # a handle of what `later` will call
+        self._timer: asyncio.TimerHandle | None = None
         self._moved = False
         self._panels = Panels()
         self._loop = _running_loop()
@@ -206,7 +192,17 @@ class Explorer(ipw.VBox):
             controls.accounting.value = accounting or self._costs[given_cost].accounting
             controls.multiple.max = max(*self._multiples, multiple)
             controls.multiple.value = multiple
-        self._connect()
+        for button, action in (
+            (controls.pin, self.pin), (controls.unpin, self.back_to_pinned), (controls.optimise, self.optimise),
+            (controls.cancel, self._stop.set), (controls.copy, self.copy), (controls.save, self.save),
+        ):  # fmt: skip
+            button.on_click(lambda button, action=action: action())
+        for control, handler in (
+            (controls.tensor, self._tensor_chosen), (controls.cost, self._cost_chosen),
+            (controls.tensor_path, functools.partial(self._typed, controls.tensor, open_rewards)),
+            (controls.cost_path, functools.partial(self._typed, controls.cost, self._load_cost)),
+        ):  # fmt: skip
+            control.observe(handler, names="value")
 
         # No tooltip: on an Image it makes the view fail in the browser (ipywidgets 8.1 looks for a description).
         self.image = ipw.Image(format="png", layout=ipw.Layout(width="100%", max_width="920px"))
@@ -215,23 +211,9 @@ class Explorer(ipw.VBox):
         right = ipw.VBox(
             [self.message, self.numbers, self.image, self.progress], layout=ipw.Layout(flex="1 1 560px", min_width="0")
         )
-        body = ipw.Box([controls.columns(), right], layout=ipw.Layout(flex_flow="row wrap", align_items="flex-start"))
+        body = ipw.Box([controls.box, right], layout=ipw.Layout(flex_flow="row wrap", align_items="flex-start"))
         super().__init__([ipw.HTML(STYLE, layout=ipw.Layout(height="0")), body, self.script])
         self._preview()
-
-    def _connect(self) -> None:
-        controls = self.controls
-        for button, action in (
-            (controls.pin, self.pin), (controls.unpin, self.back_to_pinned), (controls.optimise, self.optimise),
-            (controls.cancel, self._stop.set), (controls.copy, self.copy), (controls.save, self.save),
-        ):  # fmt: skip
-            button.on_click(lambda button, action=action: action())
-        controls.tensor.observe(self._tensor_chosen, names="value")
-        controls.cost.observe(self._cost_chosen, names="value")
-        typed = functools.partial(self._typed, controls.tensor, open_rewards)
-        controls.tensor_path.observe(typed, names="value")
-        typed = functools.partial(self._typed, controls.cost, self._load_cost)
-        controls.cost_path.observe(typed, names="value")
 
     # From a change to the screen
 
@@ -279,11 +261,12 @@ class Explorer(ipw.VBox):
         )
 
     def _after(self, delay_s: float, callback: Callable[[], None]) -> None:
-        """Call back later, instead of what was waiting; at once where nothing can."""
+        """Call back later, instead of what was waiting; at once where there is no event loop."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._later(delay_s, callback)
-        if self._timer is None:
+        loop = _running_loop()
+        self._timer = loop.call_later(delay_s, callback) if loop else None
+        if loop is None:
             callback()
 
     def _preview(self) -> None:
@@ -431,26 +414,25 @@ class Explorer(ipw.VBox):
                 report=[name for name in pool.names if name not in state.rewards],
                 progress=progress,
             )
-            self._post(self._found, found, state)
+            then = functools.partial(self._found, found, state)
         except KeyboardInterrupt:
-            self._post(self._ended, "Cancelled before a schedule was found.")
+            then = functools.partial(self.say, "Cancelled before a schedule was found.")
         except Exception as error:  # noqa: BLE001 - the traceback of a thread would be lost: say it in place
             words = str(error) if isinstance(error, TTSnapError) else f"The optimiser failed: {reason(error)}"
-            self._post(self._ended, words)
+            then = functools.partial(self.say, words)
+        self._post(self._ended, then)
+
+    def _ended(self, then: Callable[[], None]) -> None:
+        self.controls.optimise.disabled, self.controls.cancel.disabled = False, True
+        self._tell("")
+        then()
 
     def _found(self, found: OptimizedSchedule, state: State) -> None:
         self.pinned = (state.method, state.schedule)
         self._set(state.method, found.schedule)
-        self._ended("")
         self._tell(
             f"Found and set; the schedule before it is pinned. {found}. Tuned on even prompts, tested on odd ones."
         )
-
-    def _ended(self, message: str) -> None:
-        self.controls.optimise.disabled, self.controls.cancel.disabled = False, True
-        self._tell("")
-        if message:
-            self.say(message)
 
     def _tell(self, text: str) -> None:
         self.progress.value = message_html(text)
@@ -491,13 +473,7 @@ class Explorer(ipw.VBox):
         return f"# papermill notebooks/explore.ipynb out.ipynb -f this-file.yaml\n{content}"
 
     def parameters(self) -> dict[str, Any]:
-        """Return the parameters of the notebook ``explore`` that lead back to this state.
-
-        Raises
-        ------
-        ConfigError
-            A tensor or cost that was given in memory has no name to be written down.
-        """
+        """Return the parameters of the notebook ``explore`` that lead back to this state, the usual ones left out."""
         controls = self.controls
         for control, save in ((controls.tensor, "save_rewards()"), (controls.cost, "CostModel.save()")):
             if control.value == _GIVEN:
@@ -540,59 +516,78 @@ class Controls:
 
     def __init__(self, changed: Callable[[], None]) -> None:
         self._changed, self._quiet = changed, False
-        self.tensor = _row(ipw.Dropdown, "tensor")
-        self.tensor_path = _row(
-            ipw.Text, "or its folder", placeholder="path of a .zarr, then Enter", continuous_update=False
-        )
-        self.rewards = _row(ipw.SelectMultiple, "reward(s) that select", rows=3)
-        self.shown = _row(ipw.Dropdown, "reward shown")
-        self.combine = _row(ipw.Dropdown, "several select by", options=list(_COMBINE.items()))
-        self.cost = _row(ipw.Dropdown, "cost")
-        self.cost_path = _row(
-            ipw.Text, "or a cost file", placeholder="JSON or YAML, then Enter", continuous_update=False
-        )
-        self.accounting = _row(ipw.Dropdown, "accounting", options=["exact", "published"])
+        self._rows: list[ipw.Widget] = []  # in the order in which they are shown
+
+        self._head("Schedule")
         methods = [(label, name) for name, label in METHOD_LABELS.items()]
-        self.method = _row(ipw.Dropdown, "method", options=methods)
-        self.stages = _row(ipw.IntSlider, "stages", min=0, max=MAX_STAGES)
-        self.steps = [_row(ipw.SelectionSlider, f"step {k + 1}", options=[0, 1]) for k in range(MAX_STAGES)]
+        self.method = self._row(ipw.Dropdown, "method", options=methods)
+        self.stages = self._row(ipw.IntSlider, "stages", min=0, max=MAX_STAGES)
         ratio: dict[str, Any] = {"min": 0.01, "max": 1.0, "value": 0.5, "step": 0.01, "readout_format": ".2f"}
-        self.keeps = [_row(ipw.FloatSlider, f"keep ratio (alpha) {k + 1}", **ratio) for k in range(MAX_STAGES)]
-        multiple: dict[str, Any] = {"min": 0.5, "max": 20, "step": 0.5, "readout_format": ".1f"}
-        self.multiple = _row(ipw.FloatSlider, "budget (× one image)", **multiple)
+        self.steps: list[ipw.SelectionSlider] = []
+        self.keeps: list[ipw.FloatSlider] = []
+        for k in range(1, MAX_STAGES + 1):
+            self.steps.append(self._row(ipw.SelectionSlider, f"step {k}", options=[0, 1]))
+            self.keeps.append(self._row(ipw.FloatSlider, f"keep ratio (alpha) {k}", **ratio))
         self.pin = _button("Pin this schedule", "Measure every change against it")
         self.unpin = _button("Back to the pinned", "Set the pinned schedule again")
+        self._beside(self.pin, self.unpin)
+
+        self._head("Budget and cost")
+        multiple: dict[str, Any] = {"min": 0.5, "max": 20, "step": 0.5, "readout_format": ".1f"}
+        self.multiple = self._row(ipw.FloatSlider, "budget (× one image)", **multiple)
+        self.cost = self._row(ipw.Dropdown, "cost")
+        self.cost_path = self._path("or a cost file", "JSON or YAML, then Enter")
+        self.accounting = self._row(ipw.Dropdown, "accounting", options=["exact", "published"])
+
+        self._head("Data")
+        self.tensor = self._row(ipw.Dropdown, "tensor")
+        self.tensor_path = self._path("or its folder", "path of a .zarr, then Enter")
+        self.rewards = self._row(ipw.SelectMultiple, "reward(s) that select", rows=3)
+        self.combine = self._row(ipw.Dropdown, "several select by", options=list(_COMBINE.items()))
+        self.shown = self._row(ipw.Dropdown, "reward shown")
+
+        self._head("Optimise")
+        objectives = [("all budgets shown", "area"), ("this budget", "single")]
+        self.objective = self._row(ipw.Dropdown, "for", options=objectives)
+        self.seconds = self._row(ipw.BoundedIntText, "seconds at most", min=1, max=3600, value=15)
         self.optimise = _button("Optimise from here", "Search for a better schedule for this tensor and cost")
         self.cancel = _button("Cancel", "Keep the best found so far", disabled=True)
-        self.objective = _row(ipw.Dropdown, "for", options=[("all budgets shown", "area"), ("this budget", "single")])
-        self.seconds = _row(ipw.BoundedIntText, "seconds at most", min=1, max=3600, value=15)
-        self.copy_as = _row(ipw.Dropdown, "as", ("250px", "20px"), options=_COPY_FORMATS)
+        self._beside(self.optimise, self.cancel)
+
+        self._head("Take it along")
+        layout = ipw.Layout(width="250px")
+        style = {"description_width": "20px"}
+        self.copy_as = ipw.Dropdown(description="as", options=_COPY_FORMATS, layout=layout, style=style)
         self.copy = _button("Copy", "To the clipboard, and into the field below")
+        self._beside(self.copy_as, self.copy)
         hidden = ipw.Layout(width=_WIDTH, display="none")
         self.copied = ipw.Textarea(placeholder="What is copied also stands here", rows=4, layout=hidden)
+        self._rows.append(self.copied)
         self.save = _button("Save figure", "PNG, PDF and the table of the curves")
+        self._beside(self.save)
+
+        self.box = ipw.VBox(self._rows, layout=ipw.Layout(width="412px", flex="0 0 auto"))
         for k, slider in enumerate(self.steps):
-            slider.observe(lambda change, k=k: self._step_moved(k), names="index")
-        self.stages.observe(lambda change: self._stages_moved(), names="value")
+            slider.observe(lambda change, k=k: self._moved(k), names="index")
+        self.stages.observe(lambda change: self._moved(None), names="value")
         free = [self.rewards, self.shown, self.combine, self.accounting, self.method, self.multiple, *self.keeps]
         for control in free:
             control.observe(lambda change: self._tell(), names="value")
 
-    def columns(self) -> ipw.VBox:
-        """Return all controls in the order in which they are shown."""
-        pairs = [control for pair in zip(self.steps, self.keeps, strict=True) for control in pair]
-        groups = {
-            "Schedule": [self.method, self.stages, *pairs, _beside(self.pin, self.unpin)],
-            "Budget and cost": [self.multiple, self.cost, self.cost_path, self.accounting],
-            "Data": [self.tensor, self.tensor_path, self.rewards, self.combine, self.shown],
-            "Optimise": [self.objective, self.seconds, _beside(self.optimise, self.cancel)],
-            "Take it along": [_beside(self.copy_as, self.copy), self.copied, _beside(self.save)],
-        }
-        rows: list[Any] = []
-        for title, controls in groups.items():
-            head = ipw.HTML(f"<div class='ttsnap-head'>{title}</div>", layout=ipw.Layout(width=_WIDTH))
-            rows += [head, *controls]
-        return ipw.VBox(rows, layout=ipw.Layout(width="412px", flex="0 0 auto"))
+    def _head(self, title: str) -> None:
+        html = f"<div class='ttsnap-head'>{title}</div>"
+        self._rows.append(ipw.HTML(html, layout=ipw.Layout(width=_WIDTH)))
+
+    def _row(self, kind: Any, description: str, **options: Any) -> Any:
+        style, layout = {"description_width": "145px"}, ipw.Layout(width=_WIDTH)
+        self._rows.append(kind(description=description, style=style, layout=layout, **options))
+        return self._rows[-1]
+
+    def _path(self, description: str, placeholder: str) -> ipw.Text:
+        return self._row(ipw.Text, description, placeholder=placeholder, continuous_update=False)
+
+    def _beside(self, *controls: ipw.Widget) -> None:
+        self._rows.append(ipw.Box(controls, layout=ipw.Layout(flex_flow="row wrap", width=_WIDTH)))
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -642,36 +637,30 @@ class Controls:
         if not self._quiet:
             self._changed()
 
-    def _step_moved(self, k: int) -> None:
-        """Stop a step slider at its neighbours."""
+    def _moved(self, k: int | None) -> None:
+        """Stop step slider `k` at its neighbours; None when stages come or go."""
         if self._quiet:
             return
         with self.quiet():
-            last = self.stages.value - 1
-            low = self.steps[k - 1].index + 1 if k else 0
-            high = self.steps[k + 1].index - 1 if k < last else len(self.steps[k].options) - 1
-            self.steps[k].index = min(max(self.steps[k].index, low), max(low, high))
-        self._tell()
-
-    def _stages_moved(self) -> None:
-        if self._quiet:
-            return
-        with self.quiet():
-            self._in_order()
-            self._show_stages()
+            if k is None:
+                self._in_order()
+                self._show_stages()
+            else:
+                last = self.stages.value - 1
+                low = self.steps[k - 1].index + 1 if k else 0
+                high = self.steps[k + 1].index - 1 if k < last else len(self.steps[k].options) - 1
+                self.steps[k].index = min(max(self.steps[k].index, low), max(low, high))
         self._tell()
 
     def _in_order(self) -> None:
         """Give stages that have just appeared a place after the others, and move the others back where they must."""
-        active = self.steps[: self.stages.value]
-        size = len(self.steps[0].options)
-        for k, slider in enumerate(active):
-            room = size - (len(active) - k)  # the last place that leaves one for each later stage
-            low = active[k - 1].index + 1 if k else 0
-            wanted = slider.index if slider.index >= low else low + max(0, (size - 1 - low) // 3)
-            slider.index = max(low, min(wanted, room)) if low <= room else room
-        for k in range(len(active) - 2, -1, -1):
-            active[k].index = min(active[k].index, active[k + 1].index - 1)
+        active, end = self.steps[: self.stages.value], len(self.steps[0].options)
+        places: list[int] = []
+        for slider in active:
+            low = places[-1] + 1 if places else 0
+            places.append(slider.index if slider.index >= low else low + max(0, (end - 1 - low) // 3))
+        for slider, place in zip(reversed(active), reversed(places), strict=True):
+            end = slider.index = min(place, end - 1)
 
     def _show_stages(self) -> None:
         for k in range(MAX_STAGES):
@@ -679,17 +668,8 @@ class Controls:
             self.steps[k].layout.display = self.keeps[k].layout.display = display
 
 
-def _row(kind: Any, description: str, widths: tuple[str, str] = (_WIDTH, "145px"), **options: Any) -> Any:
-    style, layout = {"description_width": widths[1]}, ipw.Layout(width=widths[0])
-    return kind(description=description, style=style, layout=layout, **options)
-
-
 def _button(description: str, tooltip: str, **options: Any) -> ipw.Button:
     return ipw.Button(description=description, tooltip=tooltip, layout=ipw.Layout(width="auto"), **options)
-
-
-def _beside(*controls: Any) -> ipw.Box:
-    return ipw.Box(controls, layout=ipw.Layout(flex_flow="row wrap", width=_WIDTH))
 
 
 def _tensors() -> list[str]:
@@ -711,8 +691,3 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
-
-
-def _on_event_loop(delay_s: float, callback: Callable[[], None]) -> asyncio.TimerHandle | None:
-    loop = _running_loop()
-    return None if loop is None else loop.call_later(delay_s, callback)

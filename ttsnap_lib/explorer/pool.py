@@ -14,7 +14,7 @@ import numpy as np
 from ttsnap_lib.checks import integer
 from ttsnap_lib.schedule import Schedule
 from ttsnap_lib.simulation import metrics
-from ttsnap_lib.simulation.pruning import NaNRead, best_of_n_weights, prune_columns
+from ttsnap_lib.simulation.pruning import Level, NaNRead, best_of_n_weights, prune_columns, rank_level
 from ttsnap_lib.tensors.tensor import COPIED, check_rewards
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Pool:
         self._subsets = rng.permuted(np.tile(np.arange(self.n_images), (self.iterations, 1)), axis=1)
         self._labels = rng.permuted(np.tile(np.arange(self.n_images), (self.n_prompts, 1)), axis=1)
         self._kept: dict[tuple[Job, int, int], np.ndarray] = {}
+        self._levels: dict[tuple[str, int, int], Level] = {}  # at most twice what the tensor takes
         self._taus: dict[int, tuple[metrics.Estimate, metrics.Estimate]] = {}
 
     def preview(self, n_rewards: int) -> int:
@@ -81,22 +82,33 @@ class Pool:
         return found
 
     def _prune(self, job: Job, numbers: list[int], iterations: int) -> np.ndarray:
-        checks = [self._scores[job.variable][self.steps.index(step)] for step in job.schedule.steps]
-        columns = [scores[:, :, list(job.selecting)] for scores in (*checks, self._scores["base"][-1])]
-        counts = np.array([job.schedule.survivors(n) for n in numbers], np.int64)
+        stages = [*((job.variable, step) for step in job.schedule.steps), ("base", self.steps[-1])]
         sums, _ = prune_columns(
-            columns, self._final, self._subsets[:iterations], counts, combine=job.combine, labels=self._labels
+            [self._scores[name][self.steps.index(step)][:, :, job.selecting] for name, step in stages],
+            self._final,
+            self._subsets[:iterations],
+            np.array([job.schedule.survivors(n) for n in numbers], np.int64),
+            combine=job.combine,
+            labels=self._labels,
+            levels=[[self._level(name, step, reward) for reward in job.selecting] for name, step in stages],
         )
         return sums / iterations
 
+    def _level(self, variable: str, step: int, reward: int) -> Level:
+        """Return the order of the images at a step, made once: to sort them takes longer than to prune."""
+        key = variable, step, reward
+        if key not in self._levels:
+            self._levels[key] = rank_level(self._scores[variable][self.steps.index(step)][:, :, reward])
+        return self._levels[key]
+
     def _best_of_n(self, reward: int, numbers: list[int]) -> np.ndarray:
         """Return the exact expected rewards of the best of n by one reward; of equal ones the lower image wins."""
-        final = self._final[:, :, reward]
-        if np.isnan(final).any():
-            raise NaNRead(int(np.argwhere(np.isnan(final))[0, 0]), 0)
-        worst_first = np.argsort(-final, axis=1, kind="stable")[:, ::-1, None]
+        level = self._level("base", self.steps[-1], reward)
+        if (level.valid < self.n_images).any():
+            raise NaNRead(int(np.argmax(level.valid < self.n_images)), 0)
         weights = np.stack([best_of_n_weights(self.n_images, n) for n in numbers])
-        return np.einsum("pir,ni->npr", np.take_along_axis(self._final, worst_first, axis=1), weights)
+        worst_first = np.take_along_axis(self._final, level.order[:, ::-1, None], axis=1)
+        return np.einsum("pir,ni->npr", worst_first, weights)
 
     def resample(self, per_prompt: np.ndarray) -> np.ndarray:
         """Return bootstrap means (resample, curve) of (curve, prompt); all calls share the resamples, so they pair."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,13 +85,10 @@ class Result:
     # best_of_n, current and pinned; the last is missing where it cannot run at the chosen budget.
     curves: dict[str, Curve]
     at: dict[str, Curve]  # the same at the chosen budget alone
-    over_best: Interval  # paired differences at the chosen budget, in reward
-    over_pinned: Interval | None
+    over: dict[str, Interval]  # paired differences at the chosen budget to best_of_n and pinned, in reward
     change_budgets: np.ndarray  # where both can run, and the paired difference to the pinned schedule there
     change: Interval | None
-    gain: Interval | None  # relative gains over Best-of-N, percent, over the budgets that all can run
-    pinned_gain: Interval | None
-    gain_change: Interval | None  # their paired difference
+    gains: dict[str, Interval]  # relative gains of current and pinned, percent, and their paired "change"; may be empty
     stages: tuple[StageCost, ...]  # of the chosen budget
     tau: tuple[Estimate, Estimate]  # Kendall tau per step of the base and the noise-aware reward
     steps: tuple[int, ...]
@@ -124,20 +122,15 @@ def compute(state: State, pool: Pool, iterations: int | None = None) -> Result:
     shown = pool.names.index(choice("reward shown", state.shown, pool.names))
     _check(state, pool)
     at, curves = _curves(state, pool, shown, iterations)
-    pinned = curves.get("pinned")
-    change_budgets, change = curves["current"].minus(pinned) if pinned else (np.empty(0), None)
-    gains = _gains(curves)
+    change_budgets, change = curves["current"].minus(curves["pinned"]) if "pinned" in curves else (np.empty(0), None)
     return Result(
         state=state,
         curves=curves,
         at=at,
-        over_best=_single(at["current"], at["best_of_n"]),
-        over_pinned=_single(at["current"], at["pinned"]) if pinned else None,
+        over={name: _over(at["current"], other) for name, other in at.items() if name != "current"},
         change_budgets=change_budgets,
         change=change if len(change_budgets) else None,
-        gain=gains.get("current"),
-        pinned_gain=gains.get("pinned"),
-        gain_change=gains.get("change"),
+        gains=_gains(curves),
         stages=state.cost.stages(int(at["current"].n[0]), state.plans["current"][1]),
         tau=pool.tau(shown),
         steps=pool.steps,
@@ -158,7 +151,7 @@ def _check(state: State, pool: Pool) -> None:
         raise ConfigError("rewards that select: got none, expected one or more. Choose a reward in the list.")
     if len(state.budgets) < 3:
         raise ConfigError(f"budgets: got {len(state.budgets)} different ones, expected three or more. Name a range.")
-    check_n_steps(state.cost, np.array(pool.steps))
+    check_n_steps(state.cost, int(pool.steps[-1]) + 1)
     for _, plan in state.plans.values():
         step_positions(plan or Schedule(), np.array(pool.steps))
     methods = list(dict.fromkeys(["best_of_n", state.method]))
@@ -202,25 +195,22 @@ def _curves(state: State, pool: Pool, shown: int, iterations: int) -> tuple[dict
     return at, curves
 
 
-def _single(one: Curve, other: Curve) -> Interval:
+def _over(one: Curve, other: Curve) -> Interval:
     _, found = one.minus(other)
     return Interval(float(found.value[0]), float(found.low[0]), float(found.high[0]))
 
 
 def _gains(curves: dict[str, Curve]) -> dict[str, Interval]:
     """Return the relative gains of the schedule and of the pinned one, and their difference, on common budgets."""
-    budgets = curves["best_of_n"].budgets
-    for curve in curves.values():
-        budgets = np.intersect1d(budgets, curve.budgets)
+    budgets = functools.reduce(np.intersect1d, [curve.budgets for curve in curves.values()])
     if len(budgets) < 3:
         return {}
-    rows = {name: np.searchsorted(curve.budgets, budgets) for name, curve in curves.items()}
-    means = {name: curve.reward.value[rows[name]] for name, curve in curves.items()}
-    boots = {name: curve.boot[:, rows[name]] for name, curve in curves.items()}
+    means, boots = {}, {}
+    for name, curve in curves.items():
+        rows = np.searchsorted(curve.budgets, budgets)
+        means[name], boots[name] = curve.reward.value[rows], curve.boot[:, rows]
     found = {
-        name: tuple(
-            relative_gain_of(budgets, given[name], given["best_of_n"], strict=False) for given in (means, boots)
-        )
+        name: tuple(relative_gain_of(budgets, of[name], of["best_of_n"], strict=False) for of in (means, boots))
         for name in curves
         if name != "best_of_n"
     }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ttsnap_lib.explorer.result import Interval, Result
+from ttsnap_lib.explorer.result import Interval, Result, State
 from ttsnap_lib.style import METHOD_LABELS, method_style, reward_label, tidy
 
 if TYPE_CHECKING:
@@ -28,18 +28,15 @@ STYLE = """<style>
 .ttsnap-stale {opacity: 0.35}
 .ttsnap-head {font-weight: 600; font-size: 13px; border-bottom: 1px solid #ccc; line-height: 1.6}
 </style>"""
-# Of each panel: the axes (left, bottom, width, height), and the tile of the picture (left, bottom, right, top) with its
-# title, ticks and labels; in parts of the figure.
-_PANELS = {
-    "reward": ((0.075, 0.565, 0.515, 0.375), (0.0, 0.49, 0.605, 1.0)),
-    "tau": ((0.665, 0.565, 0.32, 0.375), (0.605, 0.49, 1.0, 1.0)),
-    "funnel": ((0.02, 0.295, 0.965, 0.175), (0.0, 0.255, 1.0, 0.49)),
-    "gain": ((0.12, 0.075, 0.30, 0.135), (0.0, 0.0, 0.46, 0.255)),
-    "change": ((0.55, 0.075, 0.435, 0.145), (0.46, 0.0, 1.0, 0.255)),
+_PANELS = {  # left, bottom, width, height, in parts of the figure
+    "reward": (0.075, 0.565, 0.515, 0.375),
+    "tau": (0.665, 0.565, 0.32, 0.375),
+    "funnel": (0.02, 0.295, 0.965, 0.175),
+    "gain": (0.12, 0.075, 0.30, 0.135),
+    "change": (0.55, 0.075, 0.435, 0.145),
 }
-_MAX_STAGES = 5
+MAX_STAGES = 4  # stages that prune, for which there is room
 _GREY, _INK = "0.35", "0.15"
-_PINNED = {"linestyle": ":", "marker": "D"}
 
 
 def numbers_html(result: Result) -> str:
@@ -56,23 +53,22 @@ def numbers_html(result: Result) -> str:
             interval = "unknown" if np.isnan(low) else f"{low:.3f} to {high:.3f}"
             body += f"<tr><td>{label}</td><td>{at.n[0]}</td><td>{_number(at.spent[0])}</td>"
             body += f"<td>{at.reward.value[0]:.3f}</td><td>{interval}</td></tr>"
-    lines = [f"<b>Over Best-of-N</b> at this budget: {_told(result.over_best, '.3f')}"]
-    if result.over_pinned is not None:
-        lines[0] += f"; <b>over the pinned schedule</b>: {_told(result.over_pinned, '.3f')} (paired)."
-    if result.gain is not None:
+    over, gains = result.over, result.gains
+    words = f"<b>Over Best-of-N</b> at this budget: {_told(over['best_of_n'], '.3f')}"
+    if "pinned" in over:
+        words += f"; <b>over the pinned schedule</b>: {_told(over['pinned'], '.3f')} (paired)."
+    gain = "<b>Relative gain</b>: not defined over these budgets"
+    if gains:
         low, high = _number(state.budgets[0]), _number(state.budgets[-1])
-        words = f"<b>Relative gain</b> over {low} to {high} {unit}: {_told(result.gain, '.1f')} %"
-        if result.gain_change is not None:
-            words += f"; against the pinned schedule {_told(result.gain_change, '.1f')} points"
-        lines.append(words + ".")
-    else:
-        lines.append("<b>Relative gain</b>: not defined over these budgets.")
+        gain = f"<b>Relative gain</b> over {low} to {high} {unit}: {_told(gains['current'], '.1f')} %"
+    if "change" in gains:
+        gain += f"; against the pinned schedule {_told(gains['change'], '.1f')} points"
     method, plan = state.plans["pinned"]
-    lines.append(f"<b>Pinned</b>: {METHOD_LABELS[method]}{'' if plan is None else html.escape(f', {plan}')}.")
+    pinned = f"<b>Pinned</b>: {METHOD_LABELS[method]}{'' if plan is None else html.escape(f', {plan}')}."
     done = f"{result.iterations} of {result.iterations_wanted} random subsets per prompt"
     done += "." if result.complete else ": a preview, the rest follows."
-    lines.append(f"<span class='ttsnap-note'>{' '.join([done, *map(html.escape, result.notes)])}</span>")
-    paragraphs = "".join(f"<p>{line}</p>" for line in lines)
+    note = f"<span class='ttsnap-note'>{' '.join([done, *map(html.escape, result.notes)])}</span>"
+    paragraphs = "".join(f"<p>{line}</p>" for line in (words, f"{gain}.", pinned, note))
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f"<div class='ttsnap-numbers'>{table}{paragraphs}</div>"
 
@@ -96,7 +92,7 @@ class Panels:
     """Five axes on a figure outside pyplot that follow a result.
 
     What moves with every slider is drawn over a picture of the rest, which is kept: a full drawing takes several times
-    as long. An axes whose limits have changed is stale, and drawn anew in its tile of that picture.
+    as long.
     """
 
     def __init__(self, dpi: float = 100) -> None:
@@ -105,15 +101,9 @@ class Panels:
 
         self.figure = Figure(figsize=(9.2, 7.4), dpi=dpi, facecolor="white")
         FigureCanvasAgg(self.figure)
-        self.axes = {name: self.figure.add_axes(place) for name, (place, _) in _PANELS.items()}
+        self.axes = {name: self.figure.add_axes(place) for name, place in _PANELS.items()}
         self._context: tuple = ()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._background: Any = None  # the picture of what stays
-        self._moving: list[tuple[Axes, Any]] = []
-        self._fitted: set[str] = set()  # panels whose limits are ours
-        self._stale: set[str] = set()
+        self._background: np.ndarray | None = None  # the picture of what stays
 
     def update(self, result: Result) -> None:
         """Move the artists to `result`; axes, ticks and labels are made anew only where they have to change."""
@@ -122,80 +112,73 @@ class Panels:
         if context != self._context:
             self._build(result)
             self._context = context
-        self._move_reward(result)
-        self._move_tau(result)
-        self._move_funnel(result)
-        self._move_gain(result)
-        self._move_change(result)
+        for follow in self._followers:
+            follow(result)
 
     def png(self) -> bytes:
-        """Return the picture; of what stays, only stale axes are drawn."""
+        """Return the picture."""
         from PIL import Image
 
         canvas: Any = self.figure.canvas
         if self._background is None:
             canvas.draw()  # leaves the animated artists out
-            self._background, self._stale = np.array(canvas.buffer_rgba()), set()
+            self._background = np.array(canvas.buffer_rgba())
         picture = np.asarray(canvas.buffer_rgba())
-        height, width, _ = picture.shape
-        for name in self._stale:
-            left, bottom, right, top = _PANELS[name][1]
-            tile = (
-                slice(round((1 - top) * height), round((1 - bottom) * height)),
-                slice(round(left * width), round(right * width)),
-            )
-            picture[tile] = 255
-            self.axes[name].draw(canvas.get_renderer())
-            self._background[tile] = picture[tile]
-        self._stale = set()
         picture[:] = self._background
-        for ax, artist in self._moving:
+        for artist in self._moving:
             if artist.get_visible():
-                ax.draw_artist(artist)
+                artist.axes.draw_artist(artist)
         file = io.BytesIO()
         Image.fromarray(picture).convert("RGB").save(file, "PNG", compress_level=3)  # 1 takes longer
         return file.getvalue()
 
-    # The parts that stay, and artists that move for the others
-
     def _build(self, result: Result) -> None:
-        state = result.state
-        self._forget()
+        self._background = None
+        self._moving: list[Any] = []
+        self._limits: dict[str, tuple[float, float]] = {}
         for ax in self.axes.values():
             ax.clear()
             tidy(ax).tick_params(labelsize=8.5)
+        state = result.state
+        first, last = state.budgets[0], state.budgets[-1]
+        margin = 0.03 * (last - first)
         for name in ("reward", "change"):
-            ax, first, last = self.axes[name], state.budgets[0], state.budgets[-1]
-            margin = 0.03 * (last - first)
-            ax.set_xlim(first - margin, last + margin)
-            ax.set_xlabel(f"budget per prompt ({state.cost.unit})", fontsize=9)
-        own, pinned = method_style(state.method), method_style("pinned") | _PINNED
-        self._build_reward(result, own, pinned)
-        self._build_tau(result, own, pinned)
-        self._build_funnel(own)
-        self._build_gain(own, pinned)
-        ax = self.axes["change"]
-        ax.axhline(0, color=_GREY, linewidth=0.9)
-        self._difference = self._line(ax, own, "")
-        ax.set_ylabel(reward_label(state.shown), fontsize=9)
-        _title(ax, "This schedule minus the pinned one, paired")
-        words = ax.text(0.5, 0.5, "", fontsize=9, ha="center", va="bottom", color=_GREY, transform=ax.transAxes)
-        self._no_change = self._moves(ax, words)
+            self.axes[name].set_xlim(first - margin, last + margin)
+            self.axes[name].set_xlabel(f"budget per prompt ({state.cost.unit})", fontsize=9)
+        own, pinned = method_style(state.method), method_style("pinned") | {"linestyle": ":", "marker": "D"}
+        self._followers = [
+            self._reward(state, own, pinned),
+            self._tau(result, own, pinned),
+            self._funnel(own),
+            self._gain(own, pinned),
+            self._change(state, own),
+        ]
 
-    def _build_reward(self, result: Result, own: dict, pinned: dict) -> None:
-        ax, state = self.axes["reward"], result.state
-        self._curves = {
+    # Each panel: what stays is drawn, and a function returned that moves the rest
+
+    def _reward(self, state: State, own: dict, pinned: dict) -> Callable[[Result], None]:
+        ax = self.axes["reward"]
+        curves = {
             "best_of_n": self._line(ax, method_style("best_of_n"), "Best-of-N"),
             "pinned": self._line(ax, pinned, f"pinned {METHOD_LABELS[state.pinned[0]]}"),
             "current": self._line(ax, own, f"this schedule ({METHOD_LABELS[state.method]})", width=2.2),
         }
-        handles = [self._curves[name][1] for name in ("current", "pinned", "best_of_n")]
+        handles = [curves[name][1] for name in ("current", "pinned", "best_of_n")]
         ax.legend(handles=handles, frameon=False, fontsize=8.5, loc="lower right")
         ax.set_ylabel(f"mean {reward_label(state.shown)}", fontsize=9)
         _title(ax, "Reward of the chosen image against budget")
-        self._at = self._moves(ax, ax.axvline(state.budget, color=_GREY, linewidth=1, linestyle=(0, (2, 2))))
+        at = self._moves(ax.axvline(state.budget, color=_GREY, linewidth=1, linestyle=(0, (2, 2))))
 
-    def _build_tau(self, result: Result, own: dict, pinned: dict) -> None:
+        def follow(result: Result) -> None:
+            for name, artists in curves.items():
+                curve = result.curves.get(name)
+                _set_line(artists, curve.budgets if curve else (), curve.reward if curve else None)
+            at.set_xdata([result.state.budget] * 2)
+            self._fit("reward", [curve.reward for curve in result.curves.values()])
+
+        return follow
+
+    def _tau(self, result: Result, own: dict, pinned: dict) -> Callable[[Result], None]:
         ax = self.axes["tau"]
         labels = {"base reward": "ttsp", "noise-aware reward": "ttsnap"}
         for estimate, (label, like) in zip(result.tau, labels.items(), strict=True):
@@ -213,25 +196,56 @@ class Panels:
             "current": {"color": own["color"], "linewidth": 1.6, "alpha": 0.8},
             "pinned": {"color": pinned["color"], "linewidth": 1.4, "linestyle": ":"},
         }
-        self._steps = {
-            name: [self._moves(ax, ax.axvline(0, 0.2, 1, **look)) for _ in range(_MAX_STAGES - 1)]
+        lines = {
+            name: [self._moves(ax.axvline(0, 0.2, 1, **look)) for _ in range(MAX_STAGES)]
             for name, look in looks.items()
         }
 
-    def _build_funnel(self, own: dict) -> None:
+        def follow(result: Result) -> None:
+            for name, found in lines.items():
+                plan = result.state.plans[name][1]
+                steps = plan.steps if plan else ()
+                for k, line in enumerate(found):
+                    line.set_visible(k < len(steps))
+                    if k < len(steps):
+                        line.set_xdata([steps[k]] * 2)
+
+        return follow
+
+    def _funnel(self, own: dict) -> Callable[[Result], None]:
         from matplotlib.patches import Rectangle
 
         ax = self.axes["funnel"]
-        ax.set(xlim=(0, 1), ylim=(_MAX_STAGES - 0.5, -0.5))
+        ax.set(xlim=(0, 1), ylim=(MAX_STAGES + 0.5, -0.5))
         ax.set_axis_off()
         _title(ax, "Survivors and what each stage costs")
-        self._stages = []
-        for row in range(_MAX_STAGES):
+        rows = []
+        for row in range(MAX_STAGES + 1):
             look = {"color": own["color"], "alpha": 0.9 - 0.13 * row, "linewidth": 0}
-            bar = self._moves(ax, ax.add_patch(Rectangle((0, row - 0.36), 0, 0.72, **look)))
-            self._stages.append((bar, self._moves(ax, ax.text(0.45, row, "", fontsize=9, va="center", color=_INK))))
+            bar = self._moves(ax.add_patch(Rectangle((0, row - 0.36), 0, 0.72, **look)))
+            rows.append((bar, self._moves(ax.text(0.45, row, "", fontsize=9, va="center", color=_INK))))
 
-    def _build_gain(self, own: dict, pinned: dict) -> None:
+        def follow(result: Result) -> None:
+            unit, stages, keeps = result.state.cost.unit, result.stages, result.state.schedule.keep_ratios
+            total = sum(stage.total for stage in stages)
+            most = max(stage.candidates for stage in stages)
+            for row, (bar, text) in enumerate(rows):
+                bar.set_visible(row < len(stages))
+                text.set_visible(row < len(stages))
+            for row, (stage, (bar, text)) in enumerate(zip(stages, rows, strict=False)):
+                width = 0.42 * stage.candidates / most
+                bar.set(x=0.21 - width / 2, width=width)
+                last = row == len(stages) - 1
+                then = "the best is chosen" if last else f"keep ratio (alpha) {keeps[row]:g}"
+                steps = f"step {stage.first_step}"
+                if stage.last_step != stage.first_step:
+                    steps = f"steps {stage.first_step}–{stage.last_step}"
+                cost = f"{_number(stage.total)} {unit} ({stage.total / total:.0%})"
+                text.set_text(f"{stage.candidates:.4g} at {steps}: {cost}, {then}")
+
+        return follow
+
+    def _gain(self, own: dict, pinned: dict) -> Callable[[Result], None]:
         ax = self.axes["gain"]
         ax.grid(visible=False)
         ax.axvline(0, color=_GREY, linewidth=0.9)
@@ -240,104 +254,73 @@ class Panels:
         ax.tick_params(axis="y", length=0)
         ax.set_xlabel("percent of Best-of-N's own gain", fontsize=9)
         _title(ax, "Relative gain over Best-of-N", x=-0.33)
-        self._gains = []
-        for row, style in enumerate((own, pinned)):
+        rows = {}
+        for row, (name, style) in enumerate((("current", own), ("pinned", pinned))):
             (bar,) = ax.plot([0, 0], [row, row], color=style["color"], linewidth=2.2, solid_capstyle="butt")
             (dot,) = ax.plot([0], [row], color=style["color"], marker=style["marker"], markersize=7)
             text = ax.text(0, row - 0.2, "", fontsize=8.5, ha="center", va="bottom", color=_INK)
-            self._gains.append([self._moves(ax, artist) for artist in (bar, dot, text)])
+            rows[name] = [self._moves(artist) for artist in (bar, dot, text)]
+
+        def follow(result: Result) -> None:
+            for name, artists in rows.items():
+                for artist in artists:
+                    artist.set_visible(name in result.gains)
+                if name in result.gains:
+                    gain, (bar, dot, text) = result.gains[name], artists
+                    bar.set_xdata([gain.low, gain.high])
+                    dot.set_xdata([gain.value])
+                    text.set(text=_told(gain, ".1f"), x=gain.value)
+            known = [result.gains[name] for name in rows if name in result.gains]
+            if known:
+                self._fit("gain", [Interval(0.0, 0.0, 0.0), *known], margin=0.25)
+
+        return follow
+
+    def _change(self, state: State, own: dict) -> Callable[[Result], None]:
+        ax = self.axes["change"]
+        ax.axhline(0, color=_GREY, linewidth=0.9)
+        difference = self._line(ax, own, "")
+        ax.set_ylabel(reward_label(state.shown), fontsize=9)
+        _title(ax, "This schedule minus the pinned one, paired")
+        words = ax.text(0.5, 0.5, "", fontsize=9, ha="center", va="bottom", color=_GREY, transform=ax.transAxes)
+        self._moves(words)
+
+        def follow(result: Result) -> None:
+            change = result.change
+            _set_line(difference, result.change_budgets, change)
+            if change is None:
+                words.set_text("nothing to compare")
+                return
+            reach = np.nanmax(np.abs([change.value, change.low, change.high]))
+            words.set_text("" if reach else "the same schedule")
+            self._fit("change", [Interval(0.0, -max(reach, 1e-3), max(reach, 1e-3))])
+
+        return follow
 
     def _line(self, ax: Axes, style: dict, label: str, width: float = 1.5) -> tuple[Any, Any]:
         band = ax.fill_between([0, 1], [0, 0], [0, 0], color=style["color"], alpha=0.18, linewidth=0)
         (line,) = ax.plot([], [], label=label, markersize=4, linewidth=width, **style)
-        return self._moves(ax, band), self._moves(ax, line)
+        return self._moves(band), self._moves(line)
 
-    def _moves(self, ax: Axes, artist: Any) -> Any:
+    def _moves(self, artist: Any) -> Any:
         artist.set_animated(True)
-        self._moving.append((ax, artist))
+        self._moving.append(artist)
         return artist
-
-    # The parts that move
-
-    def _move_reward(self, result: Result) -> None:
-        for name, artists in self._curves.items():
-            curve = result.curves.get(name)
-            _follow(artists, curve.budgets if curve else (), curve.reward if curve else None)
-        self._at.set_xdata([result.state.budget] * 2)
-        self._fit("reward", [curve.reward for curve in result.curves.values()])
-
-    def _move_tau(self, result: Result) -> None:
-        for name, lines in self._steps.items():
-            plan = result.state.plans[name][1]
-            steps = plan.steps if plan else ()
-            for k, line in enumerate(lines):
-                line.set_visible(k < len(steps))
-                if k < len(steps):
-                    line.set_xdata([steps[k]] * 2)
-
-    def _move_funnel(self, result: Result) -> None:
-        state, stages = result.state, result.stages
-        total = sum(stage.total for stage in stages)
-        most = max(stage.candidates for stage in stages)
-        for row, (bar, text) in enumerate(self._stages):
-            bar.set_visible(row < len(stages))
-            text.set_visible(row < len(stages))
-            if row >= len(stages):
-                continue
-            stage = stages[row]
-            width = 0.42 * stage.candidates / most
-            bar.set_x(0.21 - width / 2)
-            bar.set_width(width)
-            last = row == len(stages) - 1
-            then = "the best is chosen" if last else f"keep ratio (alpha) {state.schedule.keep_ratios[row]:g}"
-            steps = f"step {stage.first_step}"
-            if stage.last_step != stage.first_step:
-                steps = f"steps {stage.first_step}–{stage.last_step}"
-            cost = f"{_number(stage.total)} {state.cost.unit} ({stage.total / total:.0%})"
-            text.set_text(f"{stage.candidates:.4g} at {steps}: {cost}, {then}")
-
-    def _move_gain(self, result: Result) -> None:
-        gains = (result.gain, result.pinned_gain)
-        for artists, gain in zip(self._gains, gains, strict=True):
-            for artist in artists:
-                artist.set_visible(gain is not None)
-            if gain is not None:
-                bar, dot, text = artists
-                bar.set_xdata([gain.low, gain.high])
-                dot.set_xdata([gain.value])
-                text.set_text(_told(gain, ".1f"))
-                text.set_x(gain.value)
-        known = [gain for gain in gains if gain is not None]
-        if known:
-            self._fit("gain", [Interval(0.0, 0.0, 0.0), *known], margin=0.25)
-
-    def _move_change(self, result: Result) -> None:
-        change = result.change
-        same = change is not None and not np.any(change.value) and not np.any(change.high)
-        _follow(self._difference, result.change_budgets, change)
-        self._no_change.set_text("nothing to compare" if change is None else "the same schedule" if same else "")
-        if change is not None:
-            reach = max(
-                1e-3, *(np.nanmax(np.abs(part), initial=0.0) for part in (change.value, change.low, change.high))
-            )
-            self._fit("change", [Interval(0.0, -reach, reach)])
 
     def _fit(self, name: str, shown: list[Interval], margin: float = 0.08) -> None:
         """Widen or tighten an axis, but not at every move: ticks that jump cannot be read, and cost a drawing."""
         ends = np.concatenate([np.ravel(part) for one in shown for part in (one.value, one.low, one.high)])
         low, high = float(np.nanmin(ends)), float(np.nanmax(ends))
-        ax = self.axes[name]
-        before = ax.get_xlim() if name == "gain" else ax.get_ylim()
-        fits = before[0] <= low and high <= before[1] and (high - low) > 0.4 * (before[1] - before[0])
-        # The limits right after a build are matplotlib's own and mean nothing.
-        if not fits or name not in self._fitted:
+        bottom, top = self._limits.get(name, (np.inf, -np.inf))
+        if not (bottom <= low and high <= top and high - low > 0.4 * (top - bottom)):
             space = margin * max(high - low, 1e-9)
-            (ax.set_xlim if name == "gain" else ax.set_ylim)(low - space, high + space)
-            self._fitted.add(name)
-            self._stale.add(name)
+            self._limits[name] = low - space, high + space
+            ax = self.axes[name]
+            (ax.set_xlim if name == "gain" else ax.set_ylim)(self._limits[name])
+            self._background = None
 
 
-def _follow(artists: tuple[Any, Any], budgets: Sequence[float] | np.ndarray, reward: Interval | None) -> None:
+def _set_line(artists: tuple[Any, Any], budgets: Sequence[float] | np.ndarray, reward: Interval | None) -> None:
     band, line = artists
     for artist in artists:
         artist.set_visible(len(budgets) > 0)

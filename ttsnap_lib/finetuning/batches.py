@@ -17,31 +17,24 @@ from ttsnap_lib.finetuning.data import Images, model_pixels
 from ttsnap_lib.rewards.base import Reward
 
 
-@dataclass(frozen=True)
-class TargetScale:
-    """Center and spread of the targets of a whole batch (0 and 1 without standardization)."""
-
-    center: float = 0.0
-    spread: float = 1.0
-
-    @classmethod
-    def of(cls, targets: torch.Tensor, standardize: bool) -> TargetScale:
-        """Return the scale of the whole batch's targets, the same for every process and part."""
-        if not standardize or len(targets) < 2:
-            return cls()
-        spread = float(targets.double().std())
-        return cls(float(targets.double().mean()), spread if spread > 1e-12 else 1.0)
+def target_scale(targets: torch.Tensor, standardize: bool) -> tuple[float, float]:
+    """Return center and spread of a whole batch's targets (0 and 1 without `standardize`), the same for every part."""
+    if not standardize or len(targets) < 2:
+        return 0.0, 1.0
+    spread = float(targets.double().std())
+    return float(targets.double().mean()), spread if spread > 1e-12 else 1.0
 
 
 def batch_loss(
-    scores: torch.Tensor, targets: torch.Tensor, config: CurriculumConfig, whole: int, scale: TargetScale
+    scores: torch.Tensor, targets: torch.Tensor, config: CurriculumConfig, whole: int, scale: tuple[float, float]
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Return what some whole groups add to the loss of a batch of `whole` pictures, and the summands by name.
 
     Every loss is a mean over pictures: a group of k pictures weighs k, whatever else the batch holds.
     """
-    rows = ((scores.float() - scale.center) / scale.spread).view(-1, config.group_size)
-    wanted = ((targets.float() - scale.center) / scale.spread).view(-1, config.group_size)
+    center, spread = scale
+    rows = ((scores.float() - center) / spread).view(-1, config.group_size)
+    wanted = ((targets.float() - center) / spread).view(-1, config.group_size)
     total, told = rows.new_zeros(()), {}
     for name, function in _LOSSES.items():
         weight = getattr(config, name)
@@ -102,8 +95,7 @@ class Plan:
     def __init__(self, config: CurriculumConfig, n_prompts: int, n_images: int) -> None:
         if n_images < config.group_size:
             raise CurriculumError(
-                f"group_size: got {config.group_size!r}, expected at most the {n_images} images per prompt. Lower "
-                "group_size, or generate more images per prompt."
+                f"group_size: got {config.group_size}, expected at most the {n_images} images per prompt. Lower it."
             )
         self.config, self.n_prompts, self.n_images = config, n_prompts, n_images
         self.groups = n_prompts * (n_images // config.group_size)
@@ -155,7 +147,7 @@ class Load:
     """0 for the stand-in of a process that has nothing to do in this part, else 1."""
     whole: int
     """Pictures of the whole batch."""
-    scale: TargetScale
+    scale: tuple[float, float]
     part: int
     last: bool
     pictures: np.ndarray
@@ -189,7 +181,7 @@ class Loader:
         accumulation = self.plan.config.accumulation
         groups, steps = self.plan.batch(stage, update)
         whole = groups.reshape(-1, 2)
-        scale = TargetScale.of(torch.from_numpy(self.targets[whole[:, 0], whole[:, 1]]), self.plan.config.standardize)
+        scale = target_scale(torch.from_numpy(self.targets[whole[:, 0], whole[:, 1]]), self.plan.config.standardize)
         shares = np.array_split(np.arange(len(groups)), accumulation * self.processes)
         # Parts of one batch go round the processes, so that uneven shares meet different ones.
         mine = shares[part * self.processes + self.process]

@@ -156,23 +156,18 @@ class CurriculumConfig(Plain):
                 text(name, getattr(self, name))
         if self.batch_size % self.group_size:
             raise ConfigError(
-                f"batch_size: got {self.batch_size}, expected a multiple of group_size ({self.group_size}). Pictures "
-                "of one prompt come in whole groups: change one of the two."
+                f"batch_size: got {self.batch_size}, expected a multiple of group_size ({self.group_size}). Change one."
             )
         if self.accumulation > self.batch_size // self.group_size:
             raise ConfigError(
-                f"accumulation: got {self.accumulation}, expected at most the {self.batch_size // self.group_size} "
-                "groups of a batch. Lower accumulation or group_size."
+                f"accumulation: got {self.accumulation}, expected at most batch_size / group_size. Lower accumulation."
             )
         used = [name for name in _LOSSES if getattr(self, name)]
         if not used:
-            raise ConfigError(
-                f"losses: got 0, expected a weight above 0 for one of {_LOSSES}. Set mse to 1, for example."
-            )
+            raise ConfigError(f"losses: got 0, expected a weight above 0 for one of {_LOSSES}. Set mse to 1.")
         if used != ["mse"] and self.group_size < 2:
             raise ConfigError(
-                f"group_size with {used[-1]}: got {self.group_size}, expected 2 or more: this loss compares images of "
-                "one prompt. Set group_size to the images per prompt, for example 8."
+                f"group_size with {used[-1]}: got {self.group_size}, expected 2 or more images to compare. Set it to 8."
             )
 
     def replace(self, **changes: Any) -> CurriculumConfig:
@@ -186,8 +181,7 @@ def _steps(given: Any) -> tuple[int, ...]:
     steps = tuple(integer("steps", step, 0) for step in given)
     if not steps or list(steps) != sorted(set(steps), reverse=True):
         raise ConfigError(
-            f"steps: got {steps!r}, expected distinct steps in descending order, the cleanest first. Sort them: the "
-            "curriculum goes from clean images to noisy ones."
+            f"steps: got {steps!r}, expected distinct steps in descending order, from clean to noisy. Sort them."
         )
     return steps
 
@@ -198,23 +192,9 @@ def shipped_configs() -> list[str]:
 
 
 def load_config(source: str | Path, **changes: Any) -> CurriculumConfig:
-    """Load settings from a YAML file or a shipped configuration, with changes on top.
+    """Load settings from a YAML file or one of :func:`shipped_configs`, such as ``"flux-pickscore"``, changed by `changes`.
 
-    Parameters
-    ----------
-    source : str or Path
-        A file, or one of :func:`shipped_configs`, such as ``"pocket-flux"`` or ``"flux-pickscore"``.
-    **changes
-        Fields that differ.
-
-    Returns
-    -------
-    CurriculumConfig
-
-    Raises
-    ------
-    ConfigError
-        No such file or name, broken YAML, an unknown key, a bad value.
+    A ConfigError for no such file or name, broken YAML, an unknown key, a bad value.
     """
     path = as_path("finetuning configuration", source)
     if not path.suffix and (_CONFIGS / f"{source}.yaml").is_file():

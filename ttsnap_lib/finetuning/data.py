@@ -37,7 +37,6 @@ _BANK, _PIXELS = "bank.json", "pixels.npy"
 _GENERATED = re.compile(
     r"(?P<model>[\w./-]+):(?P<split>\w+):(?P<prompts>\d+)x(?P<images>\d+)(?:@(?P<seed>\d+))?(?P<mirror>\+mirror)?"
 )
-_SAMPLE = 32  # pictures on which a file is compared with the base reward
 
 
 @dataclass(frozen=True)
@@ -59,22 +58,8 @@ def gather(
 ) -> RunData:
     """Open pictures and targets as :func:`ttsnap_lib.finetune` takes them.
 
-    Parameters
-    ----------
-    images, validation, targets, validation_targets
-        As there. Without `validation` the last ``config.validation_prompts`` prompts are held out.
-    reward : Reward
-        The base reward, which gives the targets that are not named.
-    config : CurriculumConfig
-
-    Returns
-    -------
-    RunData
-
-    Raises
-    ------
-    CurriculumError, TrajectoryError
-        Pictures that lack a step, targets that do not fit, more prompts held out than there are.
+    Without `validation` the last ``config.validation_prompts`` prompts are held out; the base `reward` gives the targets
+    that are not named. A CurriculumError or TrajectoryError for pictures that lack a step and targets that do not fit.
     """
     train = open_images(images, steps=config.steps)
     held = open_images(validation, steps=config.steps) if validation is not None else None
@@ -83,20 +68,18 @@ def gather(
             _check_steps(config, pictures)
     if held is None and validation_targets is not None:
         raise CurriculumError(
-            "validation_targets without validation. Name the validation pictures too; prompts held out of the training "
-            "pictures have its targets."
+            "validation_targets without validation: held-out prompts have theirs. Name the validation pictures too."
         )
     n_held = config.validation_prompts
     if held is None and n_held and getattr(train, "mirrored", False):
         raise CurriculumError(
-            f"validation_prompts of mirrored pictures: got {n_held}, expected 0, or validation pictures of their own: "
-            "these would be the mirror images of pictures trained on. Name other pictures for validation."
+            f"validation_prompts: got {n_held}, expected 0 or validation pictures of their own: these would be the "
+            "mirror images of pictures trained on. Name other pictures for validation."
         )
     cut = len(train.prompts) - n_held
     if held is None and cut < 1:
         raise CurriculumError(
-            f"validation_prompts: got {n_held}, expected fewer than the {len(train.prompts)} prompts. Lower it, or "
-            "name other pictures for validation."
+            f"validation_prompts: got {n_held}, expected fewer than the {len(train.prompts)} prompts. Lower it."
         )
     goal = _targets(targets, train, reward, config)
     if held is not None:
@@ -114,24 +97,22 @@ def gather(
 def _check_steps(config: CurriculumConfig, images: Images) -> None:
     if not images.prompts or images.n_images < 1:
         raise CurriculumError(
-            f"pictures: got {len(images.prompts)} prompts x {images.n_images} images, expected at least one of each. "
-            "Generate trajectories first."
+            f"pictures: got {len(images.prompts)} prompts x {images.n_images} images, expected some. Generate them first."
         )
     there = images.steps if isinstance(images, ImageBank) else range(images.n_steps)
     missing = [step for step in config.steps if step not in there]
     if missing:
         raise CurriculumError(
-            f"step {missing[0]} has no images: got {missing!r}, expected steps of the trajectories: {list(there)[:3]} "
-            f"... {list(there)[-1]}. Leave these steps out of the curriculum, or generate trajectories that have them."
+            f"step {missing[0]} has no images: got {missing!r}, expected steps of the trajectories, up to {there[-1]}. "
+            "Leave these steps out of the curriculum, or generate trajectories that have them."
         )
 
 
 def _check_held(train: Images, held: Images, targets: np.ndarray) -> None:
     if not np.ptp(targets, axis=1).any():
         raise CurriculumError(
-            f"validation targets are the same for all images of every prompt ({held.n_images} each), expected two "
-            "images or more, and targets that differ: validation compares the images of a prompt. Look at the pictures "
-            "and the targets, or go without validation (validation_prompts 0)."
+            f"validation targets are the same for all images of every prompt ({held.n_images} each), expected several "
+            "images to compare. Look at pictures and targets, or go without validation (validation_prompts 0)."
         )
     shared = set(train.prompts) & set(held.prompts)
     if shared:
@@ -169,26 +150,10 @@ def open_images(
 ) -> Images:
     """Open pictures to train on.
 
-    Parameters
-    ----------
-    source : str, Path or Images
-        A trajectory folder; a saved :class:`ImageBank`; ``"pocket-flux:train:1000x8"`` for 8 pictures of each of the
-        first 1000 captions of a pocket split, made by a pocket pipeline and kept in ``data_cache/pocket/training``
-        (``@7`` behind it gives another seed, ``+mirror`` at the end adds the mirror images); or pictures that are
-        open already.
-    steps : sequence of int, optional
-        Steps that are needed; only these and the clean image are generated.
-    progress : callable, optional
-        ``progress(done, total)`` while pictures are generated.
-
-    Returns
-    -------
-    Images
-
-    Raises
-    ------
-    CurriculumError
-        Nothing of these kinds.
+    `source` is a trajectory folder; a saved :class:`ImageBank`; ``"pocket-flux:train:1000x8"`` for 8 pictures of each of
+    the first 1000 captions of a pocket split, made by a pocket pipeline and kept in ``data_cache/pocket/training``
+    (``@7`` behind it gives another seed, ``+mirror`` at the end adds the mirror images); or pictures that are open
+    already. Of pictures to generate only `steps` and the clean image are made; ``progress(done, total)`` tells how far.
     """
     if isinstance(source, Images):
         return source
@@ -207,8 +172,7 @@ def named_pictures(source: str | Path) -> Path | re.Match[str]:
     match = _GENERATED.fullmatch(str(source))
     if match is None:
         raise CurriculumError(
-            f"trajectories: got {source}, expected a trajectory folder, a saved bank, or pocket-flux:train:1000x8. Run "
-            "`ttsnap generate` first, or check the path."
+            f"trajectories: got {source}, expected a trajectory folder or pocket-flux:train:1000x8. Check the path."
         )
     return match
 
@@ -216,13 +180,8 @@ def named_pictures(source: str | Path) -> Path | re.Match[str]:
 class ImageBank:
     """Pictures in memory (or in one mapped file): tiny ones fit, and nothing is decoded twice.
 
-    Parameters
-    ----------
-    pixels : uint8 (prompt, image, step, height, width, 3)
-        The last step is the clean image.
-    prompts : sequence of str
-    steps : sequence of int, optional
-        Denoising step of each position; 0, 1, 2, ... when not given. A bank may leave steps out.
+    `pixels` are uint8 (prompt, image, step, height, width, 3), the last step being the clean image; `steps` is the
+    denoising step of each position (0, 1, 2, ... when not given), for a bank may leave steps out.
     """
 
     def __init__(self, pixels: np.ndarray, prompts: Sequence[str], steps: Sequence[int] | None = None) -> None:
@@ -233,8 +192,7 @@ class ImageBank:
         if pixels.dtype != np.uint8 or not shape_is_right or pixels.shape[2] != len(self.steps):
             raise TrajectoryError(
                 f"pictures of a bank: got {pixels.dtype} {pixels.shape} for {len(self.prompts)} prompts and "
-                f"{len(self.steps)} steps, expected uint8 (prompt, image, step, height, width, 3). Bring the axes into "
-                "this order."
+                f"{len(self.steps)} steps, expected uint8 (prompt, image, step, height, width, 3). Order the axes so."
             )
         self.pixels = pixels
         self._column = {step: k for k, step in enumerate(self.steps)}
@@ -281,8 +239,6 @@ class ImageBank:
         n_images: int,
         *,
         steps: Sequence[int] | None = None,
-        batch_size: int = 64,
-        cpu_threads: int | None = 1,
         settings: Any = None,
         **options: Any,
     ) -> ImageBank:
@@ -298,10 +254,9 @@ class ImageBank:
         def keep(prompt: int, images: list[int], step: int, made: torch.Tensor) -> None:
             pixels[prompt, images, column[step]] = as_bytes(made).cpu().numpy()
 
-        generate(
-            pipeline, list(prompts), on_batch=keep, images_per_prompt=n_images, steps=kept, batch_size=batch_size,
-            cpu_threads=cpu_threads, settings=settings, **options,
-        )  # fmt: skip
+        options = {"batch_size": 64, "cpu_threads": 1, **options}
+        given = {"images_per_prompt": n_images, "steps": kept, "settings": settings}
+        generate(pipeline, list(prompts), on_batch=keep, **given, **options)
         return cls(pixels, prompts, kept)
 
 
@@ -324,9 +279,8 @@ def _pocket_bank(match: re.Match[str], steps: Sequence[int] | None, progress: An
         if found.is_file() and set(wanted) <= set((bank := ImageBank.load(found.parent)).steps):
             return bank
     options = {"steps": wanted, "seed": seed, "progress": progress}
-    return ImageBank.load(
-        ImageBank.generated(load_pipeline(model), prompts, int(match["images"]), **options).save(folder)
-    )
+    made = ImageBank.generated(load_pipeline(model), prompts, int(match["images"]), **options)
+    return ImageBank.load(made.save(folder))
 
 
 def with_mirror_images(bank: ImageBank) -> ImageBank:
@@ -403,7 +357,6 @@ def score_step(
     step: int,
     *,
     batch_size: int = 256,
-    progress: Callable[[int, int], None] | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> np.ndarray:
     """Return the reward, as its weights are now, of all pictures at a step: float32 (prompt, image).
@@ -416,8 +369,6 @@ def score_step(
     for start in range(0, len(rows), batch_size):
         prompts, numbers = rows[start : start + batch_size].T
         out[prompts, numbers] = _scores(reward, images, prompts, numbers, step)
-        if progress is not None:
-            progress(min(start + batch_size, len(rows)), len(rows))
     return out
 
 
@@ -433,7 +384,7 @@ def _targets(given: Any, images: Images, reward: Reward, config: CurriculumConfi
     if given is None:
         return own_targets(reward, images)
     if isinstance(given, str | Path):
-        return ground_truth_targets(given, images, reward, check=config.check_targets)
+        return ground_truth_targets(given, images, reward if config.check_targets else None)
     try:
         targets = np.asarray(given, np.float32)
     except (TypeError, ValueError):  # no numbers, or rows of different lengths
@@ -441,24 +392,15 @@ def _targets(given: Any, images: Images, reward: Reward, config: CurriculumConfi
     if targets.shape != (len(images.prompts), images.n_images) or not np.isfinite(targets).all():
         raise CurriculumError(
             f"targets: got {targets.shape}, expected finite numbers ({len(images.prompts)}, {images.n_images}), one "
-            "per image. Give the targets of these trajectories."
+            "per image. Give those of these trajectories."
         )
     return targets
 
 
-def own_targets(
-    reward: Reward,
-    images: Images,
-    *,
-    cache: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> np.ndarray:
-    """Return the base reward of every clean image, float32 (prompt, image).
-
-    Kept in ``data_cache/targets``, or the folder `cache`, under a name made of the weights and the pictures.
-    """
+def own_targets(reward: Reward, images: Images) -> np.ndarray:
+    """Return the base reward of every clean image, float32 (prompt, image); it is kept in ``data_cache/targets``."""
     key = hashlib.sha256(f"{reward.fingerprint()} {images.digest()}".encode()).hexdigest()[:20]
-    path = Path(cache if cache is not None else data_cache() / "targets") / f"{key}.npy"
+    path = data_cache() / "targets" / f"{key}.npy"
     if path.is_file():
         try:
             found = np.load(path, allow_pickle=False)
@@ -467,7 +409,7 @@ def own_targets(
         except (OSError, ValueError):
             pass  # a broken cache file is made again
     with reward.at(None):
-        targets = score_step(reward, images, -1, progress=progress)
+        targets = score_step(reward, images, -1)
     reward.clear_cache()  # what is scored next must not differ in the last bits by whether this ran or the file was read
     bad = np.argwhere(~np.isfinite(targets))
     if len(bad):
@@ -480,36 +422,31 @@ def own_targets(
     return targets
 
 
-def ground_truth_targets(
-    path: str | Path, images: Images, reward: Reward | None = None, *, check: bool = True
-) -> np.ndarray:
+def ground_truth_targets(path: str | Path, images: Images, reward: Reward | None = None) -> np.ndarray:
     """Return the targets in a ground-truth file ``p0000: {id000: value}``, float32 (prompt, image).
 
-    The file holds exactly the prompts of `images` and at least their images; with `check` it agrees with the base
-    `reward` on a few of them (correlation above 0.8).
+    The file holds exactly the prompts of `images` and at least their images; a base `reward` that is given agrees with it
+    on a few of them (correlation above 0.8).
     """
     from ttsnap_lib.tensors.published import import_ground_truth
 
     found = import_ground_truth(path)
     shape = (len(images.prompts), images.n_images)
-    fits = list(found["prompt"].values) == list(range(shape[0])) and set(range(shape[1])) <= set(found["image"].values)
-    if not fits:
+    if [*found["prompt"].values] != [*range(shape[0])] or not {*range(shape[1])} <= {*found["image"].values}:
         raise CurriculumError(
             f"targets {path} belong to another set: got {found.sizes['prompt']} prompts x {found.sizes['image']} "
-            f"images, expected prompts 0 to {shape[0] - 1}, images 0 to {shape[1] - 1} of the trajectories. Name the "
-            "ground truth of these trajectories, or leave it out: the base reward is the target then."
+            f"images, expected {shape[0]} x {shape[1]}, counted from 0. Leave them out: the base reward gives targets."
         )
     targets = found.sel(image=range(shape[1])).values.astype(np.float32)
-    if check and reward is not None:
-        flat = np.unique(np.linspace(0, targets.size - 1, min(_SAMPLE, targets.size)).round().astype(int))
+    if reward is not None:
+        flat = np.unique(np.linspace(0, targets.size - 1, min(32, targets.size)).round().astype(int))
         prompts, numbers = np.unravel_index(flat, shape)
         with reward.at(None):
             own, given = _scores(reward, images, prompts, numbers, -1), targets[prompts, numbers]
         comparable = len(own) > 2 and own.std() > 0 and given.std() > 0
         if comparable and (agreement := float(np.corrcoef(own, given)[0, 1])) < 0.8:
             raise CurriculumError(
-                f"targets {path} are not those of these images: got a correlation of {agreement:.3f} with the base "
-                f"reward on {len(own)} of them, expected above 0.8. Name the right file; if it holds another kind of "
-                "target on purpose, set check_targets to false."
+                f"targets {path}: got a correlation of {agreement:.3f} with the base reward on {len(own)} images, "
+                "expected above 0.8. Name the right file; for other targets on purpose set check_targets to false."
             )
     return targets

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,9 +85,7 @@ def losses_table(folder: str | Path) -> pd.DataFrame:
     import pandas as pd
 
     path = Path(folder) / "losses.csv"
-    with failures_as(
-        CheckpointError, f"losses cannot be read: got {path}. Finish at least one step of ttsnap finetune."
-    ):
+    with failures_as(CheckpointError, f"losses cannot be read: got {path}. Finish at least one step of a run."):
         return pd.read_csv(path)
 
 
@@ -108,9 +106,6 @@ def compare_at_steps(
     targets: np.ndarray,
     *,
     steps: Sequence[int] | None = None,
-    rng: np.random.Generator | int = 0,
-    resamples: int = 2000,
-    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Compare the noise-aware weights with the base, on prompts that neither training nor choice of settings saw.
 
@@ -124,67 +119,35 @@ def compare_at_steps(
         Base rewards of the clean images.
     steps : sequence of int, optional
         All of the series when not given.
-    rng, resamples
-        Of the bootstrap over prompts.
-    progress : callable, optional
-        ``progress(done, total)`` per step.
 
     Returns
     -------
     table : DataFrame
         A row per step: ``base_tau``, ``noise_aware_tau``, ``gain``, and 95% intervals over prompts (``gain`` paired).
     gains : ndarray (prompt, step)
-        Gain in tau of every prompt, for :func:`gain_where_useful`.
-
-    Raises
-    ------
-    CurriculumError
-        A reward without a series, or no steps.
+        Gain in tau of every prompt.
     """
     import pandas as pd
 
     steps = list(reward.adapter_steps if steps is None else steps)
     if not steps:
         raise CurriculumError(
-            f"reward {reward.name} has no noise-aware weights to compare: got {steps!r}, expected one step or more. "
-            "Attach a run folder of ttsnap finetune, or name steps."
+            f"reward {reward.name} has no noise-aware weights to compare. Attach a run folder of ttsnap finetune."
         )
     base: list[np.ndarray] = []
     aware: list[np.ndarray] = []
-    for done, step in enumerate(steps, 1):
+    for step in steps:
         for scores, weights in ((base, None), (aware, step)):
             with reward.at(weights):
                 scores.append(score_step(reward, images, step))
-        if progress is not None:
-            progress(done, len(steps))
     found = [kendall_tau(np.stack(scores, -1), targets, resamples=1).per_prompt for scores in (base, aware)]
     gains = found[1] - found[0]
     rows: dict[str, Any] = {"step": steps}
     for name, values in (("base_tau", found[0]), ("noise_aware_tau", found[1]), ("gain", gains)):
         kept = np.nan_to_num(values, nan=0.0)
-        low, high = percentile_interval(bootstrap_means(kept, rng, resamples))
+        low, high = percentile_interval(bootstrap_means(kept, 0, 2000))
         rows |= {name: kept.mean(0), f"{name}_low": low, f"{name}_high": high}
     return pd.DataFrame(rows), gains
-
-
-def gain_where_useful(
-    table: pd.DataFrame, gains: np.ndarray, low: float = 0.1, high: float = 0.5, *, rng: int = 0, resamples: int = 2000
-) -> dict[str, Any]:
-    """Return the mean gain, with its interval over prompts, over the steps where the base tau is in [low, high].
-
-    These are the steps at which pruning pays: the base reward knows something, and not yet enough. `table` and `gains`
-    are those of :func:`compare_at_steps`; the keys are ``steps``, ``gain``, ``low``, ``high``, ``worst_step_gain``.
-    """
-    chosen = table["base_tau"].between(low, high).to_numpy()
-    per_prompt = np.nan_to_num(gains[:, chosen], nan=0.0).mean(1)
-    bounds = percentile_interval(bootstrap_means(per_prompt, rng, resamples))
-    return {
-        "steps": table["step"][chosen].tolist(),
-        "gain": float(per_prompt.mean()),
-        "low": float(bounds[0]),
-        "high": float(bounds[1]),
-        "worst_step_gain": float(table["gain"][chosen].min()) if chosen.any() else float("nan"),
-    }
 
 
 def loss_curves(losses: pd.DataFrame, *, ax: Axes | None = None) -> Axes:

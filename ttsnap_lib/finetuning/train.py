@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ttsnap_lib.errors import ConfigError, CurriculumError
-from ttsnap_lib.files import atomic_folder, lock, tidy, write_json
+from ttsnap_lib.files import atomic_folder, atomic_write, lock, tidy, write_json
 from ttsnap_lib.finetuning.batches import Load, Loader, Plan, Stage, batch_loss
 from ttsnap_lib.finetuning.config import CurriculumConfig, learning_rate
 from ttsnap_lib.finetuning.data import Images, RunData, gather, named_pictures, score_step
@@ -30,7 +30,6 @@ from ttsnap_lib.finetuning.weights import (
     read_state_file,
     trainable_module,
     write_curriculum,
-    write_state_file,
 )
 from ttsnap_lib.rewards.base import Reward, TextBatch, TextCache
 from ttsnap_lib.rewards.checkpoints import CURRICULUM, step_folders
@@ -182,9 +181,7 @@ def finetune(
         open_run(folder, who)
         state = read_state_file(folder)
         if state is not None and state["identity"] != who:
-            raise CurriculumError(
-                f"{folder / STATE} is of another run. Delete it, or pass overwrite=True (--overwrite)."
-            )
+            raise CurriculumError(f"{folder / STATE} is of another run. Delete it, or pass overwrite=True.")
         base = validate(accelerator, reward, data, config.steps, "the start")  # while its weights are the base's
         parameters = sum(p.numel() for p in module.parameters())
         weights = Weights(reward, config, lent=lent)
@@ -197,7 +194,6 @@ def finetune(
             write_curriculum(folder, reward.name, config, who, [], about)  # last: with it the run has begun
         trainer = Trainer(accelerator, reward, weights, data, config, folder, who, about, base, progress, listener)
         trainer.run(state)
-    waited = trainer.loader.waited_s
     return CurriculumResult(
         folder=folder,
         table=metrics_table(folder),
@@ -205,7 +201,7 @@ def finetune(
         training_s=trainer.training_s,
         validation_s=trainer.validation_s,
         elapsed_s=time.perf_counter() - begin,
-        wait_share=waited / trainer.training_s if trainer.training_s else 0.0,
+        wait_share=trainer.loader.waited_s / trainer.training_s if trainer.training_s else 0.0,
         disk_bytes=sum(p.stat().st_size for path in step_folders(folder).values() for p in path.iterdir()),
         trained_parameters=trained,
         base_parameters=parameters,
@@ -258,8 +254,8 @@ def validate(
 def _finite(what: str, value: float, place: str) -> None:
     if not math.isfinite(value):
         raise CurriculumError(
-            f"{what} is not finite at {place}: got {value!r}, expected a finite number. Lower learning_rate or use "
-            "mixed_precision bf16 or no. Finished steps and the last saved state are as they were."
+            f"{what} is not finite at {place}: got {value!r}. Lower learning_rate, or use mixed_precision bf16 or no; "
+            "finished steps and the last saved state are as they were."
         )
 
 
@@ -441,7 +437,8 @@ class Trainer:
                 "rows": self.rows,
                 "losses": self.losses,
             }
-            write_state_file(self.folder, state)
+            with atomic_write(self.folder / STATE) as file:
+                torch.save(state, file)
         self.accelerator.wait_for_everyone()
 
     @property
@@ -449,14 +446,9 @@ class Trainer:
         return getattr(self.accelerator, "scaler", None)
 
     def _new_optimizer(self) -> Any:
-        config = self.config
-        plain = torch.optim.AdamW(
-            list(self.weights.parameters.values()),
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-        )
-        return self.accelerator.prepare_optimizer(plain)
+        betas, decay = (self.config.beta1, self.config.beta2), self.config.weight_decay
+        trained = list(self.weights.parameters.values())  # the rate is set at each update
+        return self.accelerator.prepare_optimizer(torch.optim.AdamW(trained, betas=betas, weight_decay=decay))
 
     def _event(self, **event: Any) -> None:
         if self.listener is not None and self.accelerator.is_main_process:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ import torch
 
 from ttsnap_lib.checks import as_dtype, integer
 from ttsnap_lib.errors import CheckpointError, CurriculumError, RewardError
-from ttsnap_lib.files import as_path, atomic_folder, atomic_write, failures_as, refuse_other, write_json
+from ttsnap_lib.files import as_path, atomic_folder, failures_as, refuse_other, write_json
 from ttsnap_lib.finetuning.config import CurriculumConfig
 from ttsnap_lib.rewards.base import Reward
 from ttsnap_lib.rewards.checkpoints import (
@@ -54,12 +53,11 @@ def trainable_module(reward: Reward) -> torch.nn.Module:
     """Return the module of a base reward."""
     if reward.module is None or reward.preprocessing is None:
         raise CurriculumError(
-            f"reward {reward.name} has no weights to train, or no preprocessing. Finetune a model reward, not a function."
+            f"reward {reward.name} has no weights to train, or no preprocessing. Finetune a model, not a function."
         )
     if reward.adapter_steps or any("lora_" in name for name, _ in reward.module.named_parameters()):
         raise CurriculumError(
-            f"reward {reward.name} has noise-aware weights or adapters already: its scores would be wrong as targets. "
-            "Load the base reward again, without adapters."
+            f"reward {reward.name} has noise-aware weights or adapters already. Load the base reward, without adapters."
         )
     return reward.module
 
@@ -88,8 +86,7 @@ class Weights:
         targets = self.reward.default_lora_targets
         if not targets:
             raise CurriculumError(
-                f"reward {self.reward.name} names no layers for LoRA. Give it default_lora_targets, a regular "
-                'expression of names of layers, or set method to "full".'
+                f"reward {self.reward.name} names no layers for LoRA (default_lora_targets). Set method to full."
             )
         about = LoraConfig(
             r=self.config.lora_rank,
@@ -173,22 +170,12 @@ def open_run(folder: Path, wanted: Mapping[str, Any]) -> None:
         raise CurriculumError(f"{folder} holds checkpoints without {CURRICULUM}. {remedy}")
 
 
-def write_state_file(folder: Path, state: dict[str, Any]) -> None:
-    """Write the state beside the old one, then put it in its place."""
-    with atomic_write(folder / STATE) as file:
-        torch.save(state, file)
-
-
 def read_state_file(folder: Path) -> dict[str, Any] | None:
     """Return the saved state, or None when there is none."""
     path = folder / STATE
     if not path.is_file():
         return None
-    with failures_as(
-        CheckpointError,
-        f"saved state cannot be read: got {path}, expected a whole file of ttsnap finetune. Delete it: the run begins "
-        "anew, and checkpoints of finished steps are made again.",
-    ):
+    with failures_as(CheckpointError, f"saved state {path} cannot be read. Delete it: the run begins anew."):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["identity"]
         return state
@@ -204,14 +191,10 @@ def write_curriculum(
         "method": config.method,
         "steps": sorted({row["step"] for row in rows}),
         "identity": dict(who),
-        "metrics": [{name: _or_none(value) for name, value in row.items()} for row in rows],
+        "metrics": [{name: None if np.isnan(value) else value for name, value in row.items()} for row in rows],
         **about,
     }
     write_json(folder / CURRICULUM, content)
-
-
-def _or_none(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 # Full checkpoints from elsewhere
@@ -224,48 +207,25 @@ def import_series(
     *,
     dtype: str = "float32",
 ) -> Path:
-    """Turn full state dicts, one per step, into a series that every reward and command takes.
+    """Turn full state dicts, one per step, into a series that every reward and command takes; return the run folder.
 
-    Parameters
-    ----------
-    checkpoints : str, Path or mapping
-        A folder of ``Ct14.pt`` and so on (the authors' names), or step -> file. Pickled code is never run: the files
-        are read as plain tensors.
-    folder : str or Path
-        The run folder to write, whole or not at all: ``step_14/model.safetensors`` and ``curriculum.json``.
-    reward : Reward
-        The base reward that they belong to; every key and shape must fit it.
-    dtype : {"float32", "float16", "bfloat16"}
-        Type to keep them in.
-
-    Returns
-    -------
-    Path
-        The run folder.
-
-    Raises
-    ------
-    CheckpointError
-        No checkpoints, one that cannot be read, or one of another model; a folder that holds something already.
+    `checkpoints` is a folder of ``Ct14.pt`` and so on (the authors' names), or step -> file; they are read as plain
+    tensors, and pickled code is never run. Every key and shape must fit the base `reward`. `folder` is written whole or
+    not at all, in `dtype`: ``step_14/model.safetensors`` and ``curriculum.json``.
     """
-    kept, module = as_dtype(dtype), trainable_module(reward)
+    kept, own = as_dtype(dtype), trainable_module(reward).state_dict()
     files = checkpoints if isinstance(checkpoints, Mapping) else find_checkpoints(checkpoints)
     if not files:
         raise CheckpointError(
-            f"no checkpoints to import: got {checkpoints}, expected files like Ct14.pt. Check the folder."
+            f"no checkpoints to import in {checkpoints}, expected files like Ct14.pt. Check the folder."
         )
     sources = {
-        integer("step of a checkpoint", step, 0, error=CheckpointError): as_path(
-            "checkpoint", path, error=CheckpointError
-        )
+        integer("checkpoint's step", step, 0, error=CheckpointError): as_path("checkpoint", path, error=CheckpointError)
         for step, path in files.items()
     }
-    folder, own = as_path("run folder", folder, error=CheckpointError), module.state_dict()
+    folder = as_path("run folder", folder, error=CheckpointError)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(
-            f"run folder to write: got {folder}, expected a new or an empty folder: steps of two series must not mix. "
-            "Choose another folder, or delete this one."
-        )
+        raise CheckpointError(f"{folder} is not empty: steps of two series must not mix. Choose another folder.")
     with atomic_folder(folder) as part:
         for step, path in sources.items():
             place = part / f"step_{step:02d}"
@@ -282,10 +242,8 @@ def find_checkpoints(folder: str | Path) -> dict[int, Path]:
     for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []:
         match = _FILE.fullmatch(path.name)
         if match and found.setdefault(int(match[1]), path) != path:
-            raise CheckpointError(
-                f"two checkpoints for step {match[1]}: got {[found[int(match[1])].name, path.name]}, expected one file "
-                "per step. Move one of them away."
-            )
+            both = f"{found[int(match[1])].name} and {path.name}"
+            raise CheckpointError(f"two checkpoints for step {match[1]}: got {both}. Move one of them away.")
     return dict(sorted(found.items(), reverse=True))
 
 
@@ -307,7 +265,6 @@ def _fitted(step: int, path: Path, own: Mapping[str, torch.Tensor]) -> dict[str,
     bad = [key for key, value in kept.items() if not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(
-            f"checkpoint of step {step} holds weights that are not finite: got {bad[:4]}, expected finite numbers. "
-            "Get the file again, or leave this step out."
+            f"checkpoint of step {step} holds weights that are not finite: {bad[:4]}. Get the file again."
         )
     return kept

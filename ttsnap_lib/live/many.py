@@ -51,27 +51,18 @@ def search_many(
 
     Parameters
     ----------
-    pipeline : diffusers pipeline
+    pipeline, reward, options
+        As in :func:`ttsnap_lib.search`; rewards are loaded once, and a deadline holds for each prompt.
     prompts : str, Path or sequence of str
-        Prompts, or what :func:`ttsnap_lib.trajectories.prompts.read_prompts` reads. A prompt's place in the list is
-        its index for the seeds.
-    reward : Reward, str, callable, or a list of them
-        Loaded once, for all prompts.
+        Prompts, or what :func:`ttsnap_lib.trajectories.prompts.read_prompts` reads; their places give the seeds.
     folder : path or None
-        Gets ``p0000/image.png``, ``record.json``, ``candidates.parquet`` and ``summary.json`` per prompt,
-        ``results.csv`` and ``results.parquet``. None keeps nothing but the returned table of this shard.
+        Gets ``p0000/image.png``, ``record.json``, ``candidates.parquet`` and ``summary.json`` per prompt, and the
+        returned table, see :func:`collect`. None keeps nothing but the table of this shard.
     shard : (int, int) or "0/2", optional
         Which of how many processes this is; prompts are dealt out in turn. By default the place in an
         ``accelerate launch``, else all prompts.
     progress : callable, optional
         Called with (prompts done, prompts of this shard).
-    options
-        As in :func:`ttsnap_lib.search`. A deadline holds for each prompt.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per prompt of all shards that is done, see :func:`collect`.
 
     Raises
     ------

@@ -36,6 +36,7 @@ from ttsnap_lib.live.record import SearchRecord, SearchResult, StageRecord
 from ttsnap_lib.provenance import versions
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.schedule import METHODS, Schedule, choose, kept, selecting_rewards
+from ttsnap_lib.simulation.simulate import check_n_steps
 
 if TYPE_CHECKING:
     from ttsnap_lib.diffusion.negtome import NegToMe
@@ -143,18 +144,28 @@ def search(
     group = 1
     if negtome is not None:
         group = negtome.group_size
-        _check_window(negtome.active_steps(denoiser.pipeline, denoiser.timesteps), schedule)
+        window = negtome.active_steps(denoiser.pipeline, denoiser.timesteps)
+        if window and len(schedule) and schedule.steps[0] < window[-1]:
+            raise ScheduleError(
+                f"pruning inside the window of NegToMe: got step {schedule.steps[0]}, expected at least {window[-1]}. "
+                "Prune later, narrow the window, or search without NegToMe."
+            )
     if batch_size is None:
         batch_size = max(group, _BATCH.get(denoiser.device.type, _BATCH_ON_ACCELERATOR) // group * group)
 
     checks = [*schedule.steps, denoiser.settings.n_steps - 1]
+    facts = {
+        **pipeline_facts(denoiser),
+        "decoder": None if decoder is None else type(decoder).__name__,
+        "versions": {name: versions().get(name) for name in ("ttsnap", "torch", "diffusers", "transformers")},
+    }
     record = SearchRecord(
         prompt=prompt, method=method, seed=seed, prompt_index=prompt_index,
         seeds=[image_seed(seed, prompt_index, image) for image in range(n)], rewards=names,
         schedule=schedule.to_dict(), settings=denoiser.settings.to_dict(), checks=checks,
         scores=np.full((n, len(checks), len(names)), np.nan, np.float32), pruned_at=[-1] * n, combine=combine,
         weights=None if weight_row is None else weight_row.tolist(), report=report,
-        cost_model=None if costs is None else costs.to_dict(), facts=_facts(denoiser, decoder),
+        cost_model=None if costs is None else costs.to_dict(), facts=facts,
     )  # fmt: skip
     run = Run(
         record, denoiser, rewards, selecting, schedule, decoder, batch_size, group, deadline, on_check, progress
@@ -171,23 +182,17 @@ def search(
         except (_TimeUp, KeyboardInterrupt) as stop:
             record.stopped = "deadline" if isinstance(stop, _TimeUp) else "interrupt"
             found = run.best_so_far()
+            if found is None and isinstance(stop, _TimeUp):
+                raise BudgetError(
+                    f"deadline_s: got {deadline_s}, expected time for the first step of one batch. Give more time or a "
+                    "smaller batch_size."
+                ) from None
             if found is None:
-                raise (_too_late(deadline_s) if isinstance(stop, _TimeUp) else stop) from None
+                raise
             picture = found
     record.elapsed_s = time.perf_counter() - begin
     spent = float("nan") if costs is None else record.price(costs)
     return SearchResult(Image.fromarray(picture), record.winner, record, spent, not record.stopped)
-
-
-def regenerate(pipeline: Any, record: SearchRecord, candidate: int) -> Image.Image:
-    """Return the finished image of one candidate of an earlier run, denoised alone from its recorded seed.
-
-    Alone it may differ from the batch it ran in by rounding; with NegToMe it differs more.
-    """
-    denoiser = Denoiser(pipeline, Settings.from_dict(record.settings))
-    generator = torch.Generator().manual_seed(record.seeds[integer("candidate", candidate, 0, len(record.seeds) - 1)])
-    moved = denoiser.run(denoiser.noise([generator]), denoiser.encode([record.prompt]), denoiser.settings.n_steps - 1)
-    return Image.fromarray(_picture(denoiser.final(moved)[0]))
 
 
 def planned(
@@ -210,13 +215,12 @@ def planned(
         pruning = Schedule()
     costs = CostModel.load(cost) if isinstance(cost, str | Path) else cost
     group = 1 if negtome is None else negtome.group_size
-    n = _candidates_for(budget, candidates, costs, pruning, n_steps, group)
     if batch_size is not None and integer("batch_size", batch_size, 1) % group:
         raise ConfigError(
             f"batch_size with NegToMe: got {batch_size}, expected a multiple of its group_size, {group}. Set one, or "
             "leave batch_size out."
         )
-    return pruning, costs, n
+    return pruning, costs, _candidates_for(budget, candidates, costs, pruning, n_steps, group)
 
 
 def _candidates_for(
@@ -228,13 +232,8 @@ def _candidates_for(
             f"budget, candidates: got {budget}, {candidates}, expected either budget or candidates. Give exactly one of "
             "them."
         )
-    if cost is not None and not isinstance(cost, CostModel):
-        raise CostError(f"cost: got {cost!r}, expected a CostModel, a preset's name or a file. Pass one of them.")
-    if cost is not None and cost.n_steps != n_steps:
-        raise CostError(
-            f"cost.n_steps: got {cost.n_steps}, expected {n_steps}, the steps of this run. Use a cost model with "
-            f"n_steps={n_steps}, or Settings(n_steps={cost.n_steps})."
-        )
+    if cost is not None:
+        check_n_steps(cost, n_steps)
     if candidates is not None:
         n = integer("candidates", candidates, 1, MAX_IMAGES, error=BudgetError)
         if n % group:
@@ -273,31 +272,6 @@ def _method_for(method: str | None, schedule: Schedule, selecting: Sequence[Any]
             "with load_reward(..., adapters=<folder of ttsnap finetune>), or use method='ttsp'."
         )
     return method
-
-
-def _check_window(window: Sequence[int], schedule: Schedule) -> None:
-    """Refuse to prune where NegToMe still couples the candidates of a batch."""
-    if window and len(schedule) and schedule.steps[0] < window[-1]:
-        raise ScheduleError(
-            f"pruning inside the window of NegToMe: got step {schedule.steps[0]}, expected at least {window[-1]}. Prune "
-            "later, narrow the window, or search without NegToMe."
-        )
-
-
-def _facts(denoiser: Denoiser, decoder: Any) -> dict[str, Any]:
-    names = ("ttsnap", "torch", "diffusers", "transformers")
-    return {
-        **pipeline_facts(denoiser),
-        "decoder": None if decoder is None else type(decoder).__name__,
-        "versions": {name: versions().get(name) for name in names},
-    }
-
-
-def _too_late(deadline_s: float | None) -> BudgetError:
-    return BudgetError(
-        f"deadline_s: got {deadline_s}, expected time for the first step of one batch. Give more time or a smaller "
-        "batch_size."
-    )
 
 
 class _TimeUp(Exception):

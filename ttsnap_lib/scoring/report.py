@@ -35,40 +35,28 @@ def step_summary(dataset: xr.Dataset) -> pd.DataFrame:
                 found = values[~np.isnan(values)]
                 low, middle, high = np.quantile(found, [0.25, 0.5, 0.75]) if found.size else (np.nan,) * 3
                 within = np.nanmean(np.nanstd(values, axis=1)) if found.size else np.nan
-                rows.append(
-                    {
-                        "reward": name,
-                        "variant": variant,
-                        "step": int(step),
-                        "mean": float(found.mean()) if found.size else np.nan,
-                        "quartile_1": float(low),
-                        "median": float(middle),
-                        "quartile_3": float(high),
-                        "sd_within_prompt": float(within),
-                        "missing": int(np.isnan(values).sum()),
-                    }
-                )
+                row: dict[str, Any] = {"reward": name, "variant": variant, "step": int(step)}
+                row["mean"] = float(found.mean()) if found.size else np.nan
+                row |= {"quartile_1": float(low), "median": float(middle), "quartile_3": float(high)}
+                rows.append({**row, "sd_within_prompt": float(within), "missing": int(np.isnan(values).sum())})
     return pd.DataFrame(rows)
 
 
-def rank_correlation(dataset: xr.Dataset, *, variant: str = "base", every: int = 1) -> pd.DataFrame:
-    """Return Spearman's rank correlation within prompts between every two (reward, step), averaged over prompts.
+def rank_correlation(dataset: xr.Dataset, *, every: int = 1) -> pd.DataFrame:
+    """Return Spearman's rank correlation of base values between every two (reward, step), averaged over prompts.
 
     Prompts with a missing value, or where a reward is the same for all images, do not count for the pairs concerned.
-
-    It takes `every` so many-th step, and the last one. The frame is square and symmetric, its rows and columns indexed by
-    (reward, step). At least two images per prompt are needed.
+    It takes `every` so many-th step, and the last one. The frame is square, its rows and columns indexed by (reward, step).
     """
     import pandas as pd
     from scipy.stats import rankdata
 
     check_rewards(dataset)
-    choice("variant", variant, ("base", "noise_aware"))
     every = integer("every", every, 1)
     if dataset.sizes["image"] < 2:
         raise TensorError("images per prompt: got 1, expected 2 or more. Ranks need images to compare.")
     positions = sorted({*range(0, dataset.sizes["step"], every), dataset.sizes["step"] - 1})
-    block = dataset[variant].isel(step=positions).transpose("prompt", "reward", "step", "image").values
+    block = dataset["base"].isel(step=positions).transpose("prompt", "reward", "step", "image").values
     keys = pd.MultiIndex.from_product(
         [[str(name) for name in dataset["reward"].values], dataset["step"].values[positions].tolist()],
         names=["reward", "step"],
@@ -107,9 +95,7 @@ def best_and_worst(dataset: xr.Dataset, prompt: int, *, reward: str | None = Non
     return pd.DataFrame(rows, columns=["which", "place", "image", "value"])
 
 
-def pocket_trajectories(
-    folder: str | Path | None = None, *, model: str = "pocket-flux", prompts: int = 6, images: int = 8
-) -> Path:
+def pocket_trajectories() -> Path:
     """Return a small folder of pocket trajectories, generated on the first use: something to try scoring on."""
     from ttsnap_lib.diffusion.pipelines import load_pipeline
     from ttsnap_lib.files import data_cache
@@ -117,42 +103,27 @@ def pocket_trajectories(
     from ttsnap_lib.trajectories.generate import generate
     from ttsnap_lib.trajectories.layout import MANIFEST
 
-    path = Path(folder) if folder is not None else data_cache() / "trajectories" / f"{model}-{prompts}x{images}"
+    path = data_cache() / "trajectories" / "pocket-flux-6x8"
     found = Trajectories(path) if (path / MANIFEST).exists() else None
-    if found is None or any(len(found.state(prompt).whole) < found.images_per_prompt for prompt in range(prompts)):
-        generate(load_pipeline(model), pocket_prompts(n=prompts), path, images_per_prompt=images)
+    if found is None or any(len(found.state(prompt).whole) < 8 for prompt in range(6)):
+        generate(load_pipeline("pocket-flux"), pocket_prompts(n=6), path, images_per_prompt=8)
     return path
 
 
-def reward_histograms(
-    dataset: xr.Dataset, *, reward: str | None = None, steps: Sequence[int] | None = None, bins: int | None = None
-) -> Figure:
-    """Draw the distribution of rewards over all images, a row per step: base filled, noise-aware as a line.
+def reward_histograms(dataset: xr.Dataset, *, bins: int | None = None) -> Figure:
+    """Draw the distribution of rewards over all images: base filled, noise-aware as a line.
 
-    Parameters
-    ----------
-    dataset : xarray.Dataset
-        A reward tensor.
-    reward : str, optional
-        Which one; all, side by side, when not given.
-    steps : sequence of int, optional
-        Which steps (their coordinates); up to six of them, evenly spread, when not given.
-    bins : int, optional
-        Of equal width over all steps; so many that some images fall into each, 40 at most, when not given.
-
-    Returns
-    -------
-    Figure
+    A row per step (up to six, evenly spread), a column per reward. There are so many `bins`, of equal width over all
+    steps, that some images fall into each; 40 at most.
     """
     from matplotlib import pyplot as plt
 
-    names = [str(name) for name in dataset["reward"].values] if reward is None else [reward]
-    every = dataset["step"].values
-    steps = every[np.unique(np.linspace(0, len(every) - 1, 6).round().astype(int))] if steps is None else list(steps)
+    names, every = [str(name) for name in dataset["reward"].values], dataset["step"].values
+    steps = every[np.unique(np.linspace(0, len(every) - 1, 6).round().astype(int))]
     size = (1.4 + 5 * len(names), 0.75 * len(steps) + 0.9)
     figure, axes = plt.subplots(len(steps), len(names), figsize=size, sharex="col", squeeze=False, layout="constrained")
     for column, name in zip(axes.T, names, strict=True):
-        _histogram_column(column, dataset.sel(reward=name, step=list(steps)), bins)
+        _histogram_column(column, dataset.sel(reward=name, step=steps), bins)
         column[-1].set_xlabel(f"{reward_label(name)} (dotted: median of the base reward)")
     for ax, step in zip(axes[:, 0], steps, strict=True):
         ax.set_ylabel(f"step {int(step)}", rotation=0, ha="right", va="center")
@@ -213,17 +184,15 @@ def correlation_heatmap(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def extreme_images(
-    folder: str | Path | Trajectories, extremes: pd.DataFrame, prompt: int, *, step: int = -1, title: str = ""
-) -> Figure:
+def extreme_images(folder: str | Path, extremes: pd.DataFrame, prompt: int, *, title: str = "") -> Figure:
     """Draw the best images of a prompt above the worst ones, each with its reward.
 
-    `folder` is the trajectory folder that was scored and `extremes` a frame of :func:`best_and_worst`; `step` says which
-    estimate is drawn (the final image by default), and `title` stands before the prompt.
+    `folder` is the trajectory folder that was scored and `extremes` a frame of :func:`best_and_worst`; `title` stands
+    before the prompt.
     """
     from matplotlib import pyplot as plt
 
-    found = folder if isinstance(folder, Trajectories) else Trajectories(folder)
+    found = Trajectories(folder)
     columns = int(extremes["place"].max())
     figure, axes = plt.subplots(2, columns, figsize=(1.25 * columns + 0.5, 3.4), squeeze=False, layout="constrained")
     for ax in axes.ravel():
@@ -234,7 +203,7 @@ def extreme_images(
     decimals = int(np.clip(1 - np.floor(np.log10(spread)), 0, 6)) if spread > 0 else 3  # so that neighbours differ
     for entry in extremes.itertuples():
         ax = axes[("best", "worst").index(entry.which), entry.place - 1]
-        ax.imshow(found.read(prompt, entry.image, step), interpolation="nearest")
+        ax.imshow(found.read(prompt, entry.image, -1), interpolation="nearest")
         ax.set_title(f"image {entry.image}: {entry.value:.{decimals}f}", fontsize=8)
     for row, which in enumerate(("best", "worst")):
         axes[row, 0].set_ylabel(which, fontsize=9)

@@ -166,17 +166,13 @@ def score(
             if progress is not None:
                 progress(report.pictures, total)
         report.elapsed_s = time.perf_counter() - begin
-    _list_skipped(report, part)
-    return report
-
-
-def _list_skipped(report: ScoreReport, shard: tuple[int, int]) -> None:
-    suffix = "" if shard[1] == 1 else f"-{shard[0]}of{shard[1]}"
-    path = report.path.parent / f"{report.path.name}.skipped{suffix}.json"
+    suffix = "" if part[1] == 1 else f"-{part[0]}of{part[1]}"
+    listed = report.path.parent / f"{report.path.name}.skipped{suffix}.json"
     if report.skipped:
-        write_json(path, [vars(entry) for entry in report.skipped])
+        write_json(listed, [vars(entry) for entry in report.skipped])
     else:
-        path.unlink(missing_ok=True)
+        listed.unlink(missing_ok=True)
+    return report
 
 
 def generate_scores(
@@ -196,28 +192,15 @@ def generate_scores(
 ) -> ScoreReport:
     """Generate trajectories and keep their rewards alone (``ttsnap generate --score``).
 
-    The tensor is that of `generate` into a folder and `score` of the folder, up to the last bits: pictures are
-    rounded to 8 bits as files are, and only the composition of the reward's batches differs.
-
-    Parameters
-    ----------
-    pipeline, prompts, images_per_prompt, settings, seed, negtome, generate_options
-        As for :func:`ttsnap_lib.generate`, without a folder.
-    out, rewards, steps, shard, noise_aware
-        As for :func:`ttsnap_lib.score`.
-
-    Returns
-    -------
-    ScoreReport
+    Arguments are those of :func:`ttsnap_lib.generate`, without a folder, and of :func:`ttsnap_lib.score`. The tensor is
+    that of the two after each other, up to the last bits: pictures are rounded to 8 bits as files are, and only the
+    composition of the reward's batches differs.
     """
     from ttsnap_lib.diffusion.denoise import Denoiser
     from ttsnap_lib.trajectories.generate import generate, identity_of
 
     if "folder" in generate_options:
-        raise ConfigError(
-            "folder: images that are scored as they are made are not kept. To keep them, generate into a folder first "
-            "and score the folder."
-        )
+        raise ConfigError("folder: images are not kept here. Generate into a folder first and score the folder.")
     prompts, part = read_prompts(prompts), parse_shard(shard)
     denoiser = Denoiser(pipeline, settings)
     n_steps = denoiser.settings.n_steps
@@ -289,10 +272,8 @@ def load_rewards(rewards: Rewards, noise_aware: NoiseAware = None, *, steps: int
         raise ConfigError(f"rewards: got {names!r}, expected distinct names. Load one with another name=.")
     if noise_aware is not None and not isinstance(noise_aware, Mapping):
         if len(models) > 1:
-            raise ConfigError(
-                f"noise_aware: got {noise_aware}, expected reward=folder for each of several rewards. Write for "
-                f"example {names[0]}={noise_aware}."
-            )
+            example = f"{names[0]}={noise_aware}"
+            raise ConfigError(f"noise_aware: got {noise_aware}, expected reward=folder. Write for example {example}.")
         noise_aware = {names[0]: noise_aware}
     for name, folder in (noise_aware or {}).items():
         models[names.index(choice("noise_aware", name, names))].attach_steps(folder)
@@ -300,7 +281,7 @@ def load_rewards(rewards: Rewards, noise_aware: NoiseAware = None, *, steps: int
         if steps is not None and any(step >= steps for step in model.adapter_steps):
             raise CheckpointError(
                 f"noise-aware weights of {model.name} are for other trajectories: got {model.adapter_steps!r}, "
-                f"expected steps below {steps}. Use a series that was trained on trajectories of as many steps."
+                f"expected steps below {steps}. Use another series."
             )
     return models
 
@@ -413,10 +394,8 @@ def read_portions(found: Trajectories, works: Sequence[Work], batch_size: int, w
             try:
                 pixels = found.read(work.prompt, image, step)
             except TrajectoryError as error:
-                pixels, failed[row] = (
-                    blank,
-                    error,
-                )  # keeps its place, so that the others' batch is as it would have been
+                # Keeps its place, so that the others' batch is as it would have been.
+                pixels, failed[row] = blank, error
             picture = Image.fromarray(pixels)
             kinds = {call.reward.preprocessing for call in work.calls if step in call.steps}
             prepared.append({kind: picture if kind is None else kind.image(picture) for kind in kinds})
@@ -522,9 +501,8 @@ class Scorer:
                 reason = reasons.get(row, f"score {value}")
             else:
                 raise RewardError(
-                    f"reward {name} gave a score that is not finite for {self.where(work.prompt, image, step)}: got "
-                    f"{float(value)!r}, expected a finite number. Look at the picture and the weights; scores that are "
-                    "written stay, and --on-error skip leaves such scores out."
+                    f"reward {name} gave {value}, not finite for {self.where(work.prompt, image, step)}. Look at the picture "
+                    "and the weights; --on-error skip leaves such scores out."
                 )
             self.report.skipped.append(Skipped(work.prompt, image, step, name, call.variant, reason))
 
@@ -548,8 +526,7 @@ class Scorer:
                 detail = str(error) if isinstance(error, TTSnapError) else f"{type(error).__name__}: {error}"
                 raise RewardError(
                     f"reward {reward.name} failed on {self.where(portion.work.prompt, image, step)} and the "
-                    f"{len(rows) - 1} after it in the batch ({detail}). Mend the reward; scores that are written stay, "
-                    "and the same command goes on."
+                    f"{len(rows) - 1} after it ({detail}). Mend the reward; the same command goes on from here."
                 ) from error
         scores, reasons = np.full(len(rows), np.nan, np.float32), {}
         for k, row in enumerate(rows):  # find the pictures that it cannot score

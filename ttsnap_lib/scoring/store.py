@@ -73,8 +73,7 @@ def open_store(
             if old is None or not old.identical(new):
                 if shard[1] > 1 and old is not None and others_at_work(beside, shard):
                     raise TensorError(
-                        f"{path} cannot be widened by rewards, prompts, images or steps while other shards write it. "
-                        "Wait for them to end, or start all shards with the same settings."
+                        f"{path} cannot be widened while other shards write it. Start all shards with the same settings."
                     )
                 _write_store(new, path)
             elif not others_at_work(beside, shard):
@@ -217,15 +216,10 @@ def _check_same(
     other = "Choose another --out, or remove the tensor."
     scores = old.attrs.get(_ATTRIBUTE, {})
     if not {"noise_aware_source", "status", "prompt_text"} <= set(old.variables) or not isinstance(scores, Mapping):
-        raise TensorError(
-            f"{path} does not say how it was scored: expected prompt_text, noise_aware_source, status and the weights "
-            f"of each reward, as `ttsnap score` writes them. {other}"
-        )
+        raise TensorError(f"{path} does not say how it was scored, expected a tensor of `ttsnap score`. {other}")
     for dim in ("prompt", "image"):
         if not np.array_equal(old[dim].values, np.arange(old.sizes[dim])):
-            raise TensorError(
-                f"{path} holds a selection of a tensor, expected every {dim} from 0 to {old.sizes[dim] - 1}. {other}"
-            )
+            raise TensorError(f"{path} holds a selection of a tensor, expected every {dim} from 0 on. {other}")
     for index, (there, here) in enumerate(zip(old["prompt_text"].values, prompts, strict=False)):
         if str(there) != here:
             raise TensorError(f"{path}: prompt {index} is another one: got {here!r}, expected {str(there)!r}. {other}")
@@ -240,15 +234,14 @@ def _check_same(
         if plan.name not in names:
             continue
         entry = scores.get(plan.name, {"weights": "scores of `ttsnap score`", "noise_aware": {}})
-        known = {"scores": entry["weights"]}
-        known |= {f"noise-aware scores at step {step}": digest for step, digest in entry["noise_aware"].items()}
-        given = {"scores": plan.weights}
-        given |= {f"noise-aware scores at step {step}": digest for step, digest in plan.noise_aware.items()}
-        for what, digest in given.items():
-            if known.get(what, digest) != digest:
+        digests = [("scores", entry["weights"], plan.weights)]
+        for step, digest in plan.noise_aware.items():
+            digests.append((f"noise-aware scores at step {step}", entry["noise_aware"].get(str(step), digest), digest))
+        for what, there, here in digests:
+            if there != here:
                 raise TensorError(
-                    f"{path}: {plan.name}: {what} by other weights: got {digest!r}, expected {known[what]!r}. Choose "
-                    f"another --out, or another name for {plan.name} (name=)."
+                    f"{path}: {plan.name}: {what} by other weights: got {here!r}, expected {there!r}. Choose another "
+                    "--out, or another name for the reward (name=)."
                 )
     return {name: dict(entry) for name, entry in scores.items()}
 

@@ -117,8 +117,7 @@ def relative_gain(budgets: np.ndarray, rewards: np.ndarray, baseline: np.ndarray
         if curve.ndim == 0 or curve.shape[-1] != len(budgets) or np.isnan(curve).any():
             raise ConfigError(
                 f"{name}: got shape {curve.shape}{' with NaN' if np.isnan(curve).any() else ''}, expected numbers with "
-                f"{len(budgets)} on the last axis, one per budget. Put the budgets on the last axis and score what is "
-                "missing."
+                f"{len(budgets)} on the last axis, one per budget. Turn the axes, or score what is missing."
             )
     return float(
         relative_gain_of(budgets, rewards.reshape(-1, len(budgets)).mean(0), baseline.reshape(-1, len(budgets)).mean(0))
@@ -149,19 +148,10 @@ def relative_gain_of(
 def kendall_tau(
     scores: np.ndarray, final: np.ndarray, rng: np.random.Generator | int | None = None, **options
 ) -> Estimate:
-    """Return Kendall's tau-b between each step's reward and the final reward, over the images of each prompt.
+    """Return Kendall's tau-b between each step's rewards (prompt, image, step) and the `final` ones (prompt, image).
 
-    Parameters
-    ----------
-    scores : (prompt, image, step)
-    final : (prompt, image)
-    rng, options
-        As in :meth:`Estimate.over_prompts`.
-
-    Returns
-    -------
-    Estimate
-        Arrays (step,); ``per_prompt`` is (prompt, step), NaN where a reward is constant or missing.
+    Over the images of each prompt; the means are (step,), ``per_prompt`` is (prompt, step), NaN where a reward is
+    constant or missing. `rng` and `options` as in :meth:`Estimate.over_prompts`.
     """
     from ttsnap_lib.simulation.kernels import tau_b
 
@@ -183,24 +173,12 @@ def top_select(
     rng: np.random.Generator | int | None = None,
     **options,
 ) -> tuple[Estimate, Estimate]:
-    """Return accuracy and gap of keeping the top fraction by each step's reward.
+    """Return accuracy and gap, each (step,), of keeping the top fraction by each step's reward.
 
+    `scores` are (prompt, image, step), `final` (prompt, image); `rng` and `options` as in :meth:`Estimate.over_prompts`.
     Accuracy: how often the best final image (or one as good) is among the kept ``max(1, round(n * ratio))``.
-    Gap: by how much the best kept final reward falls short. Several ratios are averaged, as in the released
-    evaluation; ties break by the lower image index (the released one keeps all of a tie).
-
-    Parameters
-    ----------
-    scores : (prompt, image, step)
-    final : (prompt, image)
-    ratios : float or tuple of float, each in (0, 1]
-    rng, options
-        Of the intervals, see :meth:`Estimate.over_prompts`.
-
-    Returns
-    -------
-    accuracy, gap : Estimate
-        Arrays (step,).
+    Gap: by how much the best kept final reward falls short. Several ratios, each in (0, 1], are averaged, as in the
+    released evaluation; ties break by the lower image index (the released one keeps all of a tie).
     """
     scores, final = _scores(scores, final)
     shares = np.atleast_1d(np.asarray(ratios, object))
@@ -235,20 +213,6 @@ def compute_saved(budgets: np.ndarray, mean: np.ndarray, final: np.ndarray, cand
     curve = np.maximum.accumulate([best_of_n(final, n).mean() for n in range(1, pool + 1)])
     needed = np.interp(mean, curve, np.arange(1, pool + 1), left=np.nan, right=np.nan) * candidate_cost
     return 1 - np.asarray(budgets) / needed
-
-
-def effective_pool_size(final: np.ndarray) -> np.ndarray:
-    """Return how many equally likely, distinct images the pool of each prompt is worth: ``1 / sum(share ** 2)``.
-
-    Images of one prompt with equal rewards, (prompt, image[, step]), count as repeats of one.
-    """
-    values = np.asarray(final)
-    values = values[:, :, None] if values.ndim == 2 else values
-    sizes = []
-    for rows in values:
-        _, counts = np.unique(rows, axis=0, return_counts=True)
-        sizes.append(1 / ((counts / counts.sum()) ** 2).sum())
-    return np.array(sizes)
 
 
 def _scores(scores: np.ndarray, final: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -31,21 +31,9 @@ _PUBLISHED = {"flux": "black-forest-labs/FLUX.1-dev", "sdxl": "SG161222/RealVisX
 def reward_against_budget(
     frame: pd.DataFrame, reward: str | None = None, *, unit: str = "TFLOPs", ax: Axes | None = None
 ) -> Axes:
-    """Draw the mean reward of each method against the budget, with its interval as a band.
+    """Draw the mean reward of each method of a :func:`ttsnap_lib.sweep` frame against the budget, its interval as a band.
 
-    Parameters
-    ----------
-    frame : pandas.DataFrame
-        As :func:`ttsnap_lib.sweep` returns it.
-    reward : str, optional
-        Needed when the frame holds several.
-    unit : str
-        Of the budget.
-    ax : matplotlib Axes, optional
-
-    Returns
-    -------
-    Axes
+    `reward` is needed when the frame holds several; `unit` is that of the budget.
     """
     frame, reward = _one_reward(frame, reward)
     ax = axes_or_new(ax, (5.2, 3.6))
@@ -62,12 +50,7 @@ def reward_against_budget(
 
 
 def reward_panels(frame: pd.DataFrame, *, unit: str = "TFLOPs", title: str | None = None) -> Figure:
-    """Draw :func:`reward_against_budget` for every reward of the frame, side by side, and return the figure.
-
-    Returns
-    -------
-    Figure
-    """
+    """Draw :func:`reward_against_budget` for every reward of the frame, side by side, and return the figure."""
     import matplotlib.pyplot as plt
 
     rewards = list(dict.fromkeys(frame["reward"]))
@@ -80,18 +63,7 @@ def reward_panels(frame: pd.DataFrame, *, unit: str = "TFLOPs", title: str | Non
 
 
 def gain_bars(gains: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the relative gain over Best-of-N of each method and reward, with intervals.
-
-    Parameters
-    ----------
-    gains : pandas.DataFrame
-        Columns method, reward, relative_gain, low, high, as :meth:`Curves.relative_gains` returns it.
-    ax : matplotlib Axes, optional
-
-    Returns
-    -------
-    Axes
-    """
+    """Draw the relative gain over Best-of-N of each method and reward, as :meth:`Curves.relative_gains` tells them."""
     ax = axes_or_new(ax, (4.2, 3.2))
     methods = list(dict.fromkeys(gains["method"]))
     rewards = list(dict.fromkeys(gains["reward"]))
@@ -117,18 +89,7 @@ def gain_bars(gains: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def tau_per_step(dataset: xr.Dataset, *, ax: Axes | None = None) -> Axes:
-    """Draw the mean per-prompt Kendall tau between the first reward at each step and that of the final image.
-
-    Parameters
-    ----------
-    dataset : xarray.Dataset
-        A reward tensor.
-    ax : matplotlib Axes, optional
-
-    Returns
-    -------
-    Axes
-    """
+    """Draw the mean per-prompt Kendall tau between the first reward at each step and that of the final image."""
     ax = axes_or_new(ax, (5.2, 3.4))
     first = dataset.isel(reward=0).transpose("prompt", "image", "step")
     steps, final = dataset["step"].values, first["base"].values[:, :, -1]
@@ -144,20 +105,7 @@ def tau_per_step(dataset: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 
 
 def survivor_funnel(cost: CostModel, schedule: Schedule, n: int, *, ax: Axes | None = None) -> Axes:
-    """Draw how many candidates each stage works on and what the stage costs.
-
-    Parameters
-    ----------
-    cost : CostModel
-    schedule : Schedule
-    n : int
-        Candidates at the start.
-    ax : matplotlib Axes, optional
-
-    Returns
-    -------
-    Axes
-    """
+    """Draw how many of `n` candidates each stage works on and what the stage costs."""
     ax = axes_or_new(ax, (5.2, 0.9 + 0.55 * (len(schedule) + 1)))
     stages = cost.stages(n, schedule)
     total = cost.total(n, schedule)
@@ -190,20 +138,10 @@ def _one_reward(frame: pd.DataFrame, reward: str | None) -> tuple[pd.DataFrame, 
 
 
 def by_budget(curves: Curves, unit: str) -> pd.DataFrame:
-    """Return a table to read: a row per reward and budget, a group of columns per method.
+    """Return a table of text: a row per reward and budget (in `unit`), a group of columns per method.
 
-    Parameters
-    ----------
-    curves : Curves
-    unit : str
-        Of the budgets.
-
-    Returns
-    -------
-    DataFrame
-        Of text. ``N`` is the number of candidates; ``over Best-of-N`` the paired gain in reward with its interval;
-        ``Best-of-N needs`` the budget at which Best-of-N reaches the same mean reward, linear between its budgets and
-        empty outside them.
+    ``N`` is the number of candidates; ``over Best-of-N`` the paired gain in reward with its interval; ``Best-of-N
+    needs`` the budget at which Best-of-N reaches the same mean reward, linear between its budgets and empty outside them.
     """
     import pandas as pd
 
@@ -282,18 +220,10 @@ def optimize_command(
     report: Sequence[str] = (),
     method: str = "ttsnap",
 ) -> str:
-    """Return the ``ttsnap optimize`` line for a tensor, its costs and a range of budgets.
+    """Return the ``ttsnap optimize`` line for a tensor and its costs, both as the notebooks take them.
 
-    Parameters
-    ----------
-    tensor, cost : str
-        As the notebooks take them.
-    multiples : sequence of float
-        Budgets in finished images of Best-of-N; all of them are tuned for.
-    rewards, report : sequence of str
-        Rewards that select, and rewards that are only measured; all of the tensor select when both are empty.
-    method : str
-        ``ttsp`` to tune for pruning by the base reward.
+    `multiples` are budgets in finished images of Best-of-N; all of them are tuned for. All rewards of the tensor select
+    when neither `rewards` (which select) nor `report` (which are only measured) names any.
     """
     words = ["ttsnap", "optimize", tensor, "--cost", cost, "--budgets", ",".join(f"{m:g}" for m in multiples)]
     for option, names in (("--reward", rewards), ("--report", report)):
@@ -314,23 +244,10 @@ def search_command(
 ) -> str:
     """Return the ``ttsnap search`` line that runs a simulated schedule for real.
 
-    Parameters
-    ----------
-    model : str
-        What made the tensor (its attribute ``model``). A pocket model gets its shipped adapters and tiny decoder, a
-        published tensor its model on the hub.
-    rewards : sequence of str
-        Rewards that select, the first one noise-aware under ``ttsnap``.
-    cost : str
-        Cost preset or file.
-    candidates : int
-        Seeds to try.
-    schedule : Schedule, optional
-        Written into the line itself; none for Best-of-N.
-    method : str
-        ``best_of_n``, ``ttsp`` or ``ttsnap``. Where TTSnap's checkpoints are not shipped, ``NOISE_AWARE`` stands for their
-        folder.
-    prompt : str
+    `model` is what made the tensor (its attribute ``model``): a pocket model gets its shipped adapters and tiny decoder,
+    a published tensor its model on the hub. Of `rewards`, which select, the first one is noise-aware under ``ttsnap``;
+    where its checkpoints are not shipped, ``NOISE_AWARE`` stands for their folder. `cost` is a preset or a file,
+    `candidates` the seeds to try. The schedule is written into the line itself.
     """
     model = "MODEL" if model.startswith("synthetic") else model  # of no diffusion model
     is_pocket = model.startswith("pocket-")

@@ -202,6 +202,10 @@ class Level:
     order: np.ndarray  # int32 (prompt, image), the inverse of rank
     valid: np.ndarray  # int32 (prompt,), how many images have a value
 
+    def of(self, prompts: slice) -> Level:
+        """Return the level of some prompts."""
+        return Level(self.rank[prompts], self.order[prompts], self.valid[prompts])
+
 
 def rank_level(column: np.ndarray) -> Level:
     """Rank the images of each prompt by one reward; `column` is (prompt, image)."""
@@ -221,6 +225,7 @@ def prune_columns(
     weights: np.ndarray | None = None,
     keep_winners: bool = False,
     labels: np.ndarray | None = None,
+    levels: Sequence[Sequence[Level]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Prune every prompt, chunk by chunk, in threads; return sums and winners.
 
@@ -228,10 +233,11 @@ def prune_columns(
     (prompt, image, reward) what is summed for the winners; `subsets` int64 (iteration, n), of which budgets take
     prefixes; `counts` int64 (budget, stage + 1), the candidates at work in each stage, ascending in the first column.
     `labels` (prompt, image) is a permutation of the images for each prompt, applied to the subsets: with random ones
-    every prompt has subsets of its own although one table is drawn. The sums over iterations are float64 (budget,
-    prompt, reward), the winners int32 (budget, iteration, prompt) where they are to be kept.
+    every prompt has subsets of its own although one table is drawn. `levels` are those of the columns, one for each
+    reward of each stage, where they are at hand. The sums over iterations are float64 (budget, prompt, reward), the
+    winners int32 (budget, iteration, prompt) where they are to be kept.
     """
-    n_prompts, pool, n_rewards = columns[0].shape
+    n_prompts, pool, _ = columns[0].shape
     labels = np.broadcast_to(np.arange(pool), (n_prompts, pool)) if labels is None else labels
     sums = np.empty((len(counts), n_prompts, values.shape[2]))
     winners = np.empty((len(counts), len(subsets), n_prompts), np.int32) if keep_winners else None
@@ -239,11 +245,15 @@ def prune_columns(
     def work(part: slice) -> None:
         chunk = [column[part] for column in columns]
         if weights is not None:
-            run = _by_one([column.astype(np.float64) @ weights for column in chunk], labels[part])
-        elif n_rewards == 1:
-            run = _by_one([column[:, :, 0] for column in chunk], labels[part])
+            chunk = [(column.astype(np.float64) @ weights)[:, :, None] for column in chunk]
+        if levels is None:
+            ranked = [[rank_level(column[:, :, r]) for r in range(column.shape[2])] for column in chunk]
         else:
-            run = _jointly(chunk, combine, labels[part])
+            ranked = [[level.of(part) for level in stage] for stage in levels]
+        if len(ranked[0]) == 1:
+            run = _by_one([level for (level,) in ranked], labels[part])
+        else:
+            run = _jointly(ranked, chunk, combine, labels[part])
         # Arrays of the chunk's own: the kernel wants them contiguous.
         part_values = np.ascontiguousarray(values[part], dtype=np.float64)
         part_sums, fault = np.zeros((len(counts), len(part_values), values.shape[2])), np.full(2, -1, np.int64)
@@ -259,11 +269,10 @@ def prune_columns(
     return sums, winners
 
 
-def _by_one(columns: Sequence[np.ndarray], labels: np.ndarray) -> Callable:
-    """Return the kernel that prunes by one reward, given what each stage ranks by, (prompt, image)."""
+def _by_one(levels: Sequence[Level], labels: np.ndarray) -> Callable:
+    """Return the kernel that prunes by one reward, given the level of each stage."""
     from ttsnap_lib.simulation.kernels import single_reward
 
-    levels = [rank_level(column) for column in columns]
     moves = np.empty((len(labels), len(levels) - 1, labels.shape[1]), np.int32)
     for k in range(len(levels) - 1):
         moves[:, k] = np.take_along_axis(levels[k + 1].rank, levels[k].order, axis=1)
@@ -271,14 +280,17 @@ def _by_one(columns: Sequence[np.ndarray], labels: np.ndarray) -> Callable:
     return partial(single_reward, first, moves, levels[-1].order, np.stack([level.valid for level in levels], axis=1))
 
 
-def _jointly(columns: Sequence[np.ndarray], combine: str, labels: np.ndarray) -> Callable:
-    """Return the kernel that prunes by several rewards, given (prompt, image, reward) of each stage."""
+def _jointly(
+    levels: Sequence[Sequence[Level]], columns: Sequence[np.ndarray], combine: str, labels: np.ndarray
+) -> Callable:
+    """Return the kernel that prunes by several rewards, given levels and (prompt, image, reward) of each stage."""
     from ttsnap_lib.simulation.kernels import RANK_SUM, Z_SCORE, multi_reward
 
-    scores = np.stack([np.moveaxis(column, 2, 1) for column in columns], axis=1).astype(np.float64)
-    flat = rank_level(scores.reshape(-1, scores.shape[-1]))
-    mode = RANK_SUM if combine == "rank_sum" else Z_SCORE
-    ranks, valid = flat.rank.reshape(scores.shape), flat.valid.reshape(scores.shape[:3])
+    ranks = np.stack([np.stack([level.rank for level in stage], 1) for stage in levels], 1)
+    valid = np.stack([np.stack([level.valid for level in stage], 1) for stage in levels], 1)
+    mode, scores = RANK_SUM, np.empty((0, 0, 0, 0))  # ranks alone are read
+    if combine == "z_score":
+        mode, scores = Z_SCORE, np.stack([np.moveaxis(column, 2, 1) for column in columns], 1).astype(np.float64)
     return partial(multi_reward, mode, ranks, scores, valid, np.ascontiguousarray(labels, np.int32))
 
 

@@ -57,16 +57,6 @@ class Simulation:
     budget: float
     spent: float
 
-    def frame(self) -> pd.DataFrame:
-        """Return one row per reward."""
-        import pandas as pd
-
-        shared = {"method": self.method, "budget": self.budget, "n": self.n, "spent": self.spent}
-        return pd.DataFrame(
-            {**shared, "reward": name, "mean": self.mean[r], "low": self.low[r], "high": self.high[r]}
-            for r, name in enumerate(self.rewards)
-        )
-
 
 def simulate(
     dataset: xr.Dataset,
@@ -116,7 +106,7 @@ def simulate(
         dataset, [method], None if budget is None else [budget], cost, schedule, n=None if n is None else [n],
         baseline=False, keep_winners=True, **options,
     )  # fmt: skip
-    low, high = result.interval(result.boot)
+    low, high = percentile_interval(result.boot, result.level)
     return Simulation(
         method=method,
         rewards=result.rewards,
@@ -190,19 +180,15 @@ class Curves:
     level: float
     boot: np.ndarray
 
-    def interval(self, samples: np.ndarray) -> np.ndarray:
-        """Return the percentile interval (low, high) of `samples` (resample, ...)."""
-        return percentile_interval(samples, self.level)
-
     def frame(self) -> pd.DataFrame:
         """Return one row per method, reward and budget; ``gain`` is the paired difference to Best-of-N."""
         import pandas as pd
 
         mean = self.per_prompt.mean(-1)
-        low, high = self.interval(self.boot)
+        low, high = percentile_interval(self.boot, self.level)
         baseline = self.methods.index("best_of_n")
         gain = mean - mean[[baseline]]
-        gain_low, gain_high = self.interval(self.boot - self.boot[:, [baseline]])
+        gain_low, gain_high = percentile_interval(self.boot - self.boot[:, [baseline]], self.level)
         rows = []
         for m, method in enumerate(self.methods):
             for r, reward in enumerate(self.rewards):
@@ -228,7 +214,7 @@ class Curves:
             for r, reward in enumerate(self.rewards):
                 gain = float(relative_gain_of(self.budgets, mean[m, :, r], mean[base, :, r]))
                 samples = relative_gain_of(self.budgets, self.boot[:, m, :, r], self.boot[:, base, :, r], strict=False)
-                low, high = self.interval(samples)
+                low, high = percentile_interval(samples, self.level)
                 rows.append((method, reward, gain, float(low), float(high)))
         return pd.DataFrame(rows, columns=["method", "reward", "relative_gain", "low", "high"])
 
@@ -275,7 +261,7 @@ def curves(
     check_rewards(dataset)
     steps = dataset["step"].values
     if cost is not None or budgets is not None:
-        check_n_steps(cost, steps)
+        check_n_steps(cost, int(steps[-1]) + 1)
     names = [str(name) for name in dataset["reward"].values]
     selecting, shares = selecting_rewards(names, report, combine, weights)
     n_prompts, pool = dataset.sizes["prompt"], dataset.sizes["image"]
@@ -324,16 +310,16 @@ def curves(
     )
 
 
-def check_n_steps(cost: Any, steps: np.ndarray) -> None:
-    """Refuse what is no cost model, or one of another number of steps than a tensor with these steps."""
+def check_n_steps(cost: Any, n_steps: int) -> None:
+    """Refuse what is no cost model, or one of another number of denoising steps."""
     if not isinstance(cost, CostModel):
         raise CostError(
             f"cost: got {cost!r}, expected a CostModel. Pass CostModel.preset('published') or one of yours."
         )
-    if cost.n_steps != int(steps[-1]) + 1:
+    if cost.n_steps != n_steps:
         raise CostError(
-            f"cost.n_steps: got {cost.n_steps!r}, expected {int(steps[-1]) + 1}, the steps of the reward tensor. Use a "
-            f"cost model with n_steps={int(steps[-1]) + 1} (dataclasses.replace changes one field)."
+            f"cost.n_steps: got {cost.n_steps!r}, expected {n_steps}, the denoising steps to be priced. Use a cost model "
+            f"with n_steps={n_steps} (dataclasses.replace changes one field)."
         )
 
 

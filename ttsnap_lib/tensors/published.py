@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ttsnap_lib.checks import choice, integer, plain_name
+from ttsnap_lib.checks import choice, plain_name
 from ttsnap_lib.errors import TensorError
 from ttsnap_lib.files import as_path, atomic_write, read_json, read_yaml
 from ttsnap_lib.tensors.tensor import (
@@ -162,13 +162,7 @@ def read_values(path: str | Path) -> np.ndarray:
         if not isinstance(row, list) or not row or len(row) != width:  # a file cut off ends in a short row
             images = f"{len(row)} images" if isinstance(row, list) else repr(row)
             raise TensorError(f"{path}: prompt {prompt}: got {images}, expected {width or 'a list of them'}. {remedy}")
-        rows.append(_float32_row(row))
-        if not np.isfinite(rows[-1]).all():
-            image = int(np.argmin(np.isfinite(rows[-1])))
-            raise TensorError(
-                f"{path}: prompt {prompt}, image {image}: got {row[image]!r:.80}, expected a finite number of 32 bits. "
-                f"{remedy}"
-            )
+        rows.append(_float32_row(dict(enumerate(row)), f"{path}: prompt {prompt}, image", remedy))
     return np.stack(rows)
 
 
@@ -207,19 +201,17 @@ def export_published(
     return files
 
 
-def export_ground_truth(dataset: xr.Dataset, path: str | Path, *, reward: str | None = None, step: int = -1) -> Path:
-    """Write the base rewards at a position of the step axis as ``p0000: {id000: value}``, the finetuning targets' layout.
+def export_ground_truth(dataset: xr.Dataset, path: str | Path, *, reward: str | None = None) -> Path:
+    """Write the base rewards of the clean images as ``p0000: {id000: value}``, the finetuning targets' layout.
 
-    The last position holds the clean images. A tensor of several rewards needs the name of one.
+    A tensor of several rewards needs the name of one.
     """
     check_rewards(dataset)
     names = [str(name) for name in dataset["reward"].values]
     if reward is None and len(names) > 1:
         raise TensorError(f"reward: got {names!r}, expected one of them. Name the reward to export.")
     reward = choice("reward", names[0] if reward is None else reward, names, error=TensorError)
-    size = dataset.sizes["step"]
-    step = integer("step", step, -size, size - 1)
-    block = dataset["base"].sel(reward=reward).isel(step=step).transpose("prompt", "image")
+    block = dataset["base"].sel(reward=reward).isel(step=-1).transpose("prompt", "image")
     _finite(block.values, f"base of {reward}")
     with atomic_write(path, "w") as file:
         for prompt, row in zip(block["prompt"].values, block.values, strict=True):
@@ -240,14 +232,7 @@ def import_ground_truth(path: str | Path) -> xr.DataArray:
     table: dict[int, dict[int, Any]] = {}
     for prompt, images in _indexed(content, "p", f"{path}: prompts", remedy).items():
         row = _indexed(images, "id", f"{path}: p{prompt:04d}", remedy)
-        values = _float32_row(list(row.values()))
-        if not np.isfinite(values).all():
-            image = list(row)[int(np.argmin(np.isfinite(values)))]
-            raise TensorError(
-                f"{path}: p{prompt:04d}, id{image:03d}: got {row[image]!r:.80}, expected a finite number of 32 bits. "
-                f"{remedy}"
-            )
-        table[prompt] = dict(zip(row, values, strict=True))
+        table[prompt] = dict(zip(row, _float32_row(row, f"{path}: p{prompt:04d}, id", remedy), strict=True))
     columns = list(next(iter(table.values())))
     for prompt, row in table.items():
         if list(row) != columns:
@@ -281,13 +266,18 @@ def _prompt_text(prompts: Any, n_prompts: int) -> list[str] | None:
     return texts[:n_prompts]
 
 
-def _float32_row(row: list) -> np.ndarray:
-    """Return numbers as float32; what is none, or beyond its range, is not finite."""
+def _float32_row(row: dict[int, Any], what: str, remedy: str) -> np.ndarray:
+    """Return numbers, by image, as float32; what is none, or beyond its range, is refused."""
     numbers = [
-        value if type(value) is float or (type(value) is int and abs(value) < 2**128) else np.nan for value in row
+        value if type(value) is float or (type(value) is int and abs(value) < 2**128) else np.nan
+        for value in row.values()
     ]
     with np.errstate(over="ignore"):
-        return np.array(numbers, np.float64).astype(np.float32)
+        values = np.array(numbers, np.float64).astype(np.float32)
+    if not np.isfinite(values).all():
+        image = list(row)[int(np.argmin(np.isfinite(values)))]
+        raise TensorError(f"{what} {image}: got {row[image]!r:.80}, expected a finite number of 32 bits. {remedy}")
+    return values
 
 
 def _indexed(content: Any, prefix: str, what: str, remedy: str) -> dict[int, Any]:
@@ -308,9 +298,8 @@ def _finite(block: np.ndarray, what: str) -> None:
     if not np.isfinite(block).all():
         prompt, image = np.argwhere(~np.isfinite(block))[0].tolist()
         raise TensorError(
-            f"{what} has missing values, first at prompt {prompt}, image {image}: got "
-            f"{int((~np.isfinite(block)).sum())!r}, expected a number everywhere. Score the rest, or drop those images "
-            "with tensors.drop_missing()."
+            f"{what} lacks {int((~np.isfinite(block)).sum())} values, the first at prompt {prompt}, image {image}. Score "
+            "the rest, or drop those images with tensors.drop_missing()."
         )
 
 

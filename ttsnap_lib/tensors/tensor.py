@@ -143,30 +143,12 @@ def make_rewards(
     noise_aware_source: np.ndarray | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> xr.Dataset:
-    """Build a reward tensor from arrays.
+    """Build a reward tensor from arrays (reward, prompt, image, step), kept as float32, and names of the `rewards`.
 
-    Parameters
-    ----------
-    base, noise_aware : (reward, prompt, image, step)
-        Kept as float32. Without `noise_aware` it is a copy of `base`, and says so.
-    rewards : sequence of str
-        Names along the first axis.
-    prompt_text : sequence of str, optional
-    steps : sequence of int, optional
-        Denoising step of each position on the last axis; 0, 1, 2, ... by default.
-    noise_aware_source : str (reward, step), optional
-        ``"finetuned"`` or ``"copied_from_base"``; all finetuned when `noise_aware` is given alone.
-    attributes : mapping, optional
-        For instance model and source.
-
-    Returns
-    -------
-    xarray.Dataset
-
-    Raises
-    ------
-    TensorError
-        Shapes or names that do not fit.
+    Without `noise_aware` it is a copy of `base`, and says so; given alone it counts as finetuned throughout, else
+    `noise_aware_source` says for each (reward, step) ``"finetuned"`` or ``"copied_from_base"``. `steps` are the denoising
+    steps of the last axis, 0, 1, 2, ... by default; `attributes` are kept, for instance model and source. TensorError
+    for shapes or names that do not fit.
     """
     import xarray as xr
 
@@ -259,8 +241,7 @@ def read_steps(variable: xr.DataArray, positions: Sequence[int]) -> np.ndarray:
         prompt, image, step, _ = np.argwhere(np.isinf(values))[0].tolist()
         raise TensorError(
             f"{variable.name} of prompt {int(block['prompt'][prompt])}, image {int(block['image'][image])}, step "
-            f"{int(block['step'][step])}: got an infinite number, expected finite ones. Score the image again, or "
-            "drop it with tensors.drop_missing()."
+            f"{int(block['step'][step])}: got an infinite number, expected finite ones. Score it again, or drop_missing()."
         )
     return values
 

@@ -185,24 +185,14 @@ def read_journals(folder: Path) -> dict[tuple[int, int, int], set[int]]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a trajectory folder holds.
-
-    Parameters
-    ----------
-    identity : mapping
-        What decides the bytes: model, scheduler, sigmas, guidance, size, seed rule, NegToMe, batch, format.
-        At least ``n_steps``, ``height``, ``width``, ``image_format`` and ``seed``.
-    prompts : sequence of str
-        The position is the prompt's index.
-    images_per_prompt : int
-    provenance : sequence of mappings
-        Who wrote: versions, commit, host, device; one entry per distinct writer.
-    """
+    """What a trajectory folder holds."""
 
     identity: Mapping[str, Any]
+    """What decides the bytes: model, scheduler, sigmas, guidance, size, seed rule, NegToMe, batch, format."""
     prompts: tuple[str, ...]
     images_per_prompt: int
     provenance: tuple[Mapping[str, Any], ...] = ()
+    """Who wrote: versions, commit, host, device; one entry per distinct writer."""
 
     @property
     def n_steps(self) -> int:
@@ -221,16 +211,14 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` into `folder`, atomically."""
-        write_json(
-            folder / MANIFEST,
-            {
-                "schema": _SCHEMA,
-                "identity": dict(self.identity),
-                "prompts": list(self.prompts),
-                "images_per_prompt": self.images_per_prompt,
-                "provenance": [dict(entry) for entry in self.provenance],
-            },
-        )
+        content = {
+            "schema": _SCHEMA,
+            "identity": dict(self.identity),
+            "prompts": list(self.prompts),
+            "images_per_prompt": self.images_per_prompt,
+            "provenance": [dict(entry) for entry in self.provenance],
+        }
+        write_json(folder / MANIFEST, content)
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
@@ -279,10 +267,7 @@ def extend(
     entry = dict(provenance or {})
     if not (folder / MANIFEST).exists():
         if folder.is_dir() and any(_PROMPT.fullmatch(path.name) for path in folder.iterdir()):
-            raise TrajectoryError(
-                f"{folder} holds images but no {MANIFEST}: got {folder}, expected a folder of `ttsnap generate`, or an "
-                "empty one. Choose another output folder; these images cannot be told apart from others."
-            )
+            raise TrajectoryError(f"{folder} holds images but no {MANIFEST}. Choose another output folder.")
         manifest = Manifest(identity, tuple(prompts), images_per_prompt, (entry,) if entry else ())
         manifest.write(folder)
         return manifest
@@ -292,8 +277,8 @@ def extend(
     for index, (there, here) in enumerate(zip(old.prompts, prompts, strict=False)):
         if there != here:
             raise TrajectoryError(
-                f"{folder} was made with other prompts: prompt {index} differs: got {here!r}, expected {there!r}. "
-                "Choose another output folder. Prompts may be added at the end, not changed."
+                f"{folder}: prompt {index} differs: got {here!r}, expected {there!r}. Choose another output folder; "
+                "prompts may be added at the end, not changed."
             )
     entries = old.provenance
     if entry and not any({**known, "time": None} == {**entry, "time": None} for known in entries):

@@ -32,13 +32,7 @@ if TYPE_CHECKING:
 
 
 class Trajectories:
-    """A trajectory folder opened for reading.
-
-    Parameters
-    ----------
-    folder : str or Path
-        Holds ``manifest.json`` and ``p0000/id000/s00.png`` and so on.
-    """
+    """A trajectory folder opened for reading: ``manifest.json`` and ``p0000/id000/s00.png`` and so on."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -75,8 +69,7 @@ class Trajectories:
             gone = state.incomplete.get(missing[0], [0])[0]
             raise TrajectoryError(
                 f"{self.path(prompt, missing[0], gone)} is missing: got {len(images) - len(missing)} of {len(images)} "
-                f"images of prompt {prompt}, expected each with all its steps. Run the same `ttsnap generate` again: "
-                "it goes on where it stopped."
+                f"images of prompt {prompt} with all steps. Run the same `ttsnap generate` again: it goes on."
             )
 
     def read(self, prompt: int, image: int, step: int) -> np.ndarray:
@@ -200,19 +193,14 @@ def verify(folder: str | Path, *, workers: int = 4, progress: Callable[[int, int
     return VerifyReport(folder, tuple(findings), checked)
 
 
-def pairwise_distances(images: np.ndarray, embed: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
+def pairwise_distances(images: np.ndarray) -> np.ndarray:
     """Return the distance of every pair of uint8 images (n, height, width, 3), in the order of `numpy.triu_indices`.
 
-    It is the root mean square difference of the pixels, of which 0 is black and 1 white. With `embed`, which turns the
-    images into features (n, d) as a CLIP image tower does, it is one minus the cosine similarity.
+    It is the root mean square difference of the pixels, of which 0 is black and 1 white.
     """
-    one, other = np.triu_indices(len(images), k=1)
-    if embed is None:
-        flat = images.reshape(len(images), -1).astype(np.float64) / 255
-        return np.array([np.sqrt(np.mean((flat[i] - flat[j]) ** 2)) for i, j in zip(one, other, strict=True)])
-    features = np.asarray(embed(images), dtype=np.float64)
-    features = features / np.linalg.norm(features, axis=1, keepdims=True)
-    return 1 - (features @ features.T)[one, other]
+    flat = images.reshape(len(images), -1).astype(np.float64) / 255
+    pairs = zip(*np.triu_indices(len(images), k=1), strict=True)
+    return np.array([np.sqrt(np.mean((flat[i] - flat[j]) ** 2)) for i, j in pairs])
 
 
 def folder_diversity(
@@ -220,30 +208,11 @@ def folder_diversity(
     *,
     step: int = -1,
     prompts: Iterable[int] | None = None,
-    embed: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> pd.DataFrame:
     """Return the mean pairwise distance within each prompt, for each of several trajectory folders.
 
-    Parameters
-    ----------
-    folders : dict
-        Name of a setting to its folder.
-    step : int
-        Which step's pictures; the final images by default.
-    prompts : iterable of int, optional
-        Which prompts; all of them when not given.
-    embed : callable, optional
-        As in :func:`pairwise_distances`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns ``setting``, ``prompt``, ``images``, ``distance``.
-
-    Raises
-    ------
-    TrajectoryError
-        When an image is missing, or a folder has fewer than two images per prompt.
+    `folders` is the name of a setting to its folder, `step` says which pictures (the final images by default), and the
+    columns are ``setting``, ``prompt``, ``images``, ``distance``. At least two images per prompt are needed.
     """
     import pandas as pd
 
@@ -253,10 +222,8 @@ def folder_diversity(
         found = Trajectories(folder)
         n = found.images_per_prompt
         if n < 2:
-            raise TrajectoryError(
-                f"diversity of {folder}: got {n} image per prompt, expected two or more. Generate more."
-            )
+            raise TrajectoryError(f"{folder}: got {n} image per prompt, expected two or more. Generate more.")
         for prompt in range(len(found.prompts)) if chosen is None else chosen:
-            distances = pairwise_distances(found.pictures(prompt, steps=[step])[:, 0], embed)
+            distances = pairwise_distances(found.pictures(prompt, steps=[step])[:, 0])
             rows.append({"setting": setting, "prompt": prompt, "images": n, "distance": distances.mean()})
     return pd.DataFrame(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -142,5 +141,4 @@ def _publish(part: Path, folder: Path) -> None:
 def remove_leftovers(parts: Iterable[Path]) -> None:
     """Remove what a killed process left of images it was writing."""
     for part in parts:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(part)
+        shutil.rmtree(part, ignore_errors=True)

@@ -18,7 +18,7 @@ from ttsnap_lib.schedule import PUBLISHED_SCHEDULE, Schedule, selecting_rewards
 from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval
 from ttsnap_lib.simulation.pruning import n_threads
 from ttsnap_lib.simulation.simulate import MOST_DRAWS, VARIABLE, candidates_table, check_n_steps
-from ttsnap_lib.tensors.tensor import COPIED, check_rewards, read_steps
+from ttsnap_lib.tensors.tensor import check_rewards, noise_aware_steps, read_steps
 from ttsnap_lib.tuning.race import Goals, Race, Scorer, Selection, Trial, best_indices
 from ttsnap_lib.tuning.space import SearchSpace
 
@@ -61,13 +61,8 @@ class OptimizedSchedule:
         (of the last round it ran in; the best over budgets for ``"frontier"``).
     complete : bool
         False when a time limit or Ctrl-C ended the search before `n_trials`.
-    infeasible : int
-        Schedules dropped because a budget buys none of their candidates, or more than the pool.
-    objective, method : str
-    cost : CostModel
     budgets : float64 (budget,)
     tune, test : int64, prompt positions
-    elapsed_s : float
     """
 
     schedule: Schedule
@@ -81,7 +76,6 @@ class OptimizedSchedule:
     rewards: pd.DataFrame
     trials: pd.DataFrame
     complete: bool
-    infeasible: int
     objective: str
     method: str
     cost: CostModel
@@ -95,22 +89,10 @@ class OptimizedSchedule:
     ) -> pd.DataFrame:
         """Tell which of the schedules tried are as good as the chosen one on the test prompts, within the interval.
 
-        Parameters
-        ----------
-        dataset : xarray.Dataset
-            The tensor that it was tuned on.
-        top : int
-            Schedules compared: those that scored best in the last round of the search.
-        also : sequence of Schedule
-            Others to compare, such as the one in use so far.
-        options : Any
-            Further ones of :func:`compare_schedules`: iterations, seed, combine, weights, report, level, resamples.
-
-        Returns
-        -------
-        pandas.DataFrame
-            As :func:`compare_schedules`, the chosen schedule first, then `also`, with ``within``: the interval of the
-            points by which it trails holds 0.
+        `dataset` is the tensor that it was tuned on. Compared are the `top` schedules that scored best in the last round
+        of the search, and those of `also`, such as the one in use so far. `options` are further ones of
+        :func:`compare_schedules`, whose table it returns: the chosen schedule first, then `also`, with ``within``: the
+        interval of the points by which it trails holds 0.
         """
         tried = self.trials[self.trials["rounds"] == self.trials["rounds"].max()]
         best = tried.iloc[best_indices(tried["score"].to_numpy(), integer("top", top, 1))]
@@ -240,7 +222,6 @@ def optimize_schedule(
         **_told_on(scorer, setup, chosen, single, tuned[:-1], streams[4], level, resamples),
         trials=_trials_table(race.trials),
         complete=complete,
-        infeasible=race.infeasible,
         objective=objective,
         method=method,
         cost=cost,
@@ -267,26 +248,12 @@ def compare_schedules(
     level: float = 0.95,
     resamples: int = 1000,
 ) -> pd.DataFrame:
-    """Score schedules on the same prompts and subsets, paired with the first of them.
+    """Score schedules on the same prompts and subsets, `iterations` a prompt, paired with the first of them.
 
-    Parameters
-    ----------
-    dataset, cost, budgets, method, combine, weights, report, level, resamples
-        As in :func:`optimize_schedule`.
-    schedules : sequence of Schedule
-    prompts : sequence of int, optional
-        Positions along the prompt axis; all by default.
-    iterations : int
-        Subsets per prompt.
-    seed : int
-        Of the subsets and of the bootstrap.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per schedule: schedule, gain (percent over Best-of-N; the paper's relative gain over several budgets,
-        for one budget as for objective ``"single"``), low, high, behind (points behind the first schedule),
-        behind_low, behind_high. NaN where a schedule cannot run.
+    `prompts` are positions along the prompt axis, all by default; the other options are as in :func:`optimize_schedule`.
+    Returns a row per schedule: schedule, gain (percent over Best-of-N; the paper's relative gain over several budgets,
+    for one budget as for objective ``"single"``), low, high, behind (points behind the first schedule), behind_low,
+    behind_high. NaN where a schedule cannot run.
     """
     import pandas as pd
 
@@ -363,7 +330,7 @@ def make_setup(
     choice("method", method, VARIABLE)
     choice("objective", objective, _TRIALS)
     check_rewards(dataset)
-    check_n_steps(cost, dataset["step"].values)
+    check_n_steps(cost, int(dataset["step"][-1]) + 1)
     max_stages = integer("max_stages", max_stages, 0)
     names = [str(name) for name in dataset["reward"].values]
     selecting, shares = selecting_rewards(names, report, combine, weights)
@@ -373,8 +340,7 @@ def make_setup(
     if objective == "single" and n[0] < 2:
         raise BudgetError(
             f"budget for objective 'single': got {float(amounts[0])!r}, expected at least {cost.total(2):.6g} "
-            f"{cost.unit}, two Best-of-N candidates. Raise the budget: the gain is told in percent of what Best-of-N "
-            "gains over one candidate."
+            f"{cost.unit}, two Best-of-N candidates: what they gain over one is the yardstick. Raise the budget."
         )
     tune_at, test_at = (prompts, prompts) if prompts is not None else _split(dataset.sizes["prompt"], tune, test)
     space = SearchSpace(_allowed_steps(dataset, method, selecting, copied_steps), max_stages, cost, amounts, pool)
@@ -388,9 +354,8 @@ def make_setup(
     for name, values in (("final rewards", final[read]), (f"{method} rewards at the checks", checks[read])):
         if np.isnan(values).any():
             raise TensorError(
-                f"{name} of prompt {int(read[np.argwhere(np.isnan(values))[0][0]])}: got NaN, expected a number for "
-                "every image, at every step that a schedule may check. Score the missing images, or drop them with "
-                "tensors.drop_missing()."
+                f"{name} of prompt {int(read[np.argwhere(np.isnan(values))[0][0]])}: got NaN, expected a number at "
+                "every step that a schedule may check. Score what is missing, or drop it: tensors.drop_missing()."
             )
     merit = np.zeros(len(names))
     if shares is not None:
@@ -420,8 +385,7 @@ def _budgets(budgets: Any, objective: str) -> np.ndarray:
     if not fits or (np.diff(amounts) <= 0).any():
         raise BudgetError(
             f"budgets for objective {objective!r}: got {amounts.tolist()!r}, expected "
-            f"{wanted.get(objective, 'increasing numbers')}. Sort the budgets and name each once; objective='single' "
-            "takes one."
+            f"{wanted.get(objective, 'increasing numbers')}. Sort the budgets and name each once."
         )
     return amounts
 
@@ -443,8 +407,7 @@ def _split(n_prompts: int, tune: Sequence[int] | None, test: Sequence[int] | Non
     if len(shared) or not len(tunes) or not len(tests):
         raise ConfigError(
             f"tune and test: got {shared.tolist() or 'all prompts in one of them'!r}, expected two groups of prompts "
-            "without overlap, neither empty. Tune on some prompts and test on the others, for instance even and odd "
-            "ones."
+            "without overlap, neither empty. Tune on some prompts and test on the others."
         )
     return tunes, tests
 
@@ -462,9 +425,9 @@ def _positions(name: str, given: Any, n_prompts: int) -> np.ndarray:
 def _allowed_steps(dataset: Any, method: str, selecting: Sequence[int], copied_steps: bool) -> tuple[int, ...]:
     """Return the steps at which a check may stand: scored, not the last, for ttsnap with a noise-aware reward."""
     steps = [int(step) for step in dataset["step"].values[:-1]]
-    if method == "ttsnap" and not copied_steps and "noise_aware_source" in dataset:
-        source = dataset["noise_aware_source"].transpose("reward", "step").values[list(selecting), :-1]
-        steps = [step for step, names in zip(steps, source.T, strict=True) if not (names == COPIED).any()]
+    if method == "ttsnap" and not copied_steps:
+        finetuned = list(noise_aware_steps(dataset).values())
+        steps = [step for step in steps if all(step in finetuned[reward] for reward in selecting)]
         if not steps:
             raise ScheduleError(
                 "steps with a noise-aware reward: got [], expected one or more of a finetuned reward. Score with "

@@ -293,7 +293,6 @@ class Race:
     ) -> None:
         self.space, self.scorer, self.goals, self.rng, self.threads = space, scorer, goals, rng, threads
         self.trials: list[Trial] = []
-        self.infeasible = 0
         self.seconds_per_draw = 0.0
         self._seen: set[tuple[tuple[int, ...], bytes]] = set()
         self._spread: list[np.ndarray | float] = [np.inf, np.inf]  # of score at the last round minus score at a round
@@ -413,8 +412,6 @@ class Race:
             self._seen.add(key)
             if self.goals.admits(counts[:, 0] > 0):
                 batch.append(Trial(schedule, counts))
-            else:
-                self.infeasible += 1
         return batch
 
     def _one(self, elites: list[list[Trial]], fresh: bool) -> Schedule:

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from scipy import stats
+from transformers import CLIPModel
 
 from ttsnap_lib.files import atomic_write, write_json
 from ttsnap_lib.pocket.oracle import oracle_score
@@ -21,24 +23,6 @@ from ttsnap_lib.pocket.training.pictures import sample_steps
 from ttsnap_lib.pocket.world import pocket_prompts
 
 _SHOWN_STEPS = (0, 2, 4, 6, 8, 11, 14, 17)
-
-
-def load_pocket(name: str, models: Path | None = None) -> Any:
-    """Load a shipped model by its stock class."""
-    from diffusers import AutoencoderTiny, FluxPipeline, StableDiffusionXLPipeline
-    from transformers import CLIPModel
-
-    from ttsnap_lib.pocket import pocket_folder
-
-    kinds = {
-        "pocket-flux": FluxPipeline,
-        "pocket-sdxl": StableDiffusionXLPipeline,
-        "pocket-clip": CLIPModel,
-        "pocket-tiny": AutoencoderTiny,
-    }
-    folder = pocket_folder(name) if models is None else models / name
-    loaded = kinds[name].from_pretrained(folder)
-    return loaded.eval() if hasattr(loaded, "eval") else loaded
 
 
 def sheet(pictures: np.ndarray, zoom: int = 2, gap: int = 2) -> Image.Image:
@@ -58,13 +42,10 @@ def rank_agreement(first: np.ndarray, second: np.ndarray, how: str = "spearman")
     return float(np.nanmean(values))
 
 
-def measure(
-    name: str, clip: Any, prompts: Sequence[str], images: int, models: Path | None = None, base_seed: int = 7
-) -> tuple[dict[str, Any], np.ndarray]:
+def measure(pipeline: Any, clip: Any, prompts: Sequence[str], images: int) -> tuple[dict[str, Any], np.ndarray]:
     """Measure one pipeline on held-out captions; return the figures and the pictures (prompt, image, step, 32, 32, 3)."""
-    pipeline = load_pocket(name, models)
     started = time.perf_counter()
-    pictures = sample_steps(pipeline, prompts, images, base_seed=base_seed)
+    pictures = sample_steps(pipeline, prompts, images, base_seed=7)
     elapsed = time.perf_counter() - started
     n_steps = pictures.shape[2]
     texts = np.repeat(prompts, images).tolist()
@@ -95,10 +76,10 @@ def write_report(
 ) -> None:
     """Write losses (of each stage), sheets and figures below `docs`."""
     prompts = pocket_prompts("evaluation", n_prompts)
-    clip = load_pocket("pocket-clip", models)
+    clip = CLIPModel.from_pretrained(models / "pocket-clip")
     figures: dict[str, Any] = {"prompts": n_prompts, "images_per_prompt": images}
     for name in ("pocket-flux", "pocket-sdxl"):
-        figures[name], pictures = measure(name, clip, prompts, images, models)
+        figures[name], pictures = measure(DiffusionPipeline.from_pretrained(models / name), clip, prompts, images)
         log(f"{name}: {json.dumps(figures[name])}")
         for file, shown in ((f"{name}.png", pictures[:12, :12, -1]), (f"{name}-steps.png", pictures[:12, 0])):
             with atomic_write(docs / file) as handle:
