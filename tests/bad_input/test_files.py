@@ -303,7 +303,12 @@ for what, file, change in [
     ("a configuration of another model", "config.json", lambda path: path.write_text('{"model_type": "bert"}')),
     ("no weights", "model.safetensors", lambda path: path.unlink()),
     ("weights cut off", "model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:1000])),
-    ("a processor that is no JSON", "preprocessor_config.json", lambda path: path.write_text("[")),
+    # transformers 5 keeps it in a file of another name.
+    (
+        "a processor that is no JSON",
+        "preprocessor_config.json",
+        lambda path: [(path.parent / f"{kind}_config.json").write_text("[") for kind in ("processor", "preprocessor")],
+    ),
 ]:
     CASES.add(f"model folder: {what}", lambda f, file=file, change=change: spoilt_model(f, file, change), "clip")
 PARTS = {"_class_name": "FluxPipeline", "vae": ["diffusers", "AutoencoderKL"]}

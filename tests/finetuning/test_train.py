@@ -107,7 +107,7 @@ def test_each_step_starts_from_the_one_before(clip, bank, tmp_path):
 
 def test_the_better_weights_are_kept(clip, bank, held, tmp_path):
     wrong = {"targets": -own_targets(load_reward(clip, device="cpu"), bank), "validation": held, "device": "cpu"}
-    config = small_config(clip, steps=(0,), epochs_per_step=4, learning_rate=1e-2)
+    config = small_config(clip, steps=(0,), epochs_per_step=4, learning_rate=0.1)  # far enough to turn the order round
     (row,) = finetune(bank, tmp_path / "run", config, **wrong).table.itertuples()
     assert row.kept_update == 0 and row.after_tau == row.before_tau
     (last,) = finetune(bank, tmp_path / "last", config.replace(keep="last"), **wrong).table.itertuples()
@@ -148,7 +148,7 @@ CHANGES = {
 }
 BESIDE = {  # what the fields need that do something beside another one
     "preference_tau": {"preference": 1.0},
-    "keep": {"learning_rate": 0.5, "validation_prompts": 2},
+    "keep": {"learning_rate": 0.1, "validation_prompts": 2, "epochs_per_step": 4},
 }
 TESTED_ALONE = {"reward", "trajectories", "validation", "accumulation", "save_every", "check_targets"}
 
