@@ -118,14 +118,12 @@ def resolve(settings: Settings, pipeline: Any) -> Settings:
             )
     if adapter.sequence_length is None and settings.max_sequence_length is not None:
         raise ConfigError(
-            f"max_sequence_length: got {settings.max_sequence_length}, expected None: {name} has no T5 encoder. Leave it "
-            "out."
+            f"max_sequence_length: got {settings.max_sequence_length}, expected None: no T5 in {name}. Leave it out."
         )
     embedded = adapter.embedded_guidance(pipeline)
     if settings.true_guidance is not None and not embedded:
         raise ConfigError(
-            f"true_guidance: got {settings.true_guidance}, expected None: this model's guidance is classifier-free "
-            "already. Set guidance instead."
+            f"true_guidance: got {settings.true_guidance}, expected None. Set guidance: it is classifier-free here."
         )
     if settings.negative_prompt is not None and not adapter.uses_cfg(pipeline, resolved):
         raise ConfigError(
@@ -219,12 +217,9 @@ class Denoiser:
 
     Attributes
     ----------
-    settings : Settings
-        What is run, with every default filled in.
-    timesteps : torch.Tensor
-        (n_steps,) on the CPU: what the model is told at each step.
-    sigmas : tuple of float
-        (n_steps + 1,): the noise level before each step, and after the last.
+    settings : Settings, with every default filled in
+    timesteps : torch.Tensor (n_steps,) on the CPU, what the model is told at each step
+    sigmas : tuple of float (n_steps + 1,), the noise level before each step, and after the last
     """
 
     def __init__(self, pipeline: Any, settings: Settings | Mapping[str, Any] | None = None) -> None:
@@ -241,8 +236,7 @@ class Denoiser:
                 self._call(blank, self._pack(torch.zeros(1, *self.latent_shape)))
         except ValueError as error:
             raise PipelineError(
-                f"{type(pipeline).__name__} refuses these settings: {error}. Change the setting it names, or leave it "
-                "to the pipeline's default."
+                f"{type(pipeline).__name__} refuses these settings: {error}. Change or leave out what it names."
             ) from error
         self.timesteps: torch.Tensor = dry._whole.cpu()
         self.sigmas: tuple[float, ...] = noise_levels(dry)

@@ -74,8 +74,7 @@ class NegToMe(Plain):
                 put(self, name, real(f"negtome.{name}", getattr(self, name), low, high))
         if self.start is not None and self.end is not None and self.start < self.end:
             raise ConfigError(
-                f"negtome.start: got {self.start:g}, expected at least end, {self.end:g}. Timesteps fall while denoising: "
-                "start is the larger."
+                f"negtome.start: got {self.start:g}, expected at least end, {self.end:g}. Timesteps fall: start is the larger."
             )
         choice("negtome.matching", self.matching, ("paper", "released"))
 
@@ -115,8 +114,7 @@ class Installed:
         self._model = self._adapter.component(pipeline)
         if getattr(self._model, "_negtome", None) is not None:
             raise PipelineError(
-                f"NegToMe is installed on this {type(pipeline).__name__} already. Call remove() on the first one, or "
-                "leave its with block."
+                f"NegToMe is installed on this {type(pipeline).__name__} already. Call remove() on the first one."
             )
         self._model._negtome = self
         self._active = self._too_small = False  # in the window of timesteps now; met features below min_features

@@ -1,9 +1,6 @@
 """Loads a text-to-image pipeline or a decoder by name, folder or hub id, and says clearly why it cannot.
 
-FLUX.1-dev on a card of 24 GB: its transformer alone fills the card in bf16 (12 billion weights). Keep the weights in
-8 bits, compute in bf16, and let the text encoders make room: ``load_pipeline("black-forest-labs/FLUX.1-dev",
-dtype="bf16", fp8=True, offload="model")`` (about 12 GB for the transformer). Without the 8 bits,
-``offload="sequential"`` fits any card but is many times slower. Both are untested so far.
+FLUX.1-dev fits a card of 24 GB with ``dtype="bf16", fp8=True, offload="model"``; untested so far.
 """
 
 from __future__ import annotations
@@ -167,8 +164,7 @@ def load_decoder(source: Any, pipeline: Any) -> Any:
     given, own = (getattr(getattr(one, "config", None), "latent_channels", None) for one in (decoder, pipeline.vae))
     if given != own:
         raise PipelineError(
-            f"decoder: got {given} latent channels, expected {own}, as the pipeline has. Use the decoder that was made "
-            "for this model."
+            f"decoder: got {given} latent channels, expected {own}, as the pipeline has. Use one made for this model."
         )
     return decoder
 
@@ -230,8 +226,7 @@ def _explained(source: str, is_folder: bool, error: Exception) -> PipelineError:
         index = (Path(source) / "model_index.json").exists()
         what = "files that are missing or broken" if index else "no model_index.json"
         return PipelineError(
-            f"folder {source} cannot be loaded: {what} ({reason(error)}). Save the pipeline again with save_pretrained, "
-            "or download it whole."
+            f"folder {source} cannot be loaded: {what} ({reason(error)}). Save or download the pipeline again."
         )
     chain: list[BaseException] = []
     link: BaseException | None = error

@@ -28,13 +28,6 @@ from ttsnap_lib.errors import PipelineError
 History = dict[str, Any]
 
 _FRESH_NOISE = "noise drawn per image: it adds fresh noise at every step"
-# Parts of class names, and what a scheduler of that kind lacks.
-_KNOWN_LACKS = (
-    (("Ancestral", "DDPM", "LCM", "TCD", "SDE"), _FRESH_NOISE),
-    (("Heun", "KDPM2"), "one model evaluation per timestep: it takes two"),
-    (("Singlestep",), "steps that stand alone: it groups several into one"),
-    (("PNDM",), "one timestep per step: it repeats one to warm up"),
-)
 
 
 @dataclass(frozen=True)
@@ -88,8 +81,7 @@ def schedulable(scheduler: Any) -> Schedulable:
     """Return what is known of `scheduler`'s class; a PipelineError says what it, or one of its options, lacks."""
     name = type(scheduler).__name__
     known = next((entry for cls, entry in SCHEDULABLE.items() if isinstance(scheduler, cls)), None)
-    kinds = (lack for parts, lack in _KNOWN_LACKS if any(part in name for part in parts))
-    lacks = next(kinds, "a rule to read x0 from a step") if known is None else known.refuse(scheduler.config)
+    lacks = "a rule to read x0 from a step" if known is None else known.refuse(scheduler.config)
     if known is None or lacks:
         raise PipelineError(
             f"scheduler: got {name}, expected one that can be stopped and continued; this one lacks {lacks}. Load with "

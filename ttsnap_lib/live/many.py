@@ -89,7 +89,8 @@ def search_many(
         for done, number in enumerate(mine):
             target = None if place is None else place / f"p{number:04d}"
             digest = hashlib.sha256(prompts[number].encode()).hexdigest()
-            if target is None or not _finished(target, digest):
+            before = None if target is None else read_if_whole(target / "summary.json")
+            if not before or before.get("stopped") == "interrupt" or before.get("prompt_sha256") != digest:
                 try:
                     result = search(pipeline, prompts[number], rewards, prompt_index=number, **options)
                 except SearchError as error:  # one prompt must not cost the others
@@ -175,11 +176,6 @@ def compare(
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def _finished(target: Path, digest: str) -> bool:
-    summary = read_if_whole(target / "summary.json") or {}
-    return bool(summary) and summary.get("stopped") != "interrupt" and summary.get("prompt_sha256") == digest
 
 
 def _identity(pipeline: Any, rewards: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -137,13 +137,10 @@ class SearchResult:
     ----------
     image : PIL.Image.Image
         The chosen image; on a run that was cut short without a finished candidate, the best estimate so far.
-    winner : int
-        Its candidate index.
+    winner : int, its candidate index
     record : SearchRecord
-    cost : float
-        What the run cost by the cost model, counted from the work that was done; NaN without a model.
-    complete : bool
-        False when the run was cut short by a deadline or by Ctrl-C (``record.stopped`` says which).
+    cost : float, counted from the work that was done; NaN without a cost model
+    complete : bool, False when cut short by a deadline or by Ctrl-C (``record.stopped`` says which)
     """
 
     image: Image

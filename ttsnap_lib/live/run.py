@@ -184,8 +184,7 @@ def search(
             found = run.best_so_far()
             if found is None and isinstance(stop, _TimeUp):
                 raise BudgetError(
-                    f"deadline_s: got {deadline_s}, expected time for the first step of one batch. Give more time or a "
-                    "smaller batch_size."
+                    f"deadline_s: got {deadline_s}, expected time for one step of one batch. Raise it or lower batch_size."
                 ) from None
             if found is None:
                 raise
@@ -215,12 +214,12 @@ def planned(
         pruning = Schedule()
     costs = CostModel.load(cost) if isinstance(cost, str | Path) else cost
     group = 1 if negtome is None else negtome.group_size
+    n = _candidates_for(budget, candidates, costs, pruning, n_steps, group)
     if batch_size is not None and integer("batch_size", batch_size, 1) % group:
         raise ConfigError(
-            f"batch_size with NegToMe: got {batch_size}, expected a multiple of its group_size, {group}. Set one, or "
-            "leave batch_size out."
+            f"batch_size with NegToMe: got {batch_size}, expected a multiple of its group_size, {group}. Set one."
         )
-    return pruning, costs, _candidates_for(budget, candidates, costs, pruning, n_steps, group)
+    return pruning, costs, n
 
 
 def _candidates_for(
@@ -229,8 +228,7 @@ def _candidates_for(
     """Return how many candidates are started: as many as the budget buys, in whole groups."""
     if (budget is None) == (candidates is None):
         raise BudgetError(
-            f"budget, candidates: got {budget}, {candidates}, expected either budget or candidates. Give exactly one of "
-            "them."
+            f"budget and candidates: got {budget} and {candidates}, expected either budget or candidates. Give one."
         )
     if cost is not None:
         check_n_steps(cost, n_steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,6 +37,7 @@ WEIGHTS: dict[str, float] = {
 
 _SMALLEST = 6.0  # pixels of cover; below that a blob is dirt
 _TEMPLATE = 20  # pixels of the frame in which shapes are compared
+_FRAME = np.pad(np.zeros((PIXELS - 2, PIXELS - 2), bool), 1, constant_values=True)  # mostly background stands there
 _CHROMA = 0.14  # distance in RGB over which a color stops being itself
 
 
@@ -49,8 +51,7 @@ def oracle_score(captions: Sequence[str] | str, images: np.ndarray | Sequence) -
     texts = [captions] * len(pictures) if isinstance(captions, str) else list(captions)
     if len(texts) != len(pictures):
         raise RewardError(
-            f"captions and images differ in number: got {len(texts)!r}, expected {len(pictures)} captions, or one for "
-            "all. Give one caption for each image."
+            f"captions and images differ in number: got {len(texts)}, expected {len(pictures)} captions or one. Give one each."
         )
     scenes = [parse_caption(text) for text in texts]
     return np.array([_total(judge(scene, picture)) for scene, picture in zip(scenes, pictures, strict=True)])
@@ -60,8 +61,7 @@ def _pictures(images: np.ndarray | Sequence) -> np.ndarray:
     array = np.asarray(images if isinstance(images, np.ndarray) else [np.asarray(image) for image in images])
     if array.ndim != 4 or array.shape[1:] != (PIXELS, PIXELS, 3):
         raise RewardError(
-            f"images for the oracle: got {array.shape!r}, expected (n, {PIXELS}, {PIXELS}, 3). Generate at 32 x 32, "
-            "RGB, channels last."
+            f"images for the oracle: got {array.shape}, expected (n, {PIXELS}, {PIXELS}, 3). Make them so."
         )
     array = array.astype(np.float64) / (255.0 if array.dtype == np.uint8 else 1.0)
     if not np.isfinite(array).all():
@@ -70,10 +70,7 @@ def _pictures(images: np.ndarray | Sequence) -> np.ndarray:
 
 
 def _total(parts: dict[str, float]) -> float:
-    score = 1.0
-    for name, value in parts.items():
-        score *= 1.0 - WEIGHTS[name.split("_")[0]] * (1.0 - value)
-    return float(score)
+    return float(math.prod(1.0 - WEIGHTS[name.split("_")[0]] * (1.0 - value) for name, value in parts.items()))
 
 
 def judge(scene: Scene, picture: np.ndarray) -> dict[str, float]:
@@ -83,9 +80,9 @@ def judge(scene: Scene, picture: np.ndarray) -> dict[str, float]:
     ``size_k`` of thing k. Blobs are told from the background by color distance; with two things, the assignment of
     blobs to things that scores best counts.
     """
-    border = np.concatenate([picture[0], picture[-1], picture[1:-1, 0], picture[1:-1, -1]])
+    border = picture[_FRAME]
     ground = np.median(border, axis=0)
-    spread = np.abs(picture[_corners()] - ground).mean()
+    spread = np.abs(border - ground).mean()
     flat = float(np.exp(-((spread / 0.15) ** 2)))  # a background is one color
     background = _nearness(ground, BACKGROUNDS, scene.background) * flat
     blobs, dirt = _blobs(picture, ground)
@@ -101,14 +98,6 @@ def judge(scene: Scene, picture: np.ndarray) -> dict[str, float]:
             judged |= {f"{name}_{k}": value for name, value in _match(thing, blob).items()}
         options.append(judged)
     return parts | max(options, key=_total)
-
-
-@functools.cache
-def _corners() -> np.ndarray:
-    """Return the mask of the picture's outer frame, where mostly background stands."""
-    mask = np.ones((PIXELS, PIXELS), dtype=bool)
-    mask[1:-1, 1:-1] = False
-    return mask
 
 
 def _nearness(color: np.ndarray, palette: dict[str, tuple[float, float, float]], wanted: str) -> float:

@@ -110,8 +110,7 @@ def relative_gain(budgets: np.ndarray, rewards: np.ndarray, baseline: np.ndarray
     budgets = np.asarray(budgets, np.float64)
     if budgets.ndim != 1 or len(budgets) < 2 or not (np.diff(budgets) > 0).all():
         raise ConfigError(
-            f"budgets: got {budgets.tolist()!r}, expected two or more numbers in strictly increasing order. Sort the "
-            "budgets and name each once."
+            f"budgets: got {budgets.tolist()!r}, expected two or more in strictly increasing order. Name each once."
         )
     for name, curve in (("rewards", rewards), ("baseline", baseline)):
         if curve.ndim == 0 or curve.shape[-1] != len(budgets) or np.isnan(curve).any():

@@ -35,9 +35,12 @@ def reward_against_budget(
 
     `reward` is needed when the frame holds several; `unit` is that of the budget.
     """
-    frame, reward = _one_reward(frame, reward)
+    rewards = list(dict.fromkeys(frame["reward"]))
+    if reward is None and len(rewards) > 1:
+        raise ConfigError(f"reward: got None, expected one of {rewards}. Name the reward to draw.")
+    reward = choice("reward", rewards[0] if reward is None else reward, rewards)
     ax = axes_or_new(ax, (5.2, 3.6))
-    for method, rows in frame.groupby("method", sort=False):
+    for method, rows in frame[frame["reward"] == reward].groupby("method", sort=False):
         rows = rows.sort_values("budget")
         style = method_style(method)
         ax.fill_between(rows["budget"], rows["low"], rows["high"], color=style["color"], alpha=0.18, linewidth=0)
@@ -126,15 +129,6 @@ def survivor_funnel(cost: CostModel, schedule: Schedule, n: int, *, ax: Axes | N
     ax.spines[["top", "right", "bottom", "left"]].set_visible(False)
     ax.tick_params(length=0)
     return ax
-
-
-def _one_reward(frame: pd.DataFrame, reward: str | None) -> tuple[pd.DataFrame, str]:
-    """Return the rows of one reward of a frame, and its name."""
-    rewards = list(dict.fromkeys(frame["reward"]))
-    if reward is None and len(rewards) > 1:
-        raise ConfigError(f"reward: got None, expected one of {rewards}. Name the reward to draw.")
-    reward = choice("reward", rewards[0] if reward is None else reward, rewards)
-    return frame[frame["reward"] == reward], reward
 
 
 def by_budget(curves: Curves, unit: str) -> pd.DataFrame:

@@ -109,8 +109,7 @@ def prune(
     last = array[:, :, -1] if final is None else _ordered("final", final, ("prompt", "image", "reward"))
     if last.shape != shape:
         raise TensorError(
-            f"final: got {last.shape!r}, expected shape {shape[:2]} or {shape}. Pass the clean-image rewards of the "
-            "same prompts, images and rewards."
+            f"final: got {last.shape!r}, expected shape {shape[:2]} or {shape}. Pass the clean images' rewards."
         )
     steps = np.arange(array.shape[2])
     if hasattr(rewards, "coords") and "step" in rewards.coords:
@@ -134,8 +133,7 @@ def step_positions(schedule: Schedule, steps: np.ndarray) -> list[int]:
     for step in schedule.steps:
         if step not in where:
             raise ScheduleError(
-                f"schedule.steps: got {step!r}, expected one of the scored steps {sorted(where)}. Score that step, or "
-                "prune at another."
+                f"schedule.steps: got {step!r}, expected one of the scored steps {sorted(where)}. Prune at one of them."
             )
     return [where[step] for step in schedule.steps]
 
@@ -145,17 +143,13 @@ def _ordered(name: str, rewards: Any, dims: tuple[str, ...]) -> np.ndarray:
     wanted = f"expected {', '.join(dims[:-1])} and perhaps reward"
     if hasattr(rewards, "dims"):
         if {*rewards.dims, "reward"} != set(dims):
-            raise TensorError(
-                f"dims of {name}: got {rewards.dims!r}, {wanted}. Select one variable of the tensor, e.g. "
-                "dataset['noise_aware']."
-            )
+            raise TensorError(f"dims of {name}: got {rewards.dims!r}, {wanted}. Select a variable, as dataset['base'].")
         rewards = rewards.transpose(*(dim for dim in dims if dim in rewards.dims)).values
     array = numbers_array(name, rewards, TensorError)
     array = array[..., None] if array.ndim == len(dims) - 1 else array
     if array.ndim != len(dims) or 0 in array.shape:
         raise TensorError(
-            f"{name}: got shape {array.shape} of {array.dtype}, {wanted} for axes. Order the axes so, or pass a DataArray "
-            "with named dims."
+            f"{name}: got shape {array.shape} of {array.dtype}, {wanted} for axes. Order them, or pass a DataArray."
         )
     return array
 

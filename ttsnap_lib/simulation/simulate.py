@@ -156,29 +156,17 @@ def sweep(
 
 @dataclass(frozen=True)
 class Curves:
-    """Mean reward of several methods at several budgets, per prompt, on shared subsets.
-
-    Attributes
-    ----------
-    methods, rewards : tuple of str
-    budgets : float64 (budget,), in the unit of the cost model
-    n : int64 (method, budget), candidates per prompt
-    spent : float64 (method, budget), cost per prompt, at most the budget
-    per_prompt : float64 (method, budget, reward, prompt), mean over iterations of the winner's reward
-    winners : int64 (method, budget, iteration, prompt) or None
-    level : float, of the intervals
-    boot : float64 (resample, method, budget, reward), bootstrap means over prompts, one resample for all
-    """
+    """Mean reward of several methods at several budgets, per prompt, on shared subsets."""
 
     methods: tuple[str, ...]
     rewards: tuple[str, ...]
-    budgets: np.ndarray
-    n: np.ndarray
-    spent: np.ndarray
-    per_prompt: np.ndarray
-    winners: np.ndarray | None
-    level: float
-    boot: np.ndarray
+    budgets: np.ndarray  # float64 (budget,), in the unit of the cost model
+    n: np.ndarray  # int64 (method, budget), candidates per prompt
+    spent: np.ndarray  # float64 (method, budget), cost per prompt, at most the budget
+    per_prompt: np.ndarray  # float64 (method, budget, reward, prompt), mean over iterations of the winner's reward
+    winners: np.ndarray | None  # int64 (method, budget, iteration, prompt)
+    level: float  # of the intervals
+    boot: np.ndarray  # float64 (resample, method, budget, reward), means over resampled prompts, the same for all
 
     def frame(self) -> pd.DataFrame:
         """Return one row per method, reward and budget; ``gain`` is the paired difference to Best-of-N."""

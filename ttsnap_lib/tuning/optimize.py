@@ -44,8 +44,7 @@ class OptimizedSchedule:
         ``"frontier"`` the paper's relative gain over the range of budgets; for ``"single"``
         ``100 * (pruned - best_of_n) / (best_of_n - one candidate)`` in mean reward at that budget. With objective
         ``"frontier"`` the curve that takes the best schedule at every budget.
-    test_interval : (float, float)
-        Of `test_gain`, by a bootstrap over test prompts, paired with Best-of-N.
+    test_interval : (float, float), of `test_gain`, by a bootstrap over test prompts, paired with Best-of-N
     published_gain, over_published : float or None
     over_published_interval : (float, float) or None
         The published schedule on the test prompts, and `test_gain` minus that, paired; None when the tensor lacks its
@@ -59,8 +58,7 @@ class OptimizedSchedule:
     trials : pandas.DataFrame
         Every schedule tried: steps, keep_ratios, rounds it ran in, draws (prompts x iterations), score in percent
         (of the last round it ran in; the best over budgets for ``"frontier"``).
-    complete : bool
-        False when a time limit or Ctrl-C ended the search before `n_trials`.
+    complete : bool, False when a time limit or Ctrl-C ended the search before `n_trials`
     budgets : float64 (budget,)
     tune, test : int64, prompt positions
     """
@@ -479,8 +477,7 @@ def choose_best(
 
 def _infeasible(what: str, pool: int) -> BudgetError:
     return BudgetError(
-        f"{what}: got 0, expected one or more; the pool holds {pool} images. Lower the largest budget, or score more "
-        "images per prompt."
+        f"{what}: got 0, expected one or more in a pool of {pool} images. Lower the largest budget, or score more."
     )
 
 

@@ -94,11 +94,6 @@ def _contrast(clip: CLIPModel, scenes: list[Scene], pictures: np.ndarray, rng: n
     }
 
 
-def _first_from_left_or_top(scene: Scene) -> Scene:
-    """Return the telling of a picture that starts left or on top, so that a picture has one answer."""
-    return scene.mirrored() if scene.relation in ("right of", "below") else scene
-
-
 def train_contrastive(
     scenes: list[Scene], pictures: np.ndarray, text: CLIPTextModelWithProjection, seed: int = 0, **how: Any
 ) -> CLIPModel:
@@ -113,7 +108,9 @@ def train_contrastive(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         heads = attribute_heads(clip.config.projection_dim, 2)
-    targets = attribute_targets([_first_from_left_or_top(scene) for scene in scenes])
+    # A picture has one answer: the telling that starts left or on top.
+    told = [scene.mirrored() if scene.relation in ("right of", "below") else scene for scene in scenes]
+    targets = attribute_targets(told)
 
     def loss(rng: np.random.Generator, batch: int) -> dict[str, torch.Tensor]:
         rows = rng.integers(len(scenes), size=batch)

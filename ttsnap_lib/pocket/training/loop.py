@@ -35,11 +35,6 @@ class Fit:
         return rise * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
 
 
-def step_rng(seed: int, step: int) -> np.random.Generator:
-    """Return the generator of one step: what a step draws does not depend on when the run was interrupted."""
-    return np.random.default_rng(np.random.SeedSequence([seed, step]))
-
-
 def fit(
     name: str,
     modules: Mapping[str, nn.Module],
@@ -75,7 +70,8 @@ def fit(
     for step in range(first, how.steps):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = how.lr * how.rate(step)
-        parts = loss(step_rng(seed, step), how.batch)
+        # What a step draws does not depend on when the run was interrupted.
+        parts = loss(np.random.default_rng(np.random.SeedSequence([seed, step])), how.batch)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         parts["loss"].backward()
@@ -145,8 +141,7 @@ def _load(path: Path, weights, average, optimizers) -> tuple[int, float, list]:
     shapes = {key: p.shape for key, p in weights.items()}
     if {key: p.shape for key, p in state["weights"].items()} != shapes:
         raise CheckpointError(
-            f"training state of another architecture: got {path}, expected the same parameters as the model. Delete "
-            "that file to start the stage afresh."
+            f"training state of another architecture: got {path}. Delete that file to start the stage afresh."
         )
     with torch.no_grad():
         for key, p in weights.items():

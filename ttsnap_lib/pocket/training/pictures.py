@@ -31,11 +31,6 @@ def initial_noise(base_seed: int, prompt: int, image: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def sample(pipeline: Any, prompts: Sequence[str], images: int, *, base_seed: int = 0, batch: int = 64) -> np.ndarray:
-    """Return uint8 (prompt, image, 32, 32, 3): `images` pictures of each prompt."""
-    return sample_steps(pipeline, prompts, images, base_seed=base_seed, batch=batch, every_step=False)[:, :, -1]
-
-
 @torch.no_grad()
 def sample_steps(
     pipeline: Any,

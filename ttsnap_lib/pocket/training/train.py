@@ -27,7 +27,7 @@ from ttsnap_lib.pocket.oracle import oracle_score
 from ttsnap_lib.pocket.training.clip import clip_processor, train_contrastive, train_preferences
 from ttsnap_lib.pocket.training.diffusion import flux_pipeline, sdxl_pipeline, train_flux, train_sdxl
 from ttsnap_lib.pocket.training.loop import Fit
-from ttsnap_lib.pocket.training.pictures import flawed_pictures, sample
+from ttsnap_lib.pocket.training.pictures import flawed_pictures, sample_steps
 from ttsnap_lib.pocket.training.report import write_report
 from ttsnap_lib.pocket.training.text import train_text
 from ttsnap_lib.pocket.training.vae import decode, encode, train_decoder, train_tiny, train_vae
@@ -36,47 +36,36 @@ from ttsnap_lib.pocket.world import caption, mislabeled, pocket_prompts, render,
 STAGES = ("text", "vae", "decoder", "tiny", "flux", "sdxl", "clip", "preferences", "save", "report")
 _CAPTIONS = 4  # mislabeled captions of a picture
 _Examples = list[tuple[str, np.ndarray, np.ndarray]]  # captions, their pictures, the pictures' oracle scores
+_FITS = {
+    "text": Fit(700, 128, 3e-3, ema=0.99),
+    "vae": Fit(1000, 32, 2e-3),
+    "decoder": Fit(400, 32, 1e-3, ema=0.998),
+    "tiny": Fit(6000, 32, 2e-3, ema=0.998),
+    "flux": Fit(2500, 48, 1.5e-3, muon=True),
+    "flux_mislabeled": Fit(2500, 48, 1e-3, ema=0.998, muon=True),
+    "sdxl": Fit(4300, 32, 1.2e-3),
+    "sdxl_mislabeled": Fit(3600, 32, 8e-4, ema=0.998),
+    "clip": Fit(1000, 64, 1.5e-3, ema=0.998, muon=True),
+    "preferences": Fit(900, 72, 6e-4, ema=0.99, muon=True),
+}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything the models are trained on, and how long."""
+    """How much of everything the models are trained on, and how long; by default as the shipped ones."""
 
-    vae_pictures: int
-    diffusion_pictures: int
-    clip_pictures: int
-    preference_prompts: int
-    preference_images: int
-    flawed_prompts: int
-    report_prompts: int
-    report_images: int
-    fits: dict[str, Fit] = field(hash=False)
+    vae_pictures: int = 12_000
+    diffusion_pictures: int = 16_000
+    clip_pictures: int = 12_000
+    preference_prompts: int = 160
+    preference_images: int = 6
+    flawed_prompts: int = 2000
+    report_prompts: int = 64
+    report_images: int = 16
+    fits: dict[str, Fit] = field(default_factory=lambda: _FITS, hash=False)
 
 
-FULL = Plan(
-    vae_pictures=12_000,
-    diffusion_pictures=16_000,
-    clip_pictures=12_000,
-    preference_prompts=160,
-    preference_images=6,
-    flawed_prompts=2000,
-    report_prompts=64,
-    report_images=16,
-    fits={
-        "text": Fit(700, 128, 3e-3, ema=0.99),
-        "vae": Fit(1000, 32, 2e-3),
-        "decoder": Fit(400, 32, 1e-3, ema=0.998),
-        "tiny": Fit(6000, 32, 2e-3, ema=0.998),
-        "flux": Fit(2500, 48, 1.5e-3, muon=True),
-        "flux_mislabeled": Fit(2500, 48, 1e-3, ema=0.998, muon=True),
-        "sdxl": Fit(4300, 32, 1.2e-3),
-        "sdxl_mislabeled": Fit(3600, 32, 8e-4, ema=0.998),
-        "clip": Fit(1000, 64, 1.5e-3, ema=0.998, muon=True),
-        "preferences": Fit(900, 72, 6e-4, ema=0.99, muon=True),
-    },
-)
-"""The plan of the shipped models."""
-SMOKE = Plan(64, 64, 64, 4, 2, 4, 2, 2, fits={name: Fit(2, 8, 1e-3) for name in FULL.fits})
+SMOKE = Plan(64, 64, 64, 4, 2, 4, 2, 2, fits={name: Fit(2, 8, 1e-3) for name in _FITS})
 """A plan that only shows that every stage runs."""
 
 
@@ -215,8 +204,9 @@ class Training:
         for name in ("flux", "sdxl"):
             file = self.scratch / f"generated-{name}.npy"
             if not file.exists():
-                made = sample(getattr(self, name), captions, self.plan.preference_images, base_seed=1_000_003)
-                np.save(file, made)
+                pipeline, images = getattr(self, name), self.plan.preference_images
+                made = sample_steps(pipeline, captions, images, base_seed=1_000_003, every_step=False)
+                np.save(file, made[:, :, -1])
             out += _labeled(captions, np.load(file))
         return out
 
@@ -261,18 +251,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stage", action="append", choices=STAGES, default=[], help="run one stage; repeatable")
     parser.add_argument("--smoke", action="store_true", help="two steps of everything, to see that it runs")
     parser.add_argument("--scratch", type=Path, help="training states (data_cache/pocket/training)")
-    parser.add_argument("--models", type=Path, help="where the folders go (the package's own)")
-    parser.add_argument("--docs", type=Path, help="where the report goes (docs/pocket)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     given = parser.parse_args(arguments)
     stages = STAGES if given.all else given.stage
     if not stages:
         parser.error("give --all or --stage")
     scratch = given.scratch or data_cache() / "pocket" / ("smoke" if given.smoke else "training")
-    models = given.models or (scratch / "models" if given.smoke else root / "models")
-    docs = given.docs or (scratch / "docs" if given.smoke else root.parents[1] / "docs" / "pocket")
+    models = scratch / "models" if given.smoke else root / "models"
+    docs = scratch / "docs" if given.smoke else root.parents[1] / "docs" / "pocket"
     torch.set_num_threads(given.threads)
-    training = Training(SMOKE if given.smoke else FULL, scratch, models, docs)
+    training = Training(SMOKE if given.smoke else Plan(), scratch, models, docs)
     for stage in stages:
         training.run(stage)
 
