@@ -283,7 +283,7 @@ def test_settings_to_and_from_a_dictionary():
         ("sdxl", {"width": 33}, "multiple of 8"),
         ("sd3", {"height": 33}, "multiple of 8"),
         ("sd", {"max_sequence_length": 16}, "no T5"),
-        ("sdxl", {"true_guidance": 2.0}, "classifier-free already"),
+        ("sdxl", {"true_guidance": 2.0}, "classifier-free here"),
         ("flux", {"negative_prompt": "bad"}, "true_guidance"),
     ],
 )
