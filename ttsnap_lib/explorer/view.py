@@ -28,12 +28,14 @@ STYLE = """<style>
 .ttsnap-stale {opacity: 0.35}
 .ttsnap-head {font-weight: 600; font-size: 13px; border-bottom: 1px solid #ccc; line-height: 1.6}
 </style>"""
-_PANELS = {  # left, bottom, width, height, in parts of the figure
-    "reward": (0.075, 0.565, 0.515, 0.375),
-    "tau": (0.665, 0.565, 0.32, 0.375),
-    "funnel": (0.02, 0.295, 0.965, 0.175),
-    "gain": (0.12, 0.075, 0.30, 0.135),
-    "change": (0.55, 0.075, 0.435, 0.145),
+# Of each panel: the axes (left, bottom, width, height), and the tile of the picture (left, bottom, right, top) with its
+# title, ticks and labels; in parts of the figure.
+_PANELS = {
+    "reward": ((0.075, 0.565, 0.515, 0.375), (0.0, 0.49, 0.605, 1.0)),
+    "tau": ((0.665, 0.565, 0.32, 0.375), (0.605, 0.49, 1.0, 1.0)),
+    "funnel": ((0.02, 0.295, 0.965, 0.175), (0.0, 0.255, 1.0, 0.49)),
+    "gain": ((0.12, 0.075, 0.30, 0.135), (0.0, 0.0, 0.46, 0.255)),
+    "change": ((0.55, 0.075, 0.435, 0.145), (0.46, 0.0, 1.0, 0.255)),
 }
 MAX_STAGES = 4  # stages that prune, for which there is room
 _GREY, _INK = "0.35", "0.15"
@@ -92,7 +94,7 @@ class Panels:
     """Five axes on a figure outside pyplot that follow a result.
 
     What moves with every slider is drawn over a picture of the rest, which is kept: a full drawing takes several times
-    as long.
+    as long. A panel whose limits have changed is stale, and drawn anew in its tile of that picture.
     """
 
     def __init__(self, dpi: float = 100) -> None:
@@ -101,9 +103,10 @@ class Panels:
 
         self.figure = Figure(figsize=(9.2, 7.4), dpi=dpi, facecolor="white")
         FigureCanvasAgg(self.figure)
-        self.axes = {name: self.figure.add_axes(place) for name, place in _PANELS.items()}
+        self.axes = {name: self.figure.add_axes(place) for name, (place, _) in _PANELS.items()}
         self._context: tuple = ()
         self._background: np.ndarray | None = None  # the picture of what stays
+        self._stale: set[str] = set()
 
     def update(self, result: Result) -> None:
         """Move the artists to `result`; axes, ticks and labels are made anew only where they have to change."""
@@ -122,8 +125,17 @@ class Panels:
         canvas: Any = self.figure.canvas
         if self._background is None:
             canvas.draw()  # leaves the animated artists out
-            self._background = np.array(canvas.buffer_rgba())
+            self._background, self._stale = np.array(canvas.buffer_rgba()), set()
         picture = np.asarray(canvas.buffer_rgba())
+        height, width, _ = picture.shape
+        for name in self._stale:
+            left, bottom, right, top = _PANELS[name][1]
+            rows = slice(round((1 - top) * height), round((1 - bottom) * height))
+            tile = rows, slice(round(left * width), round(right * width))
+            picture[tile] = 255
+            self.axes[name].draw(canvas.get_renderer())
+            self._background[tile] = picture[tile]
+        self._stale = set()
         picture[:] = self._background
         for artist in self._moving:
             if artist.get_visible():
@@ -134,6 +146,7 @@ class Panels:
 
     def _build(self, result: Result) -> None:
         self._background = None
+        self._stale = set()
         self._moving: list[Any] = []
         self._limits: dict[str, tuple[float, float]] = {}
         for ax in self.axes.values():
@@ -317,7 +330,7 @@ class Panels:
             self._limits[name] = low - space, high + space
             ax = self.axes[name]
             (ax.set_xlim if name == "gain" else ax.set_ylim)(self._limits[name])
-            self._background = None
+            self._stale.add(name)
 
 
 def _set_line(artists: tuple[Any, Any], budgets: Sequence[float] | np.ndarray, reward: Interval | None) -> None:
