@@ -11,6 +11,7 @@ from ttsnap_lib.commands.options import (
     Defaults,
     add_model_arguments,
     add_negtome_argument,
+    add_prompts_argument,
     add_reward_arguments,
     add_settings_arguments,
     given_rewards,
@@ -40,9 +41,7 @@ def _add_generate(commands: Any) -> None:
         "the work and write the same bytes as one.",
         formatter_class=Defaults,
     )
-    generate.add_argument(
-        "--prompts", default="pocket", help=".json, .txt, .csv or .parquet file, or pocket[:split[:count]]"
-    )
+    add_prompts_argument(generate, default="pocket")
     generate.add_argument("--limit", type=int, metavar="N", help="take the first N prompts only")
     generate.add_argument("--out", metavar="FOLDER", help="the trajectory folder; may be left out with --score")
     generate.add_argument(
@@ -81,7 +80,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.trajectories.prompts import read_prompts
 
     # What costs nothing to check comes before a model of many gigabytes is loaded.
-    prompts = read_prompts(arguments.prompts, limit=arguments.limit)
+    prompts = read_prompts(arguments.prompts, limit=arguments.limit, prompt_column=arguments.prompt_column)
     integer("--images", arguments.images, 1, MAX_IMAGES)
     if not arguments.out and not arguments.score:
         raise ConfigError("neither --out nor --score: say where the images go, or where their rewards go.")
@@ -245,7 +244,7 @@ def _add_import_and_export(commands: Any) -> None:
     parser.add_argument("values", type=Path, help="folder that holds the published folders")
     parser.add_argument("--model", required=True, help="flux, sdxl, ...")
     parser.add_argument("--rewards", nargs="+", help="image_reward, pickscore, hpsv2 (default: all that are there)")
-    parser.add_argument("--prompts", type=Path, help="JSON list of the prompt texts")
+    add_prompts_argument(parser)
     parser.add_argument("--distinct", action="store_true", help="drop repeated trajectories")
     parser.add_argument(
         "-o", "--out", type=Path, help="Zarr folder to write (default: data_cache/published/<model>.zarr)"
@@ -272,16 +271,20 @@ def _import(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.style import progress_bar
     from ttsnap_lib.tensors.published import import_published
     from ttsnap_lib.tensors.tensor import save_rewards
+    from ttsnap_lib.trajectories.prompts import read_prompts
 
     out = arguments.out or data_cache() / "published" / f"{arguments.model}.zarr"
     if out.exists() and not arguments.overwrite:  # before the import, which takes a while
         raise TensorError(f"output: got {out}, expected a new path. Pass --overwrite or another --out.")
+    texts = None
+    if arguments.prompts is not None:
+        texts = read_prompts(arguments.prompts, prompt_column=arguments.prompt_column)
     dataset = import_published(
         arguments.values,
         arguments.model,
         arguments.rewards,
         arguments.distinct,
-        prompts=arguments.prompts,
+        prompts=texts,
         progress=progress_bar("files"),
     )
     save_rewards(dataset, out, overwrite=arguments.overwrite)
