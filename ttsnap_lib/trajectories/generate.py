@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ttsnap_lib.checks import MAX_IMAGES, as_bytes, choice, integer
+from ttsnap_lib.checks import FINITE_VAE, MAX_IMAGES, as_bytes, choice, integer
 from ttsnap_lib.diffusion.denoise import Conditioning, Denoiser, Settings, image_generator
 from ttsnap_lib.diffusion.negtome import NegToMe
 from ttsnap_lib.diffusion.pipelines import load_pipeline, pipeline_source
-from ttsnap_lib.errors import ConfigError, DiskError, TrajectoryError
+from ttsnap_lib.errors import ConfigError, DiskError, PipelineError, TrajectoryError
 from ttsnap_lib.files import parse_shard, require_space, shard_lock
 from ttsnap_lib.provenance import Clock, git_state, now, versions
 from ttsnap_lib.trajectories.layout import (
@@ -159,7 +159,7 @@ def generate(
     Raises
     ------
     PromptError, ConfigError, PipelineError
-        Bad input, before any work.
+        Bad input, before any work; a PipelineError also for decoded pictures that hold NaN: they are not written.
     TrajectoryError
         A folder made with other settings (each difference is shown), or with a foreign file among its images.
     DiskError
@@ -545,33 +545,45 @@ class BatchMaker:
     ) -> None:
         with self.clock("hand_over"):
             if self.writer is not None:
-                pixels = host_pixels(images)
+                pixels = host_pixels(images, [f"prompt {prompt}, image {image}, step {step}" for prompt, image in rows])
                 for place in itertools.chain(*places.values()):
                     self.writer.put(*rows[place], step, partial(pixels, place))
             if self.on_batch is not None and step in self.chosen:
                 for prompt, found in places.items():
+                    if not images[found].isfinite().all():
+                        raise not_finite(f"prompt {prompt}, step {step}")
                     self.on_batch(prompt, [rows[place][1] for place in found], step, images[found])
 
 
-def host_pixels(images: torch.Tensor) -> Callable[[int], np.ndarray]:
+def host_pixels(images: torch.Tensor, names: Sequence[str]) -> Callable[[int], np.ndarray]:
     """Start to copy images in [0, 1] to the host as bytes; return a function from row to uint8 (height, width, 3).
 
-    The function waits for the copy, so that the thread that calls it does, and not the one that drives the model.
+    The function waits for the copy, so that the thread that calls it does, and not the one that drives the model. It
+    raises for a row, told by its name, that holds NaN.
     """
-    pixels = as_bytes(images).contiguous()
-    if pixels.device.type != "cuda":
-        host = pixels.cpu().numpy()
-        return lambda row: host[row]
-    pinned = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
-    pinned.copy_(pixels, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
+    device = as_bytes(images).contiguous(), images.isfinite().flatten(1).all(1)
+    cuda = images.device.type == "cuda"
+    pixels, finite = (
+        torch.empty(one.shape, dtype=one.dtype, pin_memory=True).copy_(one, non_blocking=True) if cuda else one.cpu()
+        for one in device
+    )
+    copied = torch.cuda.Event() if cuda else None
+    if copied is not None:
+        copied.record()
 
     def row_of(row: int) -> np.ndarray:
-        copied.synchronize()
-        return pinned[row].numpy()
+        if copied is not None:
+            copied.synchronize()
+        if not finite[row]:
+            raise not_finite(names[row])
+        return pixels[row].numpy()
 
     return row_of
+
+
+def not_finite(name: str) -> PipelineError:
+    """Return the error that says what pictures of NaN mean."""
+    return PipelineError(f"decoded picture of {name}: got NaN, expected finite values. {FINITE_VAE}")
 
 
 def model_threads(denoiser: Denoiser, given: int | None, made_with: int | None) -> int | None:
