@@ -28,7 +28,7 @@ from ttsnap_lib.files import (
 from ttsnap_lib.live.run import search
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval
-from ttsnap_lib.trajectories.generate import decoder_digest, weights_digest
+from ttsnap_lib.trajectories.identity import decoder_digest, run_time_changes, weights_digest
 from ttsnap_lib.trajectories.prompts import read_prompts
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ def _identity(pipeline: Any, rewards: Sequence[Any], options: Mapping[str, Any])
     return {
         **plain,
         "pipeline": [type(pipeline).__name__, type(pipeline.scheduler).__name__, weights_digest(pipeline)],
+        **run_time_changes(pipeline),
         "decoder": decoder_digest(options["decoder"]),
         "rewards": {one.name: one.fingerprint() for one in rewards},
         "noise_aware": {

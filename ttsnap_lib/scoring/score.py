@@ -211,7 +211,8 @@ def generate_scores(
     ScoreReport
     """
     from ttsnap_lib.diffusion.denoise import Denoiser
-    from ttsnap_lib.trajectories.generate import generate, identity_of
+    from ttsnap_lib.trajectories.generate import generate
+    from ttsnap_lib.trajectories.identity import identity_of
 
     if "folder" in generate_options:
         raise ConfigError(
