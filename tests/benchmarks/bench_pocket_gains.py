@@ -22,7 +22,7 @@ from ttsnap_lib.finetuning.data import open_images, own_targets
 from ttsnap_lib.finetuning.report import compare_at_steps, gain_where_useful
 from ttsnap_lib.finetuning.train import finetune
 from ttsnap_lib.rewards.loading import load_reward
-from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval
+from ttsnap_lib.simulation.metrics import Estimate
 
 MODELS = ("pocket-flux", "pocket-sdxl")
 FRESH = "evaluation:128x24@1"
@@ -67,10 +67,10 @@ def _rows(model: str, folder: Path) -> list[Row]:
     ]
     for k, step in enumerate(shipped[0][0]["step"]):
         base = shipped[0][0]["base_tau"][k]
-        low, high = percentile_interval(bootstrap_means(mean[:, k], 0, 2000))
+        told = Estimate.over_prompts(mean[:, k], 0, resamples=2000)
         used = "" if useful[k] else " (base outside .1 to .5)"
-        note = f"{base:.3f} -> {base + mean[:, k].mean():.3f}, gain {low:+.3f} to {high:+.3f}{used}"
-        rows.append(Row(f"  step {step}: gain of the mean of seeds", mean[:, k].mean(), "tau", note=note))
+        note = f"{base:.3f} -> {base + told.mean:.3f}, gain {told.low:+.3f} to {told.high:+.3f}{used}"
+        rows.append(Row(f"  step {step}: gain of the mean of seeds", told.mean, "tau", note=note))
     for name, changes in ABLATIONS.items():
         found = gain_where_useful(*_compare(model, folder / f"{model}-small-{name.replace(' ', '-')}", changes))
         rows.append(_gain_row(f"{model}, 1000 x 8 pictures, {name}: gain in tau", found))

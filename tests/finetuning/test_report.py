@@ -106,7 +106,9 @@ def test_gain_counts_the_steps_where_pruning_pays():
     gains = np.array([[9.0, 0.1, 0.0], [9.0, 0.3, 0.2]])
     found = gain_where_useful(table, gains)
     assert found["steps"] == [1, 2] and found["gain"] == pytest.approx(0.15) and found["worst_step_gain"] == 0.1
-    assert found["low"] == pytest.approx(0.05) and found["high"] == pytest.approx(0.25)  # of two prompts: both ends
+    # Of two prompts the bootstrap reaches both; one degree of freedom widens that to 12.7 / 1.96 * sqrt(2) times as much.
+    assert found["low"] == pytest.approx(0.15 - 0.1 * 9.168, abs=1e-4)
+    assert found["high"] == pytest.approx(0.15 + 0.1 * 9.168, abs=1e-4)
 
 
 def test_figures_show_the_tables(run, compared):

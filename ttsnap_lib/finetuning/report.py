@@ -15,7 +15,7 @@ from ttsnap_lib.files import atomic_write, failures_as
 from ttsnap_lib.finetuning.data import Images, score_step
 from ttsnap_lib.rewards.base import Reward
 from ttsnap_lib.rewards.checkpoints import read_curriculum
-from ttsnap_lib.simulation.metrics import bootstrap_means, kendall_tau, percentile_interval, top_select
+from ttsnap_lib.simulation.metrics import Estimate, kendall_tau, top_select
 from ttsnap_lib.style import axes_or_new, tidy
 
 if TYPE_CHECKING:
@@ -161,9 +161,8 @@ def compare_at_steps(
     gains = found[1] - found[0]
     rows: dict[str, Any] = {"step": steps}
     for name, values in (("base_tau", found[0]), ("noise_aware_tau", found[1]), ("gain", gains)):
-        kept = np.nan_to_num(values, nan=0.0)
-        low, high = percentile_interval(bootstrap_means(kept, rng, resamples))
-        rows |= {name: kept.mean(0), f"{name}_low": low, f"{name}_high": high}
+        told = Estimate.over_prompts(np.nan_to_num(values, nan=0.0), rng, resamples=resamples)
+        rows |= {name: told.mean, f"{name}_low": told.low, f"{name}_high": told.high}
     return pd.DataFrame(rows), gains
 
 
@@ -177,12 +176,12 @@ def gain_where_useful(
     """
     chosen = table["base_tau"].between(low, high).to_numpy()
     per_prompt = np.nan_to_num(gains[:, chosen], nan=0.0).mean(1)
-    bounds = percentile_interval(bootstrap_means(per_prompt, rng, resamples))
+    told = Estimate.over_prompts(per_prompt, rng, resamples=resamples)
     return {
         "steps": table["step"][chosen].tolist(),
-        "gain": float(per_prompt.mean()),
-        "low": float(bounds[0]),
-        "high": float(bounds[1]),
+        "gain": float(told.mean),
+        "low": float(told.low),
+        "high": float(told.high),
         "worst_step_gain": float(table["gain"][chosen].min()) if chosen.any() else float("nan"),
     }
 

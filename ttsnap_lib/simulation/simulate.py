@@ -17,7 +17,13 @@ from ttsnap_lib.checks import choice, integer, real
 from ttsnap_lib.costs import CostModel
 from ttsnap_lib.errors import BudgetError, ConfigError, CostError, ScheduleError
 from ttsnap_lib.schedule import METHODS, Schedule, selecting_rewards
-from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval, relative_gain_of
+from ttsnap_lib.simulation.metrics import (
+    bootstrap_means,
+    jackknife_interval,
+    leave_one_out,
+    mean_interval,
+    relative_gain_of,
+)
 from ttsnap_lib.simulation.pruning import NaNRead, prune_columns, step_positions
 from ttsnap_lib.tensors.tensor import check_rewards, read_steps
 
@@ -39,7 +45,7 @@ class Simulation:
     ----------
     method : str
     rewards : tuple of str
-    mean, low, high : float64 (reward,), the mean over prompts and iterations with its bootstrap interval
+    mean, low, high : float64 (reward,), the mean over prompts and iterations with its interval over prompts
     per_prompt : float64 (reward, prompt)
     winners : int64 (iteration, prompt), image indices
     n : int
@@ -116,7 +122,7 @@ def simulate(
         dataset, [method], None if budget is None else [budget], cost, schedule, n=None if n is None else [n],
         baseline=False, keep_winners=True, **options,
     )  # fmt: skip
-    low, high = result.interval(result.boot)
+    low, high = result.interval(result.per_prompt.mean(-1), result.boot)
     return Simulation(
         method=method,
         rewards=result.rewards,
@@ -190,19 +196,19 @@ class Curves:
     level: float
     boot: np.ndarray
 
-    def interval(self, samples: np.ndarray) -> np.ndarray:
-        """Return the percentile interval (low, high) of `samples` (resample, ...)."""
-        return percentile_interval(samples, self.level)
+    def interval(self, mean: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """Return the interval (low, high) of means, or of their differences, from bootstrap `samples` (resample, ...)."""
+        return mean_interval(mean, samples, self.per_prompt.shape[-1], self.level)
 
     def frame(self) -> pd.DataFrame:
         """Return one row per method, reward and budget; ``gain`` is the paired difference to Best-of-N."""
         import pandas as pd
 
         mean = self.per_prompt.mean(-1)
-        low, high = self.interval(self.boot)
+        low, high = self.interval(mean, self.boot)
         baseline = self.methods.index("best_of_n")
         gain = mean - mean[[baseline]]
-        gain_low, gain_high = self.interval(self.boot - self.boot[:, [baseline]])
+        gain_low, gain_high = self.interval(gain, self.boot - self.boot[:, [baseline]])
         rows = []
         for m, method in enumerate(self.methods):
             for r, reward in enumerate(self.rewards):
@@ -221,14 +227,15 @@ class Curves:
 
         base = self.methods.index("best_of_n")
         mean = self.per_prompt.mean(-1)
+        without = leave_one_out(np.moveaxis(self.per_prompt, -1, 0))
         rows = []
         for m, method in enumerate(self.methods):
             if m == base:
                 continue
             for r, reward in enumerate(self.rewards):
                 gain = float(relative_gain_of(self.budgets, mean[m, :, r], mean[base, :, r]))
-                samples = relative_gain_of(self.budgets, self.boot[:, m, :, r], self.boot[:, base, :, r], strict=False)
-                low, high = self.interval(samples)
+                others = relative_gain_of(self.budgets, without[:, m, :, r], without[:, base, :, r], strict=False)
+                low, high = jackknife_interval(gain, others, self.level)
                 rows.append((method, reward, gain, float(low), float(high)))
         return pd.DataFrame(rows, columns=["method", "reward", "relative_gain", "low", "high"])
 
