@@ -38,13 +38,20 @@ def run(
     for model in models:
         dataset, cost = open_rewards(f"pocket-{model}").load(), CostModel.preset(f"pocket-{model}-tiny+pocket-clip")
         budgets = np.array(MULTIPLES) * cost.total(1)
-        population = curves(dataset, ["ttsnap"], budgets, cost, SCHEDULE, iterations=2000, rng=1)
+        population = curves(dataset, ["ttsnap"], budgets, cost, SCHEDULE, iterations=2000, rng=1, reach=False)
         truth = _values(population, population.per_prompt.mean(-1))
         gain_of = functools.partial(_gain_of, dataset, cost, budgets, {})
         for size in sizes:
             for world in _worlds(dataset, size, worlds):
                 found = curves(
-                    world, ["ttsnap"], budgets, cost, SCHEDULE, iterations=50, rng=len(held["mean reward", size])
+                    world,
+                    ["ttsnap"],
+                    budgets,
+                    cost,
+                    SCHEDULE,
+                    iterations=50,
+                    reach=False,
+                    rng=len(held["mean reward", size]),
                 )
                 for what, told in zip(QUANTITIES, _told(found), strict=True):
                     at = QUANTITIES.index(what)

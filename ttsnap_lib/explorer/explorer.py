@@ -127,7 +127,7 @@ class Explorer(ipw.VBox):
         The range of budgets of the curves and of the relative gain, in the same way.
     shown : str
         The reward that is drawn; the first that selects by default.
-    combine, iterations, seed
+    combine, iterations, seed, distinct
         As in :func:`ttsnap_lib.simulate`.
     run : Run, optional
         Where figures are saved; the interactive run of ``explore`` by default.
@@ -161,6 +161,7 @@ class Explorer(ipw.VBox):
         combine: str = "rank_sum",
         iterations: int = 200,
         seed: int = 0,
+        distinct: bool = False,
         run: Run | None = None,
         later: Callable[[float, Callable[[], None]], Any] | None = None,
     ) -> None:
@@ -170,7 +171,7 @@ class Explorer(ipw.VBox):
         choice("accounting", accounting, ("", "exact", "published"))
         self.run, self._later = run, later or _on_event_loop
         self._multiples = tuple(real("multiples", value, 0, open_low=True) for value in multiples)
-        self._fixed = {"iterations": iterations, "seed": seed}
+        self._fixed: dict[str, Any] = {"iterations": iterations, "seed": seed, "distinct": distinct}
         self.state: State | None = None
         self.result: Result | None = None
         self.pinned = (method, schedule)

@@ -20,7 +20,7 @@ from ttsnap_lib.simulation.metrics import (
     relative_gain_of,
 )
 from ttsnap_lib.simulation.pruning import step_positions
-from ttsnap_lib.simulation.simulate import candidates_table, check_n_steps
+from ttsnap_lib.simulation.simulate import candidates_table, check_n_steps, tiny_checks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -241,6 +241,8 @@ def _notes(state: State, pool: Pool, curves: dict[str, Curve]) -> list[str]:
     notes = []
     if pool.dataset.attrs.get("source") == "synthetic":
         notes.append("Statistical stand-in, not a diffusion model.")
+    tiny = tiny_checks(state.cost) if state.cost.preview_decode is not None and state.method != "best_of_n" else ""
+    notes += [f"{told[0].upper()}{told[1:]}." for told in (pool.repeats, tiny) if told]
     missing = len(state.budgets) - len(curves["current"].budgets)
     if missing:
         notes.append(

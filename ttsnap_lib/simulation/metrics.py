@@ -270,7 +270,7 @@ def compute_saved(budgets: np.ndarray, mean: np.ndarray, final: np.ndarray, cand
 
     `budgets` and `mean` are what a method spent and reached; the yardstick is the exact Best-of-N curve of `final`
     (prompt, image) over whole candidates of `candidate_cost`, linear in between. Negative where the method is worse;
-    NaN where even the whole pool does not reach the reward.
+    NaN where even the whole pool does not reach the reward. :meth:`Curves.needs` tells it with intervals.
     """
     pool = np.asarray(final).shape[1]
     curve = np.maximum.accumulate([best_of_n(final, n).mean() for n in range(1, pool + 1)])

@@ -17,8 +17,15 @@ from ttsnap_lib.errors import BudgetError, ConfigError, ScheduleError, TensorErr
 from ttsnap_lib.schedule import PUBLISHED_SCHEDULE, Schedule, selecting_rewards
 from ttsnap_lib.simulation.metrics import bootstrap_means, jackknife_interval, leave_one_out, mean_interval
 from ttsnap_lib.simulation.pruning import n_threads
-from ttsnap_lib.simulation.simulate import MOST_DRAWS, VARIABLE, candidates_table, check_n_steps
-from ttsnap_lib.tensors.tensor import COPIED, check_rewards, read_steps
+from ttsnap_lib.simulation.simulate import (
+    MOST_DRAWS,
+    VARIABLE,
+    candidates_table,
+    check_n_steps,
+    tell_repeats,
+    tell_tiny_checks,
+)
+from ttsnap_lib.tensors.tensor import COPIED, check_rewards, drop_repeats, read_steps
 from ttsnap_lib.tuning.race import Goals, Race, Scorer, Selection, Trial, best_indices
 from ttsnap_lib.tuning.space import SearchSpace
 
@@ -104,7 +111,7 @@ class OptimizedSchedule:
         also : sequence of Schedule
             Others to compare, such as the one in use so far.
         options : Any
-            Further ones of :func:`compare_schedules`: iterations, seed, combine, weights, report, level.
+            Further ones of :func:`compare_schedules`: iterations, seed, combine, weights, report, distinct, level.
 
         Returns
         -------
@@ -149,6 +156,7 @@ def optimize_schedule(
     weights: Mapping[str, float] | Sequence[float] | None = None,
     report: Sequence[str] | None = None,
     copied_steps: bool = False,
+    distinct: bool = False,
     level: float = 0.95,
     resamples: int = 1000,
     progress: Callable[[int, int], None] | None = None,
@@ -183,6 +191,8 @@ def optimize_schedule(
         of rewards for ``"weighted_sum"``, else the mean of the rewards in units of their spread within a prompt.
     copied_steps : bool
         Admit, for ttsnap, checks where the noise-aware reward is a copy of the base reward.
+    distinct : bool
+        Leave out repeated trajectories, as :func:`ttsnap_lib.simulate` does.
     level : float
         Of the intervals over test prompts.
     resamples : int
@@ -202,7 +212,7 @@ def optimize_schedule(
     started = time.monotonic()
     setup = make_setup(
         dataset, cost, budgets, method, objective, tune=tune, test=test, max_stages=max_stages, combine=combine,
-        weights=weights, report=report, copied_steps=copied_steps,
+        weights=weights, report=report, copied_steps=copied_steps, distinct=distinct,
     )  # fmt: skip
     n_trials = integer("n_trials", _TRIALS[objective] if n_trials is None else n_trials, 1)
     if time_limit_s is not None:
@@ -266,13 +276,14 @@ def compare_schedules(
     combine: str = "rank_sum",
     weights: Mapping[str, float] | Sequence[float] | None = None,
     report: Sequence[str] | None = None,
+    distinct: bool = False,
     level: float = 0.95,
 ) -> pd.DataFrame:
     """Score schedules on the same prompts and subsets, paired with the first of them.
 
     Parameters
     ----------
-    dataset, cost, budgets, method, combine, weights, report, level
+    dataset, cost, budgets, method, combine, weights, report, distinct, level
         As in :func:`optimize_schedule`.
     schedules : sequence of Schedule
     prompts : sequence of int, optional
@@ -298,7 +309,7 @@ def compare_schedules(
     wanted = _positions("prompts", range(n_prompts) if prompts is None else prompts, n_prompts)
     setup = make_setup(
         dataset, cost, budgets, method, "area" if np.size(budgets) > 1 else "single", prompts=wanted,
-        max_stages=cost.n_steps, combine=combine, weights=weights, report=report, copied_steps=True,
+        max_stages=cost.n_steps, combine=combine, weights=weights, report=report, copied_steps=True, distinct=distinct,
     )  # fmt: skip
     rng = np.random.default_rng(integer("seed", seed, 0))
     scorer = setup.scorer(wanted, integer("iterations", iterations, 1, MOST_DRAWS), rng)
@@ -359,11 +370,13 @@ def make_setup(
     weights: Mapping[str, float] | Sequence[float] | None = None,
     report: Sequence[str] | None = None,
     copied_steps: bool = False,
+    distinct: bool = False,
 ) -> Setup:
     """Check the arguments of `optimize_schedule` and read the tensor once; `prompts` stand for tune and test both."""
     choice("method", method, VARIABLE)
     choice("objective", objective, _TRIALS)
     check_rewards(dataset)
+    dataset = drop_repeats(dataset) if distinct else dataset
     check_n_steps(cost, dataset["step"].values)
     max_stages = integer("max_stages", max_stages, 0)
     names = [str(name) for name in dataset["reward"].values]
@@ -385,6 +398,8 @@ def make_setup(
     wanted = sorted({*space.steps, *(PUBLISHED_SCHEDULE.steps if published else ())})
     checks = read_steps(dataset[VARIABLE[method]], [scored.index(step) for step in wanted])
     final = read_steps(dataset["base"], [-1])[:, :, 0, :]
+    tell_repeats(dataset, final)
+    tell_tiny_checks(cost)
     read = np.concatenate([tune_at, test_at])
     for name, values in (("final rewards", final[read]), (f"{method} rewards at the checks", checks[read])):
         if np.isnan(values).any():
