@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from tests.conftest import ROOT
@@ -96,7 +97,9 @@ def make_world(folder: Path, page: Path) -> dict[str, str]:
     prompts = ["a small red ring on a green background", "a large blue square", "a red cross", "a small white circle"]
     for name in ("validation.json", "prompts.json"):
         (folder / name).write_text(json.dumps(prompts))
-    save_rewards(synthetic_rewards(8, 120, 20), folder / "tensor.zarr")
+    tensor = synthetic_rewards(8, 120, 20)
+    save_rewards(tensor, folder / "tensor.zarr")
+    np.save(folder / "scores.npy", tensor["base"].values[0])
     grid = next(
         (code for source in (page, ROOT / "README.md") for language, code in blocks(source) if language == "yaml")
     )

@@ -73,9 +73,18 @@ def choice(name: str, value: Any, options: Iterable[Any], *, error: type[TTSnapE
 
 def text(name: str, value: Any, *, error: type[TTSnapError] = ConfigError) -> str:
     """Return `value` when it is a string with something in it."""
-    if not isinstance(value, str) or not value.strip():
-        raise error(f"{name}: got {shown(value)}, expected a non-empty string. Give {name} as text.")
+    if not isinstance(value, str) or not value.strip() or not is_unicode(value):
+        raise error(f"{name}: got {shown(value)}, expected a non-empty string in Unicode. Give {name} as text.")
     return value
+
+
+def is_unicode(value: str) -> bool:
+    """Tell whether a string is whole Unicode: bytes of another encoding on a command line give one that is not."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def plain_name(name: str, value: Any, *, error: type[TTSnapError] = ConfigError) -> str:
@@ -200,6 +209,13 @@ def memory_errors(n: int, *, doing: str = "", remedy: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise DeviceError(f"out of memory with {n} images at once{doing}. {remedy}") from error
+
+
+FINITE_VAE = (
+    "Decode with the VAE in fp32 (pipeline.vae.float()), or with one that is fixed for fp16, such as "
+    "madebyollin/sdxl-vae-fp16-fix; when the latents are not finite either, load the pipeline in bf16 or fp32."
+)
+"""What to do about decoded pictures that hold NaN: in fp16 the VAE of SDXL overflows."""
 
 
 def as_bytes(images: torch.Tensor) -> torch.Tensor:

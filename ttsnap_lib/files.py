@@ -366,13 +366,21 @@ def read_json(
 ) -> Any:
     """Return the content of a JSON file with a `kind` (dict, list, None for anything) at the top, each key once."""
     content = read_bytes(path, what, error=error, remedy=remedy)
+    return parse_json(content, f"{what} {path}", error=error, remedy=remedy, kind=kind)
+
+
+def parse_json(
+    content: str | bytes, what: str, *, error: type[TTSnapError] = ConfigError, remedy: str, kind: type | None = dict
+) -> Any:
+    """Return what JSON text stands for; see :func:`read_json`."""
     try:
-        found = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_once)
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        found = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as failure:
-        raise error(f"{what} {path} is not whole JSON ({reason(failure)}). {remedy}") from failure
+        raise error(f"{what} is not whole JSON ({reason(failure)}). {remedy}") from failure
     if kind is not None and not isinstance(found, kind):
         top = "mapping" if kind is dict else "list"
-        raise error(f"{what} {path}: got {found!r}, expected JSON with a {top} at the top. {remedy}")
+        raise error(f"{what}: got {found!r}, expected JSON with a {top} at the top. {remedy}")
     return found
 
 

@@ -18,7 +18,7 @@ from ttsnap_lib.finetuning.data import ImageBank
 from ttsnap_lib.pocket.oracle import oracle_score
 from ttsnap_lib.pocket.world import pocket_prompts
 from ttsnap_lib.rewards.loading import load_reward
-from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval
+from ttsnap_lib.simulation.metrics import Estimate
 from ttsnap_lib.trajectories.read import pairwise_distances
 
 GROUP, GROUPS = 4, 4
@@ -62,16 +62,15 @@ def _rows(model: str, prompts: list[str]) -> list[Row]:
     for matching in ("paper", "released"):
         merged = measured(NegToMe(group_size=GROUP, min_features=1, matching=matching))
         for name, values in merged.items():
-            gain = values - plain[name]
-            low, high = percentile_interval(bootstrap_means(gain, 0, 2000))
+            gain = Estimate.over_prompts(values - plain[name], 0, resamples=2000)
             rows.append(
                 Row(
                     f"{model}, NegToMe ({matching}): {name}, with - without",
-                    float(gain.mean()),
+                    float(gain.mean),
                     "",
-                    note=f"{plain[name].mean():.4f} -> {values.mean():.4f}, 95% {low:+.4f} to {high:+.4f}",
+                    note=f"{plain[name].mean():.4f} -> {values.mean():.4f}, 95% {gain.low:+.4f} to {gain.high:+.4f}",
                 )
             )
             if name == "distance of pixels" and matching == "paper":
-                rows.append(Row("  lower end of its interval", float(low), "", at_least=0))
+                rows.append(Row("  lower end of its interval", float(gain.low), "", at_least=0))
     return rows

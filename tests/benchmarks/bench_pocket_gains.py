@@ -23,7 +23,7 @@ from ttsnap_lib.finetuning.data import open_images, own_targets
 from ttsnap_lib.finetuning.report import compare_at_steps
 from ttsnap_lib.finetuning.train import finetune
 from ttsnap_lib.rewards.loading import load_reward
-from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval
+from ttsnap_lib.simulation.metrics import Estimate
 
 MODELS = ("pocket-flux", "pocket-sdxl")
 FRESH = "evaluation:128x24@1"
@@ -68,10 +68,10 @@ def _rows(model: str, folder: Path) -> list[Row]:
     ]
     for k, step in enumerate(shipped[0][0]["step"]):
         base = shipped[0][0]["base_tau"][k]
-        low, high = percentile_interval(bootstrap_means(mean[:, k], 0, 2000))
+        told = Estimate.over_prompts(mean[:, k], 0, resamples=2000)
         used = "" if useful[k] else " (base outside .1 to .5)"
-        note = f"{base:.3f} -> {base + mean[:, k].mean():.3f}, gain {low:+.3f} to {high:+.3f}{used}"
-        rows.append(Row(f"  step {step}: gain of the mean of seeds", mean[:, k].mean(), "tau", note=note))
+        note = f"{base:.3f} -> {base + told.mean:.3f}, gain {told.low:+.3f} to {told.high:+.3f}{used}"
+        rows.append(Row(f"  step {step}: gain of the mean of seeds", told.mean, "tau", note=note))
     for name, changes in ABLATIONS.items():
         found = _gain_where_useful(*_compare(model, folder / f"{model}-small-{name.replace(' ', '-')}", changes))
         rows.append(_gain_row(f"{model}, 1000 x 8 pictures, {name}: gain in tau", found))
@@ -85,12 +85,12 @@ def _gain_where_useful(table: pd.DataFrame, gains: np.ndarray) -> dict[str, Any]
     """
     chosen = table["base_tau"].between(0.1, 0.5).to_numpy()
     per_prompt = np.nan_to_num(gains[:, chosen], nan=0.0).mean(1)
-    low, high = percentile_interval(bootstrap_means(per_prompt, 0, 2000))
+    told = Estimate.over_prompts(per_prompt, 0)
     return {
         "steps": table["step"][chosen].tolist(),
-        "gain": float(per_prompt.mean()),
-        "low": float(low),
-        "high": float(high),
+        "gain": float(told.mean),
+        "low": float(told.low),
+        "high": float(told.high),
         "worst_step_gain": float(table["gain"][chosen].min()) if chosen.any() else float("nan"),
     }
 

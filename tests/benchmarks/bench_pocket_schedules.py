@@ -13,7 +13,7 @@ import numpy as np
 from tests.benchmarks.rows import Row
 from ttsnap_lib import CostModel, Schedule, open_rewards, optimize_schedule
 from ttsnap_lib.files import data_cache
-from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval, relative_gain_of
+from ttsnap_lib.simulation.metrics import jackknife_interval, leave_one_out, relative_gain_of
 from ttsnap_lib.simulation.simulate import curves
 
 METHODS = ("ttsp", "ttsnap")
@@ -57,21 +57,21 @@ def _rows(model: str, preset: str, n_trials: int | None, iterations: int) -> lis
 
 
 def _told(what: str, curve: dict[str, np.ndarray], budgets: np.ndarray, schedules: dict[str, str]) -> list[Row]:
-    boot = {name: bootstrap_means(values, 0, 4000) for name, values in curve.items()}
-    gains, samples = {}, {}
+    without = {name: leave_one_out(values) for name, values in curve.items()}
+    gains, others = {}, {}
     for method in METHODS:
         gains[method] = float(relative_gain_of(budgets, curve[method].mean(0), curve["best_of_n"].mean(0)))
-        samples[method] = relative_gain_of(budgets, boot[method], boot["best_of_n"], strict=False)
+        others[method] = relative_gain_of(budgets, without[method], without["best_of_n"], strict=False)
     rows = [
         Row(f"{what}: {method} over Best-of-N", gains[method], "%",
-            note=f"{_interval(samples[method])}; {schedules[method]}")
+            note=f"{_interval(gains[method], others[method])}; {schedules[method]}")
         for method in METHODS
     ]  # fmt: skip
-    ahead = samples["ttsnap"] - samples["ttsp"]
-    rows.append(Row("  ttsnap - ttsp", gains["ttsnap"] - gains["ttsp"], "points", at_least=0, note=_interval(ahead)))
+    ahead, others_ahead = (found["ttsnap"] - found["ttsp"] for found in (gains, others))
+    rows.append(Row("  ttsnap - ttsp", ahead, "points", at_least=0, note=_interval(ahead, others_ahead)))
     return rows
 
 
-def _interval(samples: np.ndarray) -> str:
-    low, high = percentile_interval(samples)
+def _interval(gain: float, without: np.ndarray) -> str:
+    low, high = jackknife_interval(gain, without)
     return f"95% {low:+.1f} to {high:+.1f}"

@@ -68,6 +68,7 @@ def test_search_a_file_twice(tmp_path, capsys):
         (["a ring", "--budget", "1", "--cost", "flux-512+hpsv2"], "the cost of one candidate"),
         (["a ring", "--candidates", "2", "--schedule", "nowhere.yaml"], "schedule file nowhere.yaml"),
         (["--prompts", "nowhere.txt", "--candidates", "2"], "nowhere.txt"),
+        (["caf\udce9", "--candidates", "2"], "Unicode"),  # bytes that are no UTF-8, as Python gives them
         (["a ring", "--candidates", "2", "--model", "nowhere"], "nowhere"),
         (["a ring", "--candidates", "2", "--tiny", "/nowhere"], "tiny decoder"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from ttsnap_lib.explorer.pool import Pool
 from ttsnap_lib.explorer.result import State, compute, lacking
 from ttsnap_lib.simulation.metrics import kendall_tau
 from ttsnap_lib.simulation.simulate import curves
-from ttsnap_lib.tensors.tensor import synthetic_rewards
+from ttsnap_lib.tensors.tensor import RepeatedImagesWarning, synthetic_rewards
 
 COST = CostModel.preset("flux-512+image_reward")
 ONE = COST.total(1)
@@ -50,13 +52,9 @@ def test_numbers_are_those_of_the_simulation(dataset, pool, method, rewards, com
     if len(rewards) > 1:  # Best-of-N by several rewards is simulated too, on the same subsets
         np.testing.assert_array_equal(result.curves["best_of_n"].per_prompt, expected.per_prompt[0, :, 1])
         gains = expected.relative_gains().query("reward == 'b'").iloc[0]
-        assert result.gains["current"].value == pytest.approx(gains["relative_gain"], abs=1e-9)
-        # Other resamples: the bounds agree within a quarter of the interval's width.
-        width = gains["high"] - gains["low"]
-        assert (
-            abs(result.gains["current"].low - gains["low"]) < width / 4
-            and abs(result.gains["current"].high - gains["high"]) < width / 4
-        )
+        gain = result.gains["current"]
+        assert gain.value == pytest.approx(gains["relative_gain"], abs=1e-9)
+        assert (gain.low, gain.high) == pytest.approx((gains["low"], gains["high"]), abs=1e-9)
 
 
 def test_best_of_n_by_one_reward_is_exact_and_also_told_for_another_reward(dataset, pool):
@@ -135,6 +133,16 @@ def test_copied_steps_are_told(dataset):
     copied["noise_aware_source"].values[0, 4] = "copied_from_base"
     notes = compute(state(schedule=LATER), Pool(copied, iterations=4)).notes
     assert any("step 4" in note and "copy" in note for note in notes)
+
+
+def test_repeats_and_a_tiny_decoder_are_told_and_repeats_left_out(dataset):
+    twice = dataset.isel(image=[*range(60), 7, 3]).assign_coords(image=np.arange(62))
+    with pytest.warns(RepeatedImagesWarning, match="60 distinct trajectories of 62"):
+        pool = Pool(twice, iterations=4)
+    tiny = dataclasses.replace(COST, preview_decode=0.1)
+    notes = compute(state(cost=tiny), pool).notes
+    assert any("60 distinct" in note for note in notes) and any("tiny decoder" in note for note in notes)
+    assert Pool(twice, iterations=4, distinct=True).n_images == 60
 
 
 def test_a_missing_score_is_told_where_it_would_be_read(dataset):

@@ -185,6 +185,16 @@ def test_a_reward_that_fails_for_all_says_why(flux):
         tiny_search(flux, broken, schedule=SCHEDULE)
 
 
+def test_a_vae_that_overflows_in_fp16_is_told():
+    pipe = worlds.build("sdxl")
+    pipe.vae.register_to_config(force_upcast=False)
+    with torch.no_grad():
+        pipe.vae.decoder.conv_in.weight *= 1e5
+    pipe.vae.half()
+    with pytest.warns(UserWarning, match="VAE in fp32"), pytest.raises(SearchError, match="step 1"):
+        tiny_search(pipe, brightness, schedule=SCHEDULE)
+
+
 class Hook:
     """Counts the calls of a module and does something at them."""
 

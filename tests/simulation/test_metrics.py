@@ -1,8 +1,11 @@
+import re
+
 import numpy as np
 import pytest
 from scipy.integrate import simpson
-from scipy.stats import kendalltau
+from scipy.stats import kendalltau, t
 
+from tests.benchmarks import bench_coverage
 from ttsnap_lib import best_of_n, relative_gain
 from ttsnap_lib.errors import ConfigError, TensorError
 from ttsnap_lib.simulation import metrics as m
@@ -23,15 +26,43 @@ def test_tau_b_is_scipys_with_and_without_ties():
     assert (tau.low <= tau.mean + 1e-12).all() and (tau.mean <= tau.high + 1e-12).all()
 
 
-def test_interval_covers_the_mean_about_as_often_as_it_says():
+@pytest.mark.parametrize("n_prompts", [6, 60])
+def test_interval_covers_the_mean_about_as_often_as_it_says(n_prompts):
     rng = np.random.default_rng(1)
-    hits = 0
-    for _ in range(200):
-        estimate = m.Estimate.over_prompts(rng.standard_normal(60), rng, resamples=400)
-        hits += estimate.low <= 0 <= estimate.high
-    assert (
-        180 <= hits <= 199
-    )  # 95% of 200, with three standard errors and the small-sample bias of a percentile bootstrap
+    worlds = rng.standard_normal((400, n_prompts))
+    told = [m.Estimate.over_prompts(values, rng, resamples=400) for values in worlds]
+    assert 367 <= sum(one.low <= 0 <= one.high for one in told) <= 393  # 95% of 400, three standard errors
+
+
+def test_mean_interval_is_the_percentile_bootstrap_widened_around_the_mean():
+    values = np.random.default_rng(2).gamma(1.0, size=(12, 3))  # skewed, and so are the bounds
+    boot, mean = m.bootstrap_means(values, 5), values.mean(0)
+    wider = t.ppf(0.95, 11) / 1.6448536 * np.sqrt(12 / 11)
+    found = m.mean_interval(mean, boot, 12, level=0.9)
+    assert (found - mean) == pytest.approx(wider * (np.quantile(boot, [0.05, 0.95], axis=0) - mean))
+    # A prompt that drops out of a cell counts for it no more.
+    values[3, 1] = np.nan
+    told = m.Estimate.over_prompts(values, 5, level=0.9)
+    alone = m.Estimate.over_prompts(np.delete(values, 3, 0)[:, 1], 5, level=0.9, resamples=20_000)
+    assert told.low[1] == pytest.approx(alone.low, abs=0.05) and told.high[1] == pytest.approx(alone.high, abs=0.05)
+
+
+def test_jackknife_of_a_mean_is_students_interval():
+    values = np.random.default_rng(3).gamma(1.0, size=(9, 2))
+    without = m.leave_one_out(values)
+    assert without[4] == pytest.approx(np.delete(values, 4, 0).mean(0))
+    expected = t.interval(0.95, 8, values.mean(0), values.std(0, ddof=1) / 3)
+    assert m.jackknife_interval(values.mean(0), without) == pytest.approx(np.array(expected))
+    assert np.isnan(m.jackknife_interval(1.0, m.leave_one_out(values[:1])[:, 0])).all()
+
+
+def test_coverage_study_of_ten_prompts():
+    """The study behind docs/numbers.md, in small: every quantity is told, and the widened bootstrap holds more often."""
+    rows = bench_coverage.run(("flux",), worlds=60, tuned=4, sizes=(10,))
+    assert [row.name.split(",")[0] for row in rows] == [*bench_coverage.QUANTITIES, "test interval"]
+    for row in rows[:2]:
+        percentile, widened = (float(part) / 100 for part in re.findall(r"([\d.]+)%", row.note)[:2])
+        assert percentile <= widened == pytest.approx(row.value, abs=0.001) and row.value > 0.85
 
 
 def test_bootstrap_is_paired_and_reproducible():

@@ -1,14 +1,18 @@
 """Methods at budgets: paired, reproducible, never over budget, and what the paper publishes."""
 
+import dataclasses
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel, Schedule, best_of_n, simulate, sweep
-from ttsnap_lib.errors import BudgetError, ConfigError, CostError, ScheduleError
-from ttsnap_lib.simulation.simulate import curves
-from ttsnap_lib.tensors.tensor import synthetic_rewards
+from ttsnap_lib.errors import BudgetError, ConfigError, CostError, ScheduleError, TensorError
+from ttsnap_lib.simulation.simulate import TinyChecksWarning, curves
+from ttsnap_lib.tensors.tensor import RepeatedImagesWarning, synthetic_rewards
+from ttsnap_lib.tuning.optimize import compare_schedules
 
 COST = CostModel(step=3, verify=0.5, decode=1, n_steps=8)
 SCHEDULE = Schedule((1, 4), (0.5, 0.4))
@@ -149,6 +153,68 @@ def test_what_is_refused(tensor, change, error, match):
 def test_an_unknown_keyword_is_refused(tensor):
     with pytest.raises(TypeError, match="iteratoins"):
         simulate(tensor, **GOOD, iteratoins=3)
+
+
+def test_what_best_of_n_needs_reaches_over_the_pool_with_its_interval(tensor):
+    one, budgets = tensor.sel(reward=["a"]), [80, 160, 240]
+    same = curves(one, ["ttsp"], budgets, COST, Schedule(), iterations=30).needs()
+    spent = [COST.total(COST.candidates(budget)) for budget in budgets]
+    for column in ("needs", "needs_low", "needs_high"):  # without pruning it is Best-of-N on the same subsets
+        np.testing.assert_allclose(same[column], spent)
+    np.testing.assert_allclose(same["saved"], 0, atol=1e-12)
+    result = curves(one, ["ttsnap"], budgets, COST, SCHEDULE, iterations=100)
+    found = result.needs()
+    assert result.ladder_spent[[0, -1]].tolist() == [COST.total(1), COST.total(30)]
+    assert (found["needs_low"] <= found["needs"]).all() and (found["needs"] <= found["needs_high"]).all()
+    # The interval of what is needed holds a budget just where that of the gain there holds 0.
+    frame = result.frame().query("method == 'ttsnap'").reset_index(drop=True)
+    behind, ahead = frame["gain_high"] < 0, frame["gain_low"] > 0
+    at = result.spent[0]
+    assert ((found["needs_high"] < at) == behind).all() and ((found["needs_low"] > at) == ahead).all()
+    perfect = one.copy(deep=True)
+    perfect["noise_aware"][:] = one["base"].isel(step=-1)
+    # A perfect check of the whole pool, for 180: Best-of-N needs the whole pool too, or nearly.
+    most = curves(perfect, ["ttsnap"], [180], COST, Schedule((0,), (0.05,)), iterations=30)
+    assert most.needs()["needs"][0] > most.ladder_spent[-2] and most.needs()["saved_low"][0] > 0.5
+    with pytest.raises(ConfigError, match="reach=True"):
+        curves(one, ["ttsp"], budgets, COST, SCHEDULE, iterations=2, reach=False).needs()
+
+
+def test_needs_of_a_pool_that_is_scored_in_part_reach_as_far_as_the_budgets(tensor):
+    holes = tensor.sel(reward=["a"]).copy(deep=True)
+    holes["base"][0, 3, 4, -1] = np.nan
+    with pytest.raises(TensorError, match="prompt 3"):
+        simulate(holes, "best_of_n", n=30)
+    found = [curves(holes, ["best_of_n"], [80], COST, iterations=1, rng=seed) for seed in range(1, 3)]
+    assert {len(one.ladder_spent) for one in found} == {1} and found[0].ladder_spent[0] == COST.total(3)
+
+
+def test_repeated_trajectories_are_told_once_and_left_out_on_wish(tensor):
+    twice = tensor.isel(image=[0, 0, *range(1, 30)]).assign_coords(image=np.arange(31))
+    with pytest.warns(RepeatedImagesWarning, match="30 distinct trajectories of 31"):
+        simulate(twice, "best_of_n", n=3, iterations=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        simulate(twice, "best_of_n", n=3, iterations=2)
+        simulate(tensor, "best_of_n", n=3, iterations=2)
+    result = simulate(twice, "best_of_n", n=30, iterations=2, distinct=True)
+    plain = simulate(tensor, "best_of_n", n=30, iterations=2)
+    assert result.mean.tolist() == plain.mean.tolist()
+    # Winners are places in the pool that was given: the second of the two never wins.
+    assert (result.winners == np.where(plain.winners > 0, plain.winners + 1, 0)).all()
+    with pytest.raises(BudgetError, match="at most 30"):
+        simulate(twice, "best_of_n", n=31, distinct=True)
+
+
+def test_a_tiny_decoder_is_told_where_checks_are_charged_by_it(tensor):
+    tiny = dataclasses.replace(COST, preview_decode=0.1)
+    with pytest.warns(TinyChecksWarning, match="0.1 TFLOPs.*through the full one"):
+        simulate(tensor, "ttsp", budget=150, cost=tiny, schedule=SCHEDULE, iterations=2)
+    with pytest.warns(TinyChecksWarning):
+        compare_schedules(tensor, tiny, [80, 160], [SCHEDULE], "ttsp", iterations=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        simulate(tensor, "best_of_n", budget=150, cost=tiny, iterations=2)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 
-from ttsnap_lib import open_rewards, save_rewards, simulate
+from ttsnap_lib import CostModel, open_rewards, save_rewards, simulate
+from ttsnap_lib.__main__ import main
 from ttsnap_lib.errors import ConfigError, DiskError, TensorError
 from ttsnap_lib.tensors.tensor import (
     PROMPT_CHUNK,
     check_rewards,
     drop_missing,
     drop_repeats,
+    from_array,
+    import_rewards,
     make_rewards,
     noise_aware_steps,
     repeated_images,
@@ -131,3 +135,132 @@ def test_drop_missing(tensor):
     assert cleaned["image"].values.tolist() == [0, 1, 3, 4, 5, 6, 7]
     with pytest.raises(TensorError, match="one or more"):
         drop_missing(tensor.assign(base=tensor["base"] * np.nan))
+
+
+# A tensor of one's own
+
+
+def long_table(scores, **more) -> pd.DataFrame:
+    """Return scores (prompt, image, step) as a long table."""
+    prompt, image, step = (axis.ravel() for axis in np.indices(scores.shape))
+    return pd.DataFrame({"prompt": prompt, "image": image, "step": step, "reward": scores.ravel(), **more})
+
+
+@pytest.fixture
+def scores():
+    return np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+
+
+def test_an_array_becomes_a_tensor_that_simulates(scores):
+    made = from_array(scores, name="mine", steps=[0, 3, 6, 9, 19], prompts=["a", "b", "c", "more"], model="my-model")
+    assert np.array_equal(made["base"].values[0], scores) and made["reward"].values.tolist() == ["mine"]
+    assert made["step"].values.tolist() == [0, 3, 6, 9, 19] and made["prompt_text"].values.tolist() == ["a", "b", "c"]
+    assert made.attrs["model"] == "my-model" and noise_aware_steps(made) == {"mine": []}
+    named = xr.DataArray(scores.transpose(2, 0, 1), dims=("step", "prompt", "image"))
+    assert np.array_equal(from_array(named)["base"].values[0], scores)
+    cost = CostModel(step=1, verify=0, decode=0, n_steps=20)
+    got = simulate(made, "best_of_n", budget=4 * cost.total(1), cost=cost, rng=0)
+    assert np.allclose(got.mean, scores[..., -1].max(axis=1).mean(), atol=1e-6)
+
+
+def test_several_rewards_and_noise_aware_scores_at_some_steps(scores):
+    aware = np.full_like(scores, np.nan)
+    aware[..., 1] = scores[..., 1] + 1
+    made = from_array({"a": scores, "b": 2 * scores}, noise_aware={"b": aware})
+    assert noise_aware_steps(made) == {"a": [], "b": [1]}
+    expected = 2 * scores
+    expected[..., 1] = aware[..., 1]
+    assert np.array_equal(made["noise_aware"].values[1], expected)
+
+
+def test_a_long_table_in_any_order_with_texts_or_indices(scores):
+    aware = np.where(np.arange(5) == 2, scores, np.nan).ravel()
+    table = long_table(scores, noise_aware=aware)
+    shuffled = from_array(table.sample(frac=1, random_state=0), prompts=["a", "b", "c"])
+    assert np.array_equal(shuffled["base"].values[0], scores) and noise_aware_steps(shuffled) == {"reward": [2]}
+    texts = table.assign(prompt=table["prompt"].map(["z", "17", "a"].__getitem__), image=table["image"] + 4)
+    made = from_array(texts)
+    assert made["prompt_text"].values.tolist() == ["z", "17", "a"] and made["image"].values.tolist() == [4, 5, 6, 7]
+    assert np.array_equal(made["base"].values[0], scores)
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "csv", "tsv", "parquet", "categories"])
+def test_a_file_of_scores_on_the_command_line(kind, scores, tmp_path, capsys):
+    scores[1, 2, 3] = np.nan
+    path = tmp_path / f"scores.{'parquet' if kind == 'categories' else kind}"
+    table = long_table(scores)
+    if kind == "npy":
+        np.save(path, scores)
+    elif kind == "npz":
+        np.savez(path, reward=scores)
+    elif kind == "parquet":
+        table.to_parquet(path)
+    elif kind == "categories":
+        table.assign(prompt=table["prompt"].map("abc".__getitem__).astype("category")).to_parquet(path)
+    else:
+        table.to_csv(path, sep="\t" if kind == "tsv" else ",", index=False)
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
+    words = ["import", str(path), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "own.zarr")]
+    assert main([*words, "--reward", "mine", "--model", "my-model"]) == 0
+    said = capsys.readouterr().out
+    assert "1 rewards x 3 prompts x 4 images x 5 steps" in said and "1 of 60 scores are missing" in said
+    opened = open_rewards(tmp_path / "own.zarr")
+    assert opened["base"].sel(reward="mine").values.tobytes() == scores.tobytes()
+    assert opened["prompt_text"].values.tolist() == ["a", "b", "c"] and opened.attrs["model"] == "my-model"
+    assert main(words) == 1 and "--overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.drop(index=7), "prompt 0, image 1, step 2: got 0 rows"),
+        (lambda t: pd.concat([t, t.iloc[:1]]), "prompt 0, image 0, step 0: got 2 rows"),
+        (lambda t: t.rename(columns={"reward": "score"}), "Rename the column that is reward"),
+        (lambda t: t.assign(step=t["step"] + 0.5), "step of row 0: got 0.5"),
+        (lambda t: t.assign(image="id000"), "image of row 0: got 'id000'"),
+        (lambda t: t.assign(reward="good"), "expected numbers"),
+        (lambda t: t.assign(reward=np.inf), "expected finite numbers"),
+        (lambda t: t.assign(prompt=None), "table: prompt"),
+        (lambda t: t.iloc[:0], "no rows"),
+    ],
+)
+def test_a_table_that_is_not_whole_is_refused(change, says, scores):
+    with pytest.raises(TensorError, match=says):
+        from_array(change(long_table(scores)))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"rewards": np.zeros((3, 4))}, r"got shape \(3, 4\)"),
+        ({"rewards": [[["a"]]]}, "expected numbers"),
+        ({"rewards": {}}, "one reward or more"),
+        ({"rewards": {"a": np.zeros((3, 4, 5)), "b": np.zeros((3, 4, 6))}}, "all of one shape"),
+        ({"noise_aware": np.zeros((3, 4, 2))}, "all of one shape"),
+        ({"noise_aware": {"other": np.zeros((3, 4, 5))}}, "noise_aware: got 'other'"),
+        ({"steps": [0, 1, 2]}, "steps: got 3"),
+        ({"steps": [4, 3, 2, 1, 0]}, "increasing"),
+        ({"prompts": ["a", "b"]}, "got 2 entries, expected 3"),
+        ({"prompts": "abc"}, "expected 3 texts"),
+    ],
+)
+def test_an_array_that_does_not_fit_is_refused(given, says, scores):
+    with pytest.raises(TensorError, match=says):
+        from_array(**{"rewards": scores, **given})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("s.npy", b"no", "cannot be read as npy"),
+        ("s.csv", b"prompt,image,step,reward\n0,0,0,1,9\n", "cannot be read as csv"),
+        ("s.csv", b"a;b\n", "Rename the column that is prompt"),
+        ("s.xlsx", b"", "ending of the scores"),
+        ("none.csv", None, "cannot be read"),
+    ],
+)
+def test_a_file_of_scores_that_cannot_be_read_is_refused(name, content, says, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(TensorError, match=says):
+        import_rewards(tmp_path / name)

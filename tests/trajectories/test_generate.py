@@ -267,6 +267,46 @@ def test_negtome_groups_stay_together(pipeline, tmp_path):
         generate(pipeline, PROMPTS, tmp_path / "four", **{**options, "negtome": NegToMe(group_size=3)})
 
 
+# -- pictures that are none -----------------------------------------------------------------------------------
+
+
+def test_a_vae_that_overflows_in_fp16_is_told_and_nothing_black_is_written(tmp_path):
+    pipe = worlds.build("sdxl")
+    pipe.vae.register_to_config(force_upcast=False)
+    with torch.no_grad():
+        pipe.vae.decoder.conv_in.weight *= 1e5
+    generate(pipe, PROMPTS, tmp_path / "fp32", **OPTIONS)  # the same weights are fine in fp32
+    pipe.vae.half()
+    with pytest.raises(PipelineError, match=r"got NaN, .*VAE in fp32 .*sdxl-vae-fp16-fix"):
+        generate(pipe, PROMPTS, tmp_path / "fp16", **OPTIONS)
+    with pytest.raises(PipelineError, match="prompt 0, step 2: got NaN"):
+        generate(pipe, PROMPTS, on_batch=lambda *given: pytest.fail("handed over"), steps=[2], **OPTIONS)
+    assert verify(tmp_path / "fp32").ok
+    assert not digests(tmp_path / "fp16")
+
+
+def test_what_was_whole_before_a_picture_of_infinity_stays(tmp_path):
+    pipe = worlds.build("sdxl")
+    options = {**OPTIONS, "batch_size": 3}  # a prompt a batch
+    generate(pipe, PROMPTS, tmp_path / "whole", **options)
+    calls = itertools.count()
+
+    def spoil(decoder, given, pixels):
+        if next(calls) >= 4:  # step 1 of the second prompt
+            pixels[2, 0, 5, 7] = torch.inf  # clipped it would be one red pixel
+        return pixels
+
+    hook = pipe.vae.decoder.register_forward_hook(spoil)
+    with pytest.raises(PipelineError, match="prompt 1, image 2, step 1: got NaN"):
+        generate(pipe, PROMPTS, tmp_path / "set", **options)
+    hook.remove()
+    there = digests(tmp_path / "set")
+    assert {f"p0000/id00{image}/s0{step}.png" for image in range(3) for step in range(3)} <= there.keys()
+    assert "p0001/id002/s01.png" not in there and there.items() <= digests(tmp_path / "whole").items()
+    generate(pipe, PROMPTS, tmp_path / "set", **options)
+    assert digests(tmp_path / "set") == digests(tmp_path / "whole")
+
+
 # -- bad input: a clear error, and nothing that is there is lost ----------------------------------------------
 
 

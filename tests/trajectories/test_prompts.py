@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.conftest import ROOT
 from ttsnap_lib.errors import PromptError
 from ttsnap_lib.trajectories.prompts import read_prompts
 
+CASES = ROOT / "tests/cases/prompts"
 TEXTS = ["a red fox", 'two "quoted" words, and a comma', "ein Bär am Fluß", "line\u2028separator stays inside"]
 
 
@@ -45,6 +48,70 @@ def test_prompt_column_wins_over_other_text_columns(tmp_path):
     assert read_prompts(path) == ["a cat", "a dog"]
 
 
+PARTI = [
+    "lantern",
+    "17",
+    "an otter in a raincoat, boots, and gloves. It waits at a bus stop.",
+    'a door with the words "Back soon" painted on it',
+    "Inês with a cello",
+]
+LAMP = ["A violet tractor on a beach.", "A lamp made of paper. A lamp folded from one sheet."]
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "key", "values"),
+    [
+        ("parti.tsv", PARTI, "Note", ["Concept words", "", "", "", ""]),
+        ("parti.csv", ["lantern", "an otter in a raincoat, boots, and gloves."], "Category", ["Abstract", "Animals"]),
+        ("parti_simple_renamed.csv", ["a lantern", "a boat"], "Category", ["Abstract", "Vehicles"]),
+        ("drawbench.csv", LAMP, "Category", ["Colors", "Conflicting"]),
+        ("geneval.jsonl", ["a photo of a kite", "a photo of two kites"], "tag", ["single_object", "counting"]),
+        ("ir_benchmark.json", ["a concept art of a boat, retro", "a cute owl"], "id", ["000001-0001", "000002-0002"]),
+    ],
+)
+def test_published_prompt_sets_are_read_with_what_stands_beside_a_prompt(name, prompts, key, values):
+    found = read_prompts(CASES / name)
+    assert found == prompts
+    assert [more[key] for more in found.metadata] == values
+    first = read_prompts(found, limit=1)
+    assert (first, first.metadata) == (prompts[:1], found.metadata[:1])
+
+
+def test_the_column_of_prompts_can_be_named(tmp_path):
+    path = tmp_path / "set.csv"
+    path.write_text("prompt,Better\nx,17\ny,a dog\n")
+    assert read_prompts(path, prompt_column="Better") == ["17", "a dog"]
+    assert read_prompts([{"prompt": "x", "Better": "a dog"}], prompt_column="Better").metadata == [{"prompt": "x"}]
+    with pytest.raises(PromptError, match=r"expected one named better.*--prompt-column"):
+        read_prompts(path, prompt_column="better")
+    with pytest.raises(PromptError, match=r"prompt 1: got keys \['id'\], expected one named prompt"):
+        read_prompts([{"prompt": "x"}, {"id": 1}])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "prompts"),
+    [
+        ("table.txt", b"prompt\tn\na cat\t1\na dog\t2\n", ["a cat", "a dog"]),
+        ("plain.txt", b"a\tcat\na dog\n", ["a\tcat", "a dog"]),  # a tab in one line is no table
+        ("quoted.tsv", b'prompt\tn\n"a ""big""\tcat"\t1\n', ['a "big"\tcat']),
+        ("speech.tsv", b'prompt\tn\n"Hello" says a cat\t1\n', ['"Hello" says a cat']),
+        ("excel.csv", b"Text;n\na cat, red;1\n", ["a cat, red"]),
+        ("lines.jsonl", b'"a cat"\n\n{"Caption": "a dog"}\n', ["a cat", "a dog"]),
+    ],
+)
+def test_what_separates_the_columns_is_told_by_the_first_line(tmp_path, name, content, prompts):
+    (tmp_path / name).write_bytes(content)
+    assert read_prompts(tmp_path / name) == prompts
+
+
+def test_dictionary_encoded_parquet_and_a_frame(tmp_path):
+    table = pa.table({"Prompts": pa.array(["a", "b", "a"]).dictionary_encode(), "url": ["x", "y", "z"]})
+    pq.write_table(table, tmp_path / "set.parquet")
+    for source in (tmp_path / "set.parquet", pd.read_parquet(tmp_path / "set.parquet")):
+        found = read_prompts(source)
+        assert found == ["a", "b", "a"] and found.metadata[2] == {"url": "z"}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -63,6 +130,9 @@ def test_prompt_column_wins_over_other_text_columns(tmp_path):
         ("quote.csv", b'prompt\n"a cat\n', "cannot be read as csv"),
         ("headless.csv", b"a cat sits on a mat\na dog runs in a park\n", "in the first line"),
         ("two_texts.csv", b"a,b\nx,y\n", "expected one named prompt"),
+        ("twice.csv", b"caption,text\nx,y\n", "--prompt-column"),
+        ("line.jsonl", b'"a cat"\n{"prompt": \n', "line 2 is not whole JSON"),
+        ("half.json", b'["half \\ud800"]', "in Unicode"),
         ("numbers.csv", b"a,b\n1,2\n", "expected one named prompt"),
         ("broken.parquet", b"PAR1 no", "cannot be read as parquet"),
     ],

@@ -1,4 +1,4 @@
-"""Pictures and tensors: ``ttsnap generate``, ``verify``, ``score``, and tensors in and out as the authors' YAML."""
+"""Pictures and tensors: ``ttsnap generate``, ``verify``, ``score``; tensors from files, and the authors' YAML both ways."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ttsnap_lib.commands.options import (
     Defaults,
     add_model_arguments,
     add_negtome_argument,
+    add_prompts_argument,
     add_reward_arguments,
     add_settings_arguments,
     given_rewards,
@@ -40,9 +41,7 @@ def _add_generate(commands: Any) -> None:
         "the work and write the same bytes as one.",
         formatter_class=Defaults,
     )
-    generate.add_argument(
-        "--prompts", default="pocket", help=".json, .txt, .csv or .parquet file, or pocket[:split[:count]]"
-    )
+    add_prompts_argument(generate, default="pocket")
     generate.add_argument("--limit", type=int, metavar="N", help="take the first N prompts only")
     generate.add_argument("--out", metavar="FOLDER", help="the trajectory folder; may be left out with --score")
     generate.add_argument(
@@ -81,7 +80,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.trajectories.prompts import read_prompts
 
     # What costs nothing to check comes before a model of many gigabytes is loaded.
-    prompts = read_prompts(arguments.prompts, limit=arguments.limit)
+    prompts = read_prompts(arguments.prompts, limit=arguments.limit, prompt_column=arguments.prompt_column)
     integer("--images", arguments.images, 1, MAX_IMAGES)
     if not arguments.out and not arguments.score:
         raise ConfigError("neither --out nor --score: say where the images go, or where their rewards go.")
@@ -237,6 +236,25 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _add_import_and_export(commands: Any) -> None:
+    own = commands.add_parser(
+        "import",
+        help="make a reward tensor of scores of your own",
+        description="Read scores of your own into a reward tensor: a NumPy array (prompt, image, step) as .npy, or .npz "
+        "with the arrays reward and noise_aware; or a table (.csv, .tsv, .parquet) with the columns prompt (index or "
+        "text), image, step, reward, and noise_aware where there is one.",
+        formatter_class=Defaults,
+    )
+    own.add_argument("scores", type=Path, metavar="FILE", help=".npy, .npz, .csv, .tsv or .parquet")
+    own.add_argument("--reward", default="reward", metavar="NAME", help="what the reward is called")
+    own.add_argument("--model", metavar="NAME", help="the diffusion model, for titles and commands")
+    own.add_argument(
+        "--steps", type=int, nargs="+", metavar="STEP", help="denoising steps of an array (default: 0, 1, 2, ...)"
+    )
+    add_prompts_argument(own)
+    own.add_argument("-o", "--out", type=Path, required=True, metavar="TENSOR.zarr", help="Zarr folder to write")
+    own.add_argument("--overwrite", action="store_true", help="replace an existing tensor")
+    own.set_defaults(func=_import)
+
     parser = commands.add_parser(
         "import-published",
         help="import published YAML reward values into a reward tensor",
@@ -245,13 +263,13 @@ def _add_import_and_export(commands: Any) -> None:
     parser.add_argument("values", type=Path, help="folder that holds the published folders")
     parser.add_argument("--model", required=True, help="flux, sdxl, ...")
     parser.add_argument("--rewards", nargs="+", help="image_reward, pickscore, hpsv2 (default: all that are there)")
-    parser.add_argument("--prompts", type=Path, help="JSON list of the prompt texts")
+    add_prompts_argument(parser)
     parser.add_argument("--distinct", action="store_true", help="drop repeated trajectories")
     parser.add_argument(
         "-o", "--out", type=Path, help="Zarr folder to write (default: data_cache/published/<model>.zarr)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tensor")
-    parser.set_defaults(func=_import)
+    parser.set_defaults(func=_import_published)
 
     export = commands.add_parser(
         "export",
@@ -267,28 +285,69 @@ def _add_import_and_export(commands: Any) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    from ttsnap_lib.tensors.tensor import import_rewards, noise_aware_steps
+
+    _refuse_taken(arguments.out, arguments.overwrite)
+    dataset = import_rewards(
+        arguments.scores,
+        name=arguments.reward,
+        steps=arguments.steps,
+        prompts=_given_texts(arguments),
+        model=arguments.model,
+    )
+    gaps = int(np.isnan(dataset["base"].values).sum())
+    _save(dataset, arguments.out, arguments.overwrite)
+    print(f"steps {dataset['step'].values.tolist()}, noise-aware at {noise_aware_steps(dataset)[arguments.reward]}")
+    if gaps:
+        print(f"{gaps} of {dataset['base'].size} scores are missing")
+    print(f"next: ttsnap run simulate -p tensor {arguments.out} -p cost COST{' -p missing drop' if gaps else ''}")
+    print(f"(COST: a preset or a file of `ttsnap cost`, of {int(dataset['step'][-1]) + 1} steps)")
+    return 0
+
+
+def _refuse_taken(out: Path, overwrite: bool) -> None:
+    """Refuse to write over a tensor, before the work."""
     from ttsnap_lib.errors import TensorError
+
+    if out.exists() and not overwrite:
+        raise TensorError(f"output: got {out}, expected a new path. Pass --overwrite or another --out.")
+
+
+def _given_texts(arguments: argparse.Namespace) -> list[str] | None:
+    from ttsnap_lib.trajectories.prompts import read_prompts
+
+    if arguments.prompts is None:
+        return None
+    return read_prompts(arguments.prompts, prompt_column=arguments.prompt_column)
+
+
+def _save(dataset: Any, out: Path, overwrite: bool) -> None:
+    """Write a tensor and say its sizes."""
+    from ttsnap_lib.tensors.tensor import save_rewards
+
+    save_rewards(dataset, out, overwrite=overwrite)
+    print(f"{out}: {' x '.join(f'{size} {dim}s' for dim, size in dataset['base'].sizes.items())}")
+
+
+def _import_published(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.files import data_cache
     from ttsnap_lib.style import progress_bar
     from ttsnap_lib.tensors.published import import_published
-    from ttsnap_lib.tensors.tensor import save_rewards
 
     out = arguments.out or data_cache() / "published" / f"{arguments.model}.zarr"
-    if out.exists() and not arguments.overwrite:  # before the import, which takes a while
-        raise TensorError(f"output: got {out}, expected a new path. Pass --overwrite or another --out.")
+    _refuse_taken(out, arguments.overwrite)
     dataset = import_published(
         arguments.values,
         arguments.model,
         arguments.rewards,
         arguments.distinct,
-        prompts=arguments.prompts,
+        prompts=_given_texts(arguments),
         progress=progress_bar("files"),
     )
-    save_rewards(dataset, out, overwrite=arguments.overwrite)
-    sizes = " x ".join(f"{size} {dim}s" for dim, size in dataset["base"].sizes.items())
-    print(
-        f"{out}: {sizes}\nnext: ttsnap run simulate -p tensor {out} -p cost flux-512+image_reward  (name your model and reward)"
-    )
+    _save(dataset, out, arguments.overwrite)
+    print(f"next: ttsnap run simulate -p tensor {out} -p cost flux-512+image_reward  (name your model and reward)")
     return 0
 
 

@@ -58,7 +58,7 @@ def _optimize(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.schedule import Schedule
     from ttsnap_lib.simulation.plots import flatness_table, search_command
     from ttsnap_lib.style import progress_bar
-    from ttsnap_lib.tensors.tensor import drop_repeats, open_rewards, select_rewards
+    from ttsnap_lib.tensors.tensor import open_rewards, select_rewards
     from ttsnap_lib.tuning.optimize import optimize_schedule
 
     dataset = open_rewards(arguments.tensor)
@@ -68,7 +68,6 @@ def _optimize(arguments: argparse.Namespace) -> int:
     report = arguments.report or []
     names = arguments.reward or [name for name in known if name not in report]
     dataset = select_rewards(dataset, list(dict.fromkeys([*names, *report])))
-    dataset = drop_repeats(dataset) if arguments.distinct else dataset
     objective = arguments.objective or ("area" if len(multiples) > 1 else "single")
     result = optimize_schedule(
         dataset,
@@ -85,11 +84,17 @@ def _optimize(arguments: argparse.Namespace) -> int:
         combine=arguments.combine,
         report=report,
         copied_steps=arguments.copied_steps,
+        distinct=arguments.distinct,
         progress=progress_bar("schedules", quiet=arguments.quiet),
     )
     print(_summary(result, multiples, cost.unit))
     if arguments.flatness is not None:
-        shared = {"combine": arguments.combine, "report": report, "seed": arguments.seed}
+        shared = {
+            "combine": arguments.combine,
+            "report": report,
+            "seed": arguments.seed,
+            "distinct": arguments.distinct,
+        }
         tried = result.flatness(dataset, top=arguments.flatness, **shared)
         as_good = f"{int(tried['within'].sum())} of {len(tried)} schedules are as good as the chosen one"
         print(f"\n{as_good}, within the paired interval")

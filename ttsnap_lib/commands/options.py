@@ -70,6 +70,18 @@ def settings(arguments: argparse.Namespace, **more: Any) -> Any:
     return Settings(n_steps=arguments.steps, guidance=arguments.guidance, height=height, width=width, **more)
 
 
+def add_prompts_argument(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add what read_prompts takes: where the prompts are, and in which column."""
+    parser.add_argument(
+        "--prompts", default=default, metavar="FILE",
+        help=".json, .jsonl, .txt, .csv, .tsv or .parquet file, or pocket[:split[:count]]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt-column", metavar="NAME",
+        help="the file's column or key of prompts (default: prompt, prompts, caption or text)",
+    )  # fmt: skip
+
+
 def add_negtome_argument(parser: argparse.ArgumentParser) -> None:
     """Add the argument that :func:`negtome` reads."""
     parser.add_argument(

@@ -10,6 +10,7 @@ from ttsnap_lib.commands.options import (
     Defaults,
     add_model_arguments,
     add_negtome_argument,
+    add_prompts_argument,
     add_settings_arguments,
     loading,
     negtome,
@@ -27,8 +28,10 @@ def add(commands: Any) -> None:
         "score of their x0 estimate; with --adapters by the noise-aware reward (TTSnap), else by the base one (TTSp).",
         formatter_class=Defaults,
     )
-    search.add_argument("prompt", nargs="?", help="the prompt")
-    search.add_argument("--prompts", metavar="FILE", help="a prompt file instead; one folder a prompt, resumable")
+    search.add_argument(
+        "prompt", nargs="?", help="the prompt; or --prompts, which gives one folder a prompt, resumable"
+    )
+    add_prompts_argument(search)
     search.add_argument("--limit", type=int, metavar="N", help="take the first N prompts of the file only")
     search.add_argument(
         "--reward", nargs="+", action="extend",
@@ -85,6 +88,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _search(arguments: argparse.Namespace) -> int:
+    from ttsnap_lib.checks import text
     from ttsnap_lib.diffusion.pipelines import load_decoder
     from ttsnap_lib.errors import ConfigError
     from ttsnap_lib.files import shard_lock
@@ -107,7 +111,9 @@ def _search(arguments: argparse.Namespace) -> int:
     if arguments.prompts is not None:
         from ttsnap_lib.trajectories.prompts import read_prompts
 
-        prompts = read_prompts(arguments.prompts, limit=arguments.limit)
+        prompts = read_prompts(arguments.prompts, limit=arguments.limit, prompt_column=arguments.prompt_column)
+    else:
+        text("prompt", arguments.prompt)
 
     adapters, names = find_adapters(arguments.adapters, arguments.model), arguments.reward or ["pocket-clip"]
     rewards = [

@@ -318,7 +318,8 @@ class Denoiser:
     def decode(self, latents: torch.Tensor, decoder: Any = None) -> torch.Tensor:
         """Return the pixels of `latents` or x0 estimates: (n, 3, height, width), float32 in [0, 1].
 
-        A `decoder`, such as an AutoencoderTiny, stands in for the pipeline's VAE, for quick looks.
+        A `decoder`, such as an AutoencoderTiny, stands in for the pipeline's VAE, for quick looks. What it cannot decode
+        (fp16 overflows in some VAEs) is NaN.
         """
         return self.pipeline.image_processor.postprocess(self._pixels(latents, decoder), output_type="pt").float()
 
@@ -356,7 +357,8 @@ class Denoiser:
         try:
             latents = self._adapter.descale(latents.to(self.device, vae.dtype), vae.config)
             with memory_errors(len(latents), remedy=_SMALLER):
-                return vae.decode(latents, return_dict=False)[0]
+                pixels = vae.decode(latents, return_dict=False)[0]
+            return pixels.masked_fill(~pixels.isfinite(), torch.nan)  # infinity would be clipped to white or black
         finally:
             if upcast:
                 vae.to(dtype=torch.float16)

@@ -126,7 +126,7 @@ class Explorer(ipw.VBox):
         The range of budgets of the curves and of the relative gain, in the same way.
     shown : str
         The reward that is drawn; the first that selects by default.
-    combine, iterations, seed
+    combine, iterations, seed, distinct
         As in :func:`ttsnap_lib.simulate`.
     run : Run, optional
         Where figures are saved; the interactive run of ``explore`` by default.
@@ -148,6 +148,7 @@ class Explorer(ipw.VBox):
         combine: str = "rank_sum",
         iterations: int = 200,
         seed: int = 0,
+        distinct: bool = False,
         run: Run | None = None,
     ) -> None:
         schedule = Schedule(cast("tuple[int, ...]", steps), cast("tuple[float, ...]", keep_ratios))  # it checks them
@@ -156,7 +157,7 @@ class Explorer(ipw.VBox):
         choice("accounting", accounting, ("", "exact", "published"))
         self.run = run
         self._multiples = tuple(real("multiples", value, 0, open_low=True) for value in multiples)
-        self._fixed = {"iterations": iterations, "seed": seed}
+        self._fixed: dict[str, Any] = {"iterations": iterations, "seed": seed, "distinct": distinct}
         self.state: State | None = None
         self.result: Result | None = None
         self.pinned = (method, schedule)

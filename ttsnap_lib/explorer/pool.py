@@ -15,7 +15,8 @@ from ttsnap_lib.checks import integer
 from ttsnap_lib.schedule import Schedule
 from ttsnap_lib.simulation import metrics
 from ttsnap_lib.simulation.pruning import Level, NaNRead, best_of_n_weights, prune_columns, rank_level
-from ttsnap_lib.tensors.tensor import COPIED, check_rewards
+from ttsnap_lib.simulation.simulate import repeats, tell_repeats
+from ttsnap_lib.tensors.tensor import COPIED, check_rewards, drop_repeats
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -39,8 +40,9 @@ class Job:
 class Pool:
     """A reward tensor in memory, with everything that stays the same while a schedule is moved."""
 
-    def __init__(self, dataset: xr.Dataset, *, iterations: int = 200, seed: int = 0) -> None:
-        self.dataset = check_rewards(dataset).load()
+    def __init__(self, dataset: xr.Dataset, *, iterations: int = 200, seed: int = 0, distinct: bool = False) -> None:
+        dataset = check_rewards(dataset).load()
+        self.dataset = dataset = drop_repeats(dataset) if distinct else dataset
         self.iterations, self._seed = integer("iterations", iterations, 1), integer("seed", seed, 0)
         self.names = tuple(str(name) for name in dataset["reward"].values)
         self.steps = tuple(int(step) for step in dataset["step"].values)
@@ -54,6 +56,8 @@ class Pool:
             for name in ("base", "noise_aware")
         }
         self._final = self._scores["base"][-1].astype(np.float64)
+        tell_repeats(dataset, self._final)
+        self.repeats = repeats(dataset, self._final)
         rng = np.random.default_rng(self._seed)  # in the order of simulate: the same subsets
         self._subsets = rng.permuted(np.tile(np.arange(self.n_images), (self.iterations, 1)), axis=1)
         self._labels = rng.permuted(np.tile(np.arange(self.n_images), (self.n_prompts, 1)), axis=1)

@@ -13,9 +13,15 @@ from ttsnap_lib.costs import CostModel, StageCost
 from ttsnap_lib.errors import ConfigError
 from ttsnap_lib.explorer.pool import Job, Pool
 from ttsnap_lib.schedule import PUBLISHED_SCHEDULE, Schedule
-from ttsnap_lib.simulation.metrics import Estimate, percentile_interval, relative_gain_of
+from ttsnap_lib.simulation.metrics import (
+    Estimate,
+    jackknife_interval,
+    leave_one_out,
+    mean_interval,
+    relative_gain_of,
+)
 from ttsnap_lib.simulation.pruning import step_positions
-from ttsnap_lib.simulation.simulate import candidates_table, check_n_steps
+from ttsnap_lib.simulation.simulate import candidates_table, check_n_steps, tiny_checks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,9 +59,9 @@ class Interval:
     high: Any
 
     @classmethod
-    def of(cls, value: Any, samples: np.ndarray) -> Interval:
-        """Take the interval from bootstrap samples (resample, ...)."""
-        return cls(value, *percentile_interval(samples, 0.95))
+    def of(cls, value: Any, samples: np.ndarray, n_prompts: int) -> Interval:
+        """Take the interval of a mean over prompts from bootstrap samples (resample, ...)."""
+        return cls(value, *mean_interval(value, samples, n_prompts))
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class Curve:
         """Return the budgets that both can run, and the paired difference there."""
         budgets, a, b = np.intersect1d(self.budgets, other.budgets, return_indices=True)
         value = self.reward.value[a] - other.reward.value[b]
-        return budgets, Interval.of(value, self.boot[:, a] - other.boot[:, b])
+        return budgets, Interval.of(value, self.boot[:, a] - other.boot[:, b], self.per_prompt.shape[1])
 
 
 @dataclass(frozen=True)
@@ -188,7 +194,7 @@ def _curves(state: State, pool: Pool, shown: int, iterations: int) -> tuple[dict
         spent = np.array([state.cost.total(int(k), plan) for k in n])
         samples, boot = boot[:, : len(n)], boot[:, len(n) :]
         for into, part in ((at, slice(0, 1)), (curves, slice(1, None))):
-            reward = Interval.of(rewards[name][part].mean(1), samples[:, part])
+            reward = Interval.of(rewards[name][part].mean(1), samples[:, part], pool.n_prompts)
             into[name] = Curve(
                 method, budgets[part], n[part], spent[part], rewards[name][part], samples[:, part], reward
             )
@@ -205,12 +211,13 @@ def _gains(curves: dict[str, Curve]) -> dict[str, Interval]:
     budgets = functools.reduce(np.intersect1d, [curve.budgets for curve in curves.values()])
     if len(budgets) < 3:
         return {}
-    means, boots = {}, {}
-    for name, curve in curves.items():
-        rows = np.searchsorted(curve.budgets, budgets)
-        means[name], boots[name] = curve.reward.value[rows], curve.boot[:, rows]
+    rows = {name: np.searchsorted(curve.budgets, budgets) for name, curve in curves.items()}
+    means = {name: curve.reward.value[rows[name]] for name, curve in curves.items()}
+    without = {name: leave_one_out(curve.per_prompt[rows[name]].T) for name, curve in curves.items()}
     found = {
-        name: tuple(relative_gain_of(budgets, of[name], of["best_of_n"], strict=False) for of in (means, boots))
+        name: tuple(
+            relative_gain_of(budgets, given[name], given["best_of_n"], strict=False) for given in (means, without)
+        )
         for name in curves
         if name != "best_of_n"
     }
@@ -218,13 +225,15 @@ def _gains(curves: dict[str, Curve]) -> dict[str, Interval]:
         return {}
     if "pinned" in found:
         found["change"] = tuple(a - b for a, b in zip(found["current"], found["pinned"], strict=True))
-    return {name: Interval.of(float(value), samples) for name, (value, samples) in found.items()}
+    return {name: Interval(float(value), *jackknife_interval(value, others)) for name, (value, others) in found.items()}
 
 
 def _notes(state: State, pool: Pool, curves: dict[str, Curve]) -> list[str]:
     notes = []
     if pool.dataset.attrs.get("source") == "synthetic":
         notes.append("Statistical stand-in, not a diffusion model.")
+    tiny = tiny_checks(state.cost) if state.cost.preview_decode is not None and state.method != "best_of_n" else ""
+    notes += [f"{told[0].upper()}{told[1:]}." for told in (pool.repeats, tiny) if told]
     missing = len(state.budgets) - len(curves["current"].budgets)
     if missing:
         notes.append(

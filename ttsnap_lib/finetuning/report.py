@@ -15,7 +15,7 @@ from ttsnap_lib.files import atomic_write, failures_as
 from ttsnap_lib.finetuning.data import Images, score_step
 from ttsnap_lib.rewards.base import Reward
 from ttsnap_lib.rewards.checkpoints import read_curriculum
-from ttsnap_lib.simulation.metrics import bootstrap_means, kendall_tau, percentile_interval, top_select
+from ttsnap_lib.simulation.metrics import Estimate, kendall_tau, top_select
 from ttsnap_lib.style import axes_or_new, tidy
 
 if TYPE_CHECKING:
@@ -144,9 +144,8 @@ def compare_at_steps(
     gains = found[1] - found[0]
     rows: dict[str, Any] = {"step": steps}
     for name, values in (("base_tau", found[0]), ("noise_aware_tau", found[1]), ("gain", gains)):
-        kept = np.nan_to_num(values, nan=0.0)
-        low, high = percentile_interval(bootstrap_means(kept, 0, 2000))
-        rows |= {name: kept.mean(0), f"{name}_low": low, f"{name}_high": high}
+        told = Estimate.over_prompts(np.nan_to_num(values, nan=0.0), 0)
+        rows |= {name: told.mean, f"{name}_low": told.low, f"{name}_high": told.high}
     return pd.DataFrame(rows), gains
 
 

@@ -27,8 +27,8 @@ from ttsnap_lib.files import (
 )
 from ttsnap_lib.live.run import search
 from ttsnap_lib.rewards.loading import load_reward
-from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval
-from ttsnap_lib.trajectories.generate import decoder_digest, weights_digest
+from ttsnap_lib.simulation.metrics import Estimate
+from ttsnap_lib.trajectories.identity import decoder_digest, run_time_changes, weights_digest
 from ttsnap_lib.trajectories.prompts import read_prompts
 
 if TYPE_CHECKING:
@@ -167,12 +167,12 @@ def compare(
     for name, frame in ours.items():
         shared = frame.index.intersection(ours[baseline].index)
         difference = (frame.loc[shared, reward] - ours[baseline].loc[shared, reward]).to_numpy(float)
-        low, high = percentile_interval(bootstrap_means(difference, seed, 2000))
+        told = Estimate.over_prompts(difference, seed, resamples=2000)
         rows.append(
             {
                 "method": name, "prompts": len(shared), "candidates": frame["candidates"].mean(),
                 "cost": frame["cost"].astype(float).mean(), "elapsed_s": frame["elapsed_s"].mean(),
-                reward: frame[reward].mean(), "difference": difference.mean(), "low": low, "high": high,
+                reward: frame[reward].mean(), "difference": difference.mean(), "low": told.low, "high": told.high,
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
@@ -187,6 +187,7 @@ def _identity(pipeline: Any, rewards: Sequence[Any], options: Mapping[str, Any])
     return {
         **plain,
         "pipeline": [type(pipeline).__name__, type(pipeline.scheduler).__name__, weights_digest(pipeline)],
+        **run_time_changes(pipeline),
         "decoder": decoder_digest(options["decoder"]),
         "rewards": {one.name: one.fingerprint() for one in rewards},
         "noise_aware": {

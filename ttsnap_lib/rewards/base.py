@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ttsnap_lib.checks import MAX_PIXELS, as_bytes, as_device, choice, default_device, integer, memory_errors
+from ttsnap_lib.checks import (
+    FINITE_VAE,
+    MAX_PIXELS,
+    as_bytes,
+    as_device,
+    choice,
+    default_device,
+    integer,
+    memory_errors,
+)
 from ttsnap_lib.errors import CheckpointError, RewardError
 from ttsnap_lib.files import failures_as
 from ttsnap_lib.rewards.checkpoints import StepSeries, sampled_digest
@@ -473,10 +483,9 @@ def check_tensor(images: torch.Tensor) -> torch.Tensor:
     if len(images):
         low, high = (float(value) for value in torch.aminmax(images.detach()))
         if not (low >= -_SLACK and high <= 1 + _SLACK):  # NaN fails too
-            raise RewardError(
-                f"values of the image tensor: got {low} to {high}, expected all in [0, 1]. Scale 8-bit images by "
-                "1/255, and [-1, 1] by x / 2 + 0.5."
-            )
+            scale = "Scale 8-bit images by 1/255, and [-1, 1] by x / 2 + 0.5."
+            remedy = scale if math.isfinite(low) and math.isfinite(high) else FINITE_VAE
+            raise RewardError(f"values of the image tensor: got {low} to {high}, expected all in [0, 1]. {remedy}")
     return images
 
 

@@ -197,7 +197,8 @@ def generate_scores(
     composition of the reward's batches differs.
     """
     from ttsnap_lib.diffusion.denoise import Denoiser
-    from ttsnap_lib.trajectories.generate import generate, identity_of
+    from ttsnap_lib.trajectories.generate import generate
+    from ttsnap_lib.trajectories.identity import identity_of
 
     if "folder" in generate_options:
         raise ConfigError("folder: images are not kept here. Generate into a folder first and score the folder.")

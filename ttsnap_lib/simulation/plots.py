@@ -135,16 +135,14 @@ def by_budget(curves: Curves, unit: str) -> pd.DataFrame:
     """Return a table of text: a row per reward and budget (in `unit`), a group of columns per method.
 
     ``N`` is the number of candidates; ``over Best-of-N`` the paired gain in reward with its interval; ``Best-of-N
-    needs`` the budget at which Best-of-N reaches the same mean reward, linear between its budgets and empty outside them.
+    needs`` the compute at which Best-of-N reaches the same mean reward, with its interval, as far as the pool reaches
+    (:meth:`Curves.needs`).
     """
     import pandas as pd
 
     frame = curves.frame()
-    base = {reward: rows["mean"] for reward, rows in frame[frame["method"] == "best_of_n"].groupby("reward")}
-    needs = [
-        np.interp(mean, np.maximum.accumulate(base[reward]), curves.budgets, left=np.nan, right=np.nan)
-        for reward, mean in zip(frame["reward"], frame["mean"], strict=True)
-    ]
+    needs = frame.merge(curves.needs(), how="left", on=["method", "reward", "budget"])
+    bounds = zip(needs["needs"], needs["needs_low"], needs["needs_high"], strict=True)
     gains = zip(frame["gain"], frame["gain_low"], frame["gain_high"], strict=True)
     table = pd.DataFrame({
         "reward": frame["reward"].map(reward_label),
@@ -153,7 +151,7 @@ def by_budget(curves: Curves, unit: str) -> pd.DataFrame:
         "N": frame["n"],
         "mean reward": frame["mean"].map("{:.3f}".format),
         "over Best-of-N": [_interval(*given, "+.3f") for given in gains],
-        f"Best-of-N needs ({unit})": ["" if np.isnan(value) else f"{value:.4g}" for value in needs],
+        f"Best-of-N needs ({unit})": [_needs(*given, curves.ladder_spent[-1]) for given in bounds],
     })  # fmt: skip
     keys = list(table.columns[:2])
     wide = table.pivot(index=keys, columns="method").swaplevel(axis=1)
@@ -186,6 +184,14 @@ def _with_interval(value: pd.Series, low: pd.Series, high: pd.Series, form: str 
 def _interval(value: float, low: float, high: float, form: str) -> str:
     known = not np.isnan(low)  # of a single prompt it is not
     return f"{value:{form}} [{low:{form}}, {high:{form}}]" if known else f"{value:{form}} [unknown]"
+
+
+def _needs(value: float, low: float, high: float, most: float) -> str:
+    """Return what Best-of-N needs with its interval; `most` is the cost of the whole pool."""
+    if np.isnan(value):  # Best-of-N itself
+        return ""
+    ends = [f"{x:.3g}" if 0 < x < np.inf else f"> {most:.3g}" if x else "< 1 image" for x in (value, low, high)]
+    return f"{ends[0]} [{ends[1]}, {ends[2]}]" if not np.isnan(low) else f"{ends[0]} [unknown]"
 
 
 def unbroken(table: pd.DataFrame) -> pd.DataFrame:

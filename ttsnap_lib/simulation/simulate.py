@@ -7,6 +7,8 @@ of one call see the same random subsets, nested across budgets, so that their di
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -17,15 +19,25 @@ from ttsnap_lib.checks import choice, integer, real
 from ttsnap_lib.costs import CostModel
 from ttsnap_lib.errors import BudgetError, ConfigError, CostError, ScheduleError
 from ttsnap_lib.schedule import METHODS, Schedule, selecting_rewards
-from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval, relative_gain_of
+from ttsnap_lib.simulation.metrics import (
+    bootstrap_means,
+    jackknife_interval,
+    leave_one_out,
+    mean_interval,
+    relative_gain_of,
+)
 from ttsnap_lib.simulation.pruning import NaNRead, prune_columns, step_positions
-from ttsnap_lib.tensors.tensor import check_rewards, read_steps
+from ttsnap_lib.tensors.tensor import RepeatedImagesWarning, check_rewards, drop_repeats, read_steps, repeated_images
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
 VARIABLE = {"ttsp": "base", "ttsnap": "noise_aware"}  # what a method reads at its checks
+
+# Tensors that were looked at for repeats: each is told of once.
+_SEEN: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_LADDER = 1.3  # from one number of candidates of the Best-of-N curve to the next, beside those of the budgets
 
 # Most subsets, and most bootstrap samples: beyond, their tables fill the memory and no figure changes.
 MOST_DRAWS = 10_000_000
@@ -39,7 +51,7 @@ class Simulation:
     ----------
     method : str
     rewards : tuple of str
-    mean, low, high : float64 (reward,), the mean over prompts and iterations with its bootstrap interval
+    mean, low, high : float64 (reward,), the mean over prompts and iterations with its interval over prompts
     per_prompt : float64 (reward, prompt)
     winners : int64 (iteration, prompt), image indices
     n : int
@@ -89,6 +101,7 @@ def simulate(
         ``rng``, a numpy.random.Generator (it is advanced) or a seed (0), of the subsets and of the bootstrap;
         ``combine`` and ``weights`` as in :func:`prune`, where weights may name the rewards;
         ``report``, rewards measured on the winner without taking part in the choice (reward hacking shows there);
+        ``distinct`` (False), to leave out repeated trajectories, as in :func:`import_published`;
         ``level`` (0.95) and ``resamples`` (1000) of the bootstrap over prompts.
 
     Returns
@@ -104,9 +117,9 @@ def simulate(
     """
     result = curves(
         dataset, [method], None if budget is None else [budget], cost, schedule, n=None if n is None else [n],
-        baseline=False, keep_winners=True, **options,
+        baseline=False, reach=False, keep_winners=True, **options,
     )  # fmt: skip
-    low, high = percentile_interval(result.boot, result.level)
+    low, high = result.interval(result.per_prompt.mean(-1), result.boot)
     return Simulation(
         method=method,
         rewards=result.rewards,
@@ -142,7 +155,7 @@ def sweep(
     schedule : Schedule, optional
         For the methods that prune.
     options : Any
-        Further ones of :func:`simulate`: iterations, rng, combine, weights, report, level, resamples.
+        Further ones of :func:`simulate`: iterations, rng, combine, weights, report, distinct, level, resamples.
 
     Returns
     -------
@@ -150,13 +163,16 @@ def sweep(
         Tidy: method, reward, budget, n, spent, mean, low, high, gain, gain_low, gain_high, where gain is the
         difference to Best-of-N on the same subsets with its paired interval.
     """
-    frame = curves(dataset, methods, budgets, cost, schedule, **options).frame()
+    frame = curves(dataset, methods, budgets, cost, schedule, reach=False, **options).frame()
     return frame[frame["method"].isin(list(methods))].reset_index(drop=True)
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Mean reward of several methods at several budgets, per prompt, on shared subsets."""
+    """Mean reward of several methods at several budgets, per prompt, on shared subsets.
+
+    The ladder is Best-of-N's own curve from one candidate to the whole pool, empty where it was not asked for.
+    """
 
     methods: tuple[str, ...]
     rewards: tuple[str, ...]
@@ -167,16 +183,23 @@ class Curves:
     winners: np.ndarray | None  # int64 (method, budget, iteration, prompt)
     level: float  # of the intervals
     boot: np.ndarray  # float64 (resample, method, budget, reward), means over resampled prompts, the same for all
+    ladder_spent: np.ndarray  # float64 (point,), costs of the ladder's points
+    ladder: np.ndarray  # float64 (point, reward, prompt), what Best-of-N gets there, on the same subsets
+    ladder_boot: np.ndarray  # float64 (resample, point, reward), on the same resamples
+
+    def interval(self, mean: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """Return the interval (low, high) of means, or of their differences, from bootstrap `samples` (resample, ...)."""
+        return mean_interval(mean, samples, self.per_prompt.shape[-1], self.level)
 
     def frame(self) -> pd.DataFrame:
         """Return one row per method, reward and budget; ``gain`` is the paired difference to Best-of-N."""
         import pandas as pd
 
         mean = self.per_prompt.mean(-1)
-        low, high = percentile_interval(self.boot, self.level)
+        low, high = self.interval(mean, self.boot)
         baseline = self.methods.index("best_of_n")
         gain = mean - mean[[baseline]]
-        gain_low, gain_high = percentile_interval(self.boot - self.boot[:, [baseline]], self.level)
+        gain_low, gain_high = self.interval(gain, self.boot - self.boot[:, [baseline]])
         rows = []
         for m, method in enumerate(self.methods):
             for r, reward in enumerate(self.rewards):
@@ -195,16 +218,49 @@ class Curves:
 
         base = self.methods.index("best_of_n")
         mean = self.per_prompt.mean(-1)
+        without = leave_one_out(np.moveaxis(self.per_prompt, -1, 0))
         rows = []
         for m, method in enumerate(self.methods):
             if m == base:
                 continue
             for r, reward in enumerate(self.rewards):
                 gain = float(relative_gain_of(self.budgets, mean[m, :, r], mean[base, :, r]))
-                samples = relative_gain_of(self.budgets, self.boot[:, m, :, r], self.boot[:, base, :, r], strict=False)
-                low, high = percentile_interval(samples, self.level)
+                others = relative_gain_of(self.budgets, without[:, m, :, r], without[:, base, :, r], strict=False)
+                low, high = jackknife_interval(gain, others, self.level)
                 rows.append((method, reward, gain, float(low), float(high)))
         return pd.DataFrame(rows, columns=["method", "reward", "relative_gain", "low", "high"])
+
+    def needs(self) -> pd.DataFrame:
+        """Return the compute that Best-of-N needs for the mean reward of each method, and the share that is saved.
+
+        Columns method, reward, budget, needs, needs_low, needs_high, saved, saved_low, saved_high. A bound is where the
+        interval of the paired difference to Best-of-N begins or ceases to hold 0, linear between numbers of candidates.
+        ``needs`` is infinite where even the whole pool does not get there, 0 where one candidate is more than enough.
+        ``saved`` is ``1 - spent / needs``, negative where the method is worse; beyond the pool it is not known (NaN),
+        and its bounds are what the pool vouches for.
+        """
+        import pandas as pd
+
+        if not len(self.ladder_spent):
+            raise ConfigError(
+                "curves: got some without Best-of-N over the whole pool. Make them with a cost and reach=True."
+            )
+        base = self.methods.index("best_of_n")
+        rows = []
+        for m, method in enumerate(self.methods):
+            for r, reward in enumerate(self.rewards) if m != base else ():
+                mean, best = self.per_prompt[m, :, r].mean(-1), self.ladder[:, r].mean(-1)
+                ahead = mean[:, None] - best  # (budget, point)
+                samples = self.boot[:, m, :, r, None] - self.ladder_boot[:, None, :, r]
+                bounds = np.stack([ahead, *self.interval(ahead, samples)])
+                for b, budget in enumerate(self.budgets):
+                    needs = [_falls_to_zero(self.ladder_spent, bound[b]) for bound in bounds]
+                    known = needs[0] if 0 < needs[0] < np.inf else np.nan
+                    ends = np.fmin(needs[1], self.ladder_spent[-1]), max(needs[2], self.ladder_spent[0])
+                    saved = [1 - self.spent[m, b] / value if value else -np.inf for value in (known, *ends)]
+                    rows.append((method, reward, budget, *needs, *saved))
+        names = [f"{what}{end}" for what in ("needs", "saved") for end in ("", "_low", "_high")]
+        return pd.DataFrame(rows, columns=["method", "reward", "budget", *names])
 
 
 def curves(
@@ -222,12 +278,16 @@ def curves(
     report: Sequence[str] | None = None,
     level: float = 0.95,
     resamples: int = 1000,
+    distinct: bool = False,
     keep_winners: bool = False,
     baseline: bool = True,
+    reach: bool = True,
 ) -> Curves:
     """Return what :func:`sweep` tabulates, with the values per prompt and the area metric's interval.
 
-    Candidates `n` may stand instead of `budgets`. Best-of-N always runs along as the baseline, unless that is false.
+    Candidates `n` may stand instead of `budgets`. Best-of-N always runs along as the baseline, unless that is false, and,
+    for :meth:`Curves.needs`, over the whole pool, unless `reach` is false. With `distinct` winners are indices of the
+    pool as it was given.
     """
     methods = [methods] if isinstance(methods, str) else list(methods)
     for method in methods:
@@ -247,6 +307,7 @@ def curves(
     resamples = integer("resamples", resamples, 1, MOST_DRAWS)
     level = real("level", level, 0, 1, open_low=True)
     check_rewards(dataset)
+    given, dataset = dataset, drop_repeats(dataset) if distinct else dataset
     steps = dataset["step"].values
     if cost is not None or budgets is not None:
         check_n_steps(cost, int(steps[-1]) + 1)
@@ -264,6 +325,9 @@ def curves(
     labels = rng.permuted(np.tile(np.arange(pool), (n_prompts, 1)), axis=1)
 
     values = read_steps(dataset["base"], [-1])[:, :, 0, :]
+    tell_repeats(dataset, values)
+    if positions and cost is not None:
+        tell_tiny_checks(cost)
     shape = candidates.shape
     per_prompt = np.empty((*shape, len(names), n_prompts))
     winners = np.empty((*shape, iterations, n_prompts), np.int64) if keep_winners else None
@@ -285,6 +349,16 @@ def curves(
         per_prompt[m, ascending] = np.moveaxis(sums, 1, 2) / iterations
         if winners is not None and won is not None:
             winners[m, ascending] = won
+    if winners is not None and distinct:
+        winners = np.searchsorted(given["image"].values, dataset["image"].values)[winners]
+    best, wanted = np.empty((0, len(names), n_prompts)), np.empty(0, np.int64)
+    if reach and baseline and cost is not None:
+        best, wanted = _ladder(
+            values, selecting, candidates[methods.index("best_of_n")], subsets, labels, combine, shares
+        )
+    table = [np.moveaxis(part, -1, 0) for part in (per_prompt, best)]
+    boot = bootstrap_means(np.concatenate([part.reshape(n_prompts, -1) for part in table], axis=1), rng, resamples)
+    split = table[0][0].size
     return Curves(
         methods=tuple(methods),
         rewards=tuple(names),
@@ -294,7 +368,83 @@ def curves(
         per_prompt=per_prompt,
         winners=winners,
         level=level,
-        boot=bootstrap_means(np.moveaxis(per_prompt, -1, 0), rng, resamples),
+        boot=boot[:, :split].reshape(resamples, *table[0].shape[1:]),
+        ladder_spent=np.array([cast("CostModel", cost).total(int(k)) for k in wanted]),
+        ladder=best,
+        ladder_boot=boot[:, split:].reshape(resamples, *table[1].shape[1:]),
+    )
+
+
+def _ladder(values, selecting, numbers, subsets, labels, combine, shares) -> tuple[np.ndarray, np.ndarray]:
+    """Return Best-of-N's mean rewards (point, reward, prompt) and numbers of candidates, one to the whole pool."""
+    pool = values.shape[1]
+    rungs = np.geomspace(1, pool, 2 + int(np.log(pool) / np.log(_LADDER))).round().astype(np.int64)
+    for wanted in (np.union1d(rungs, numbers), np.unique(numbers)):
+        try:
+            sums, _ = prune_columns(
+                [values[:, :, selecting]],
+                values,
+                subsets,
+                wanted[:, None],
+                combine=combine,
+                weights=shares,
+                labels=labels,
+            )
+        except NaNRead:  # a pool scored in part: as far as the budgets go, which have been read
+            continue
+        break
+    return np.moveaxis(sums, 1, 2) / len(subsets), wanted
+
+
+def _falls_to_zero(costs: np.ndarray, ahead: np.ndarray) -> float:
+    """Return the cost at which a lead over Best-of-N, falling with its cost, is used up; 0 or infinite beyond the ends."""
+    lead = np.minimum.accumulate(ahead)
+    if np.isnan(lead).any():
+        return np.nan
+    # numpy wants increasing abscissae: the lead from its end to its beginning
+    return float(np.interp(0.0, lead[::-1], costs[::-1], left=np.inf, right=0.0))
+
+
+def tell_repeats(dataset: Any, final: np.ndarray) -> None:
+    """Warn, once for each tensor, when it repeats trajectories; `final` (prompt, image, reward) are its last rewards."""
+    if _SEEN.get(id(dataset)) is dataset:
+        return
+    _SEEN[id(dataset)] = dataset
+    told = repeats(dataset, final)
+    if told:
+        warnings.warn(told, RepeatedImagesWarning, stacklevel=3)
+
+
+def repeats(dataset: Any, final: np.ndarray) -> str:
+    """Say how many trajectories of a tensor are distinct; empty when all that are scored are."""
+    rows = np.moveaxis(final, 1, 0).reshape(final.shape[1], -1)
+    scored = ~np.isnan(rows).any(1)
+    # Repeats end alike: only then the whole tensor is read.
+    if len(np.unique(rows[scored], axis=0)) == scored.sum():
+        return ""
+    whole = dataset.isel(image=scored)
+    n_images, n_distinct = whole.sizes["image"], len(np.unique(repeated_images(whole)))
+    return (
+        f"this pool repeats itself: {n_distinct} distinct trajectories of {n_images} per prompt, so random subsets draw "
+        "repeats; distinct=True (--distinct) leaves them out"
+    ) * (n_distinct < n_images)
+
+
+class TinyChecksWarning(UserWarning):
+    """Checks are charged as if a tiny decoder made them, on scores that the full one made."""
+
+
+def tell_tiny_checks(cost: CostModel) -> None:
+    """Warn when `cost` charges checks by a tiny decoder: tensors are scored through the full one."""
+    if cost.preview_decode is not None:
+        warnings.warn(tiny_checks(cost), TinyChecksWarning, stacklevel=3)
+
+
+def tiny_checks(cost: CostModel) -> str:
+    """Say what such a cost means."""
+    return (
+        f"checks are charged by a tiny decoder ({cost.preview_decode:.4g} {cost.unit}), but the tensor's scores there were "
+        "made through the full one: a run that decodes by the tiny one sees slightly other scores, and may prune others"
     )
 
 

@@ -6,6 +6,7 @@ A Zarr store opened as an ``xarray.Dataset``: ``base`` and ``noise_aware``, floa
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import warnings
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ttsnap_lib.checks import choice, integer
-from ttsnap_lib.errors import TensorError, TTSnapError
-from ttsnap_lib.files import SHIPPED_TENSORS, as_path, atomic_folder, failures_as, shipped_tensor
+from ttsnap_lib.checks import choice, integer, known_keys, text
+from ttsnap_lib.errors import TensorError, TTSnapError, shown
+from ttsnap_lib.files import SHIPPED_TENSORS, as_path, atomic_folder, failures_as, read_bytes, shipped_tensor
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -64,7 +65,7 @@ def open_rewards(path: str | Path) -> xr.Dataset:
     if name == "synthetic":
         return synthetic_rewards()
     path = shipped_tensor(name) if name in SHIPPED_TENSORS else as_path("reward tensor", path, error=TensorError)
-    remedy = "Check the path; `ttsnap import-published` and `ttsnap score` write tensors."
+    remedy = "Check the path; `ttsnap score` and `ttsnap import` write tensors."
     if not (path / "zarr.json").is_file():
         raise TensorError(f"reward tensor: got {path}, expected a Zarr folder of format 3. {remedy}")
     with (
@@ -192,6 +193,186 @@ def make_rewards(
         attrs={"schema_version": SCHEMA_VERSION, **(attributes or {})},
     )
     return check_rewards(dataset)
+
+
+def from_array(
+    rewards: Any,
+    *,
+    noise_aware: Any = None,
+    name: str = "reward",
+    steps: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    model: str | None = None,
+) -> xr.Dataset:
+    """Build a reward tensor from scores of one's own; :func:`import_rewards` does so from a file.
+
+    Parameters
+    ----------
+    rewards : array (prompt, image, step), mapping, or pandas.DataFrame
+        Scores of the x0 estimates; NaN stands for one that is missing. A mapping from reward names to such arrays gives
+        several rewards. A frame is a long table: columns ``prompt`` (index or text), ``image``, ``step``, ``reward``
+        and, if there are noise-aware scores, ``noise_aware`` (empty at the steps that have none).
+    noise_aware : array or mapping, optional
+        Noise-aware scores, shaped as `rewards`. A step without any takes the base scores, and says so.
+    name : str
+        What the reward is called, where no mapping names it.
+    steps : sequence of int, optional
+        Denoising step (from 0) of each position on the last axis of an array; 0, 1, 2, ... by default.
+    prompts : sequence of str, optional
+        Prompt texts, by prompt index; more than are needed may be given.
+    model : str, optional
+        Name of the diffusion model, for titles and commands.
+
+    Returns
+    -------
+    xarray.Dataset
+
+    Raises
+    ------
+    TensorError
+        Shapes, names or steps that do not fit; a table with a row missing or twice, which is named.
+    """
+    index: dict[str, Any] = {}
+    if hasattr(rewards, "columns"):
+        if noise_aware is not None or steps is not None:
+            raise TensorError("noise_aware and steps: got them beside a table, expected columns of it. Leave them out.")
+        rewards, noise_aware, index, texts = _from_table(rewards)
+        steps, prompts = index["step"].tolist(), texts if prompts is None else prompts
+    base = {str(key): _axes(f"rewards of {key}", value) for key, value in _by_name(rewards, name).items()}
+    aware = {str(key): _axes(f"noise_aware of {key}", value) for key, value in _by_name(noise_aware, name).items()}
+    shapes = {key: value.shape for key, value in base.items()}
+    for key, value in aware.items():
+        choice("noise_aware", key, base, error=TensorError)
+        shapes[f"noise-aware {key}"] = value.shape
+    if len(set(shapes.values())) != 1:
+        raise TensorError(f"shapes: got {shapes}, expected one reward or more, all of one shape (prompt, image, step).")
+    stacked, source = (
+        np.stack(list(base.values())),
+        np.full((len(base), next(iter(shapes.values()))[2]), COPIED, object),
+    )
+    full = stacked.copy()
+    for r, key in enumerate(base):
+        if key in aware:
+            given = ~np.isnan(aware[key]).all(axis=(0, 1))
+            full[r][..., given], source[r, given] = aware[key][..., given], FINETUNED
+    ids = index.get("prompt", np.arange(stacked.shape[1]))
+    if prompts is not None:
+        if isinstance(prompts, str) or len(prompts) <= max(ids):
+            raise TensorError(
+                f"prompts: got {len(prompts)} entries, expected {max(ids) + 1} texts, one for each prompt index. Give "
+                "those that the scores belong to."
+            )
+        prompts = [text("prompts", prompts[k], error=TensorError) for k in ids]
+    dataset = make_rewards(
+        stacked, full, rewards=list(base), prompt_text=prompts, steps=steps, noise_aware_source=source,
+        attributes={**({"model": model} if model else {}), "source": "own"},
+    )  # fmt: skip
+    return check_rewards(dataset.assign_coords({k: v for k, v in index.items() if k != "step"}))
+
+
+def import_rewards(
+    path: str | Path, *, name: str = "reward", steps: Sequence[int] | None = None, **options: Any
+) -> xr.Dataset:
+    """Read scores of one's own from a file; `name`, `steps` and the other options are those of :func:`from_array`.
+
+    ``.npy`` holds an array (prompt, image, step), ``.npz`` arrays called ``reward`` and ``noise_aware``; ``.csv``,
+    ``.tsv`` or ``.parquet`` a long table.
+    """
+    import pandas as pd
+
+    path = as_path("scores", path, error=TensorError)
+    ending = choice(
+        "ending of the scores", path.suffix.lower(), (".npy", ".npz", ".csv", ".tsv", ".parquet"), error=TensorError
+    )
+    remedy = "Expected is an array (prompt, image, step), or a table with columns prompt, image, step, reward."
+    content = io.BytesIO(read_bytes(path, "scores", error=TensorError, remedy=remedy))
+    with failures_as(TensorError, f"scores {path} cannot be read as {ending[1:]}. {remedy}"):
+        if ending == ".npz":
+            with np.load(content, allow_pickle=False) as file:
+                known_keys(f"arrays of {path}", file.files, ("reward", "noise_aware"), error=TensorError)
+                options |= {key: file[key] for key in file.files if key != "reward"}
+                scores = file["reward"]
+        elif ending == ".npy":
+            scores = np.load(content, allow_pickle=False)
+        elif ending == ".parquet":
+            scores = pd.read_parquet(content)
+        else:
+            separator = "\t" if b"\t" in content.getvalue().partition(b"\n")[0] else ","
+            # "None" is a text, and 17 may be one; an empty score is missing. A prompt of digits is an index.
+            kinds = {"dtype": {"prompt": str}, "keep_default_na": False, "float_precision": "round_trip"}
+            missing = {"reward": ["", "nan", "NaN"], "noise_aware": ["", "nan", "NaN"]}
+            with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # more cells than names
+                scores = pd.read_csv(content, sep=separator, na_values=missing, index_col=False, **kinds)
+            if "prompt" in scores and scores["prompt"].str.fullmatch(r"\d{1,9}").all():
+                scores["prompt"] = scores["prompt"].astype(int)
+    return from_array(scores, name=name, steps=steps, **options)
+
+
+def _by_name(values: Any, name: str) -> dict[str, Any]:
+    return {} if values is None else dict(values) if isinstance(values, Mapping) else {name: values}
+
+
+def _axes(what: str, values: Any) -> np.ndarray:
+    """Return scores as float32 (prompt, image, step); named axes are brought into this order."""
+    if set(getattr(values, "dims", ())) == set(DIMS[1:]):
+        values = values.transpose(*DIMS[1:])
+    array = _float32(what, values)
+    if array.ndim != 3 or 0 in array.shape:
+        raise TensorError(
+            f"{what}: got shape {array.shape}, expected (prompt, image, step), nothing empty. Add the missing axis; "
+            "several rewards go in as a mapping from their names."
+        )
+    return array
+
+
+def _from_table(table: Any) -> tuple[np.ndarray, np.ndarray | None, dict[str, np.ndarray], list[str] | None]:
+    """Return a long table as arrays (prompt, image, step), with the values along the axes and the prompts' texts."""
+    import pandas as pd
+
+    columns = [*DIMS[1:], "reward"]
+    if missing := [name for name in columns if list(table.columns).count(name) != 1]:
+        raise TensorError(
+            f"table: got columns {shown(list(table.columns))}, expected {', '.join(columns)}, each once, and noise_aware "
+            f"where there is one. Rename the column that is {missing[0]}."
+        )
+    if not len(table):
+        raise TensorError("table: got no rows, expected one for each prompt, image and step. Write the scores into it.")
+    texts, index, places = None, {}, []
+    for dim in DIMS[1:]:
+        values = table[dim]
+        if dim == "prompt" and not pd.api.types.is_numeric_dtype(values):
+            codes, names = pd.factorize(values)  # in the order in which they first stand
+            texts = [
+                text("table: prompt", one, error=TensorError) for one in [*names, *([None] if -1 in codes else [])]
+            ]
+            index[dim], place = np.arange(len(texts)), codes
+        else:
+            numbers = pd.to_numeric(values, errors="coerce").to_numpy(float)
+            bad = np.flatnonzero(~((numbers >= 0) & (numbers < 2**31) & (numbers == np.floor(numbers))))
+            if len(bad):
+                raise TensorError(
+                    f"table: {dim} of row {bad[0]}: got {shown(values.tolist()[bad[0]])}, expected a whole number of at "
+                    "least 0. Number prompts, images and steps from 0."
+                )
+            index[dim], place = np.unique(numbers.astype(np.int64), return_inverse=True)
+        places.append(place)
+    shape = tuple(len(values) for values in index.values())
+    count = np.zeros(shape, np.int64)
+    np.add.at(count, tuple(places), 1)
+    if (count != 1).any():
+        where = np.argwhere(count != 1)[0]
+        which = ", ".join(f"{dim} {index[dim][k]}" for dim, k in zip(DIMS[1:], where, strict=True))
+        raise TensorError(
+            f"table: {which}: got {count[tuple(where)]} rows, expected one, as for every prompt, image and step that "
+            "stands in it. Number the images of each prompt alike; leave the score empty where there is none."
+        )
+    arrays = []
+    for name in ("reward", "noise_aware"):
+        if name in table:
+            scores = np.full(shape, np.nan)
+            scores[tuple(places)] = numbers_array(f"table: {name}", table[name].to_numpy(na_value=np.nan), TensorError)
+            arrays.append(scores)
+    return arrays[0], arrays[1] if len(arrays) > 1 else None, index, texts
 
 
 def check_rewards(dataset: Any) -> xr.Dataset:

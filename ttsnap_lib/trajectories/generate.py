@@ -7,11 +7,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,13 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ttsnap_lib.checks import MAX_IMAGES, as_bytes, choice, integer
+from ttsnap_lib.checks import FINITE_VAE, MAX_IMAGES, as_bytes, choice, integer
 from ttsnap_lib.diffusion.denoise import Conditioning, Denoiser, Settings, image_generator
 from ttsnap_lib.diffusion.negtome import NegToMe
-from ttsnap_lib.diffusion.pipelines import load_pipeline, pipeline_source
-from ttsnap_lib.errors import ConfigError, DiskError, TrajectoryError
+from ttsnap_lib.diffusion.pipelines import load_pipeline
+from ttsnap_lib.errors import ConfigError, DiskError, PipelineError, TrajectoryError
 from ttsnap_lib.files import parse_shard, require_space, shard_lock
-from ttsnap_lib.provenance import Clock, git_state, now, versions
+from ttsnap_lib.provenance import Clock
+from ttsnap_lib.trajectories.identity import decoder_digest, identity_of, vae_scaling, writer_of
 from ttsnap_lib.trajectories.layout import (
     IMAGE_FORMATS,
     MANIFEST,
@@ -47,11 +46,9 @@ OnBatch = Callable[[int, list[int], int, torch.Tensor], None]
 """``on_batch(prompt_index, image_indices, step, images)``: float32 (n, 3, height, width) in [0, 1] on the device."""
 Wanted = dict[tuple[int, int], list[int]]
 """(prompt, image) to the steps to make."""
-SEED_RULE = "SeedSequence([seed, prompt, image]).generate_state(1, uint64) & (2**63 - 1), torch CPU generator, fp32"
 
 _DEFAULTS: dict[str, Any] = {"image_format": "png", "batch": {"size": 8}}
 _SMALL_MODEL = 50_000_000  # weights
-_SAMPLES = 16  # values of each tensor that go into a digest
 
 
 @dataclass
@@ -159,7 +156,7 @@ def generate(
     Raises
     ------
     PromptError, ConfigError, PipelineError
-        Bad input, before any work.
+        Bad input, before any work; a PipelineError also for decoded pictures that hold NaN: they are not written.
     TrajectoryError
         A folder made with other settings (each difference is shown), or with a foreign file among its images.
     DiskError
@@ -199,6 +196,7 @@ def generate(
                 batch={"size": blocks.size, "images": blocks.images},
                 negtome=None if negtome is None else negtome.resolved(pipeline).to_dict(),
                 decoder=decoder_digest(decoder),
+                vae=vae_scaling(pipeline.vae),
                 image_format=image_format,
                 cpu_threads=threads,
             )
@@ -287,80 +285,6 @@ def pipeline_of(folder: str | Path, model: str | None = None, **options: Any) ->
     if options.get("scheduler") is None and kind is not None:
         options["scheduler"] = kind.from_config(identity["scheduler"]["config"])
     return load_pipeline(model or identity["model"], **options)
-
-
-# What decides the bytes, and who wrote them
-
-
-def identity_of(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
-    """Return everything that decides the bytes of the images, as plain JSON values."""
-    pipeline, scheduler = denoiser.pipeline, denoiser.pipeline.scheduler
-    config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
-    return {
-        **pipeline_source(pipeline),
-        "weights": weights_digest(pipeline),
-        "pipeline": type(pipeline).__name__,
-        "scheduler": {"class": type(scheduler).__name__, "config": _plain(config)},
-        "sigmas": [float(f"{sigma:.7g}") for sigma in denoiser.sigmas],
-        "dtype": str(denoiser.dtype).removeprefix("torch."),
-        "seed_rule": SEED_RULE,
-        **denoiser.settings.to_dict(),
-        **more,
-    }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def weights_digest(pipeline: Any) -> str | None:
-    """Return a short digest of the pipeline's weights; None when some are not in memory (sequential offload).
-
-    A few values of each tensor: enough to tell another model, other training or a LoRA, at no cost for billions.
-    """
-    return _digest({name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)})
-
-
-def decoder_digest(decoder: Any) -> str | None:
-    """Return class and weights of a decoder that stands in for the pipeline's; None without one."""
-    return None if decoder is None else f"{type(decoder).__name__} {_digest({'decoder': decoder})}"
-
-
-@torch.no_grad()
-def _digest(modules: dict[str, torch.nn.Module]) -> str | None:
-    digest = hashlib.sha256()
-    samples = []
-    for name, module in sorted(modules.items()):
-        for key, weight in sorted(module.state_dict().items()):
-            if weight.device.type == "meta":
-                return None
-            digest.update(f"{name}.{key} {tuple(weight.shape)};".encode())
-            flat = weight.reshape(-1)
-            samples.append(flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].float().cpu())
-    if samples:
-        digest.update(torch.cat(samples).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def writer_of(denoiser: Denoiser, prompts_source: str | None) -> dict[str, Any]:
-    """Return who writes: versions, commit, host, device, time."""
-    device = denoiser.device
-    return {
-        "versions": {
-            name: version
-            for name, version in versions().items()
-            if name in ("python", "ttsnap", "torch", "diffusers", "transformers", "numpy")
-        },
-        "git": git_state(),
-        "host": platform.node(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
-        "prompts_source": prompts_source,
-        "time": now(),
-    }
 
 
 # What there is to do
@@ -545,33 +469,45 @@ class BatchMaker:
     ) -> None:
         with self.clock("hand_over"):
             if self.writer is not None:
-                pixels = host_pixels(images)
+                pixels = host_pixels(images, [f"prompt {prompt}, image {image}, step {step}" for prompt, image in rows])
                 for place in itertools.chain(*places.values()):
                     self.writer.put(*rows[place], step, partial(pixels, place))
             if self.on_batch is not None and step in self.chosen:
                 for prompt, found in places.items():
+                    if not images[found].isfinite().all():
+                        raise not_finite(f"prompt {prompt}, step {step}")
                     self.on_batch(prompt, [rows[place][1] for place in found], step, images[found])
 
 
-def host_pixels(images: torch.Tensor) -> Callable[[int], np.ndarray]:
+def host_pixels(images: torch.Tensor, names: Sequence[str]) -> Callable[[int], np.ndarray]:
     """Start to copy images in [0, 1] to the host as bytes; return a function from row to uint8 (height, width, 3).
 
-    The function waits for the copy, so that the thread that calls it does, and not the one that drives the model.
+    The function waits for the copy, so that the thread that calls it does, and not the one that drives the model. It
+    raises for a row, told by its name, that holds NaN.
     """
-    pixels = as_bytes(images).contiguous()
-    if pixels.device.type != "cuda":
-        host = pixels.cpu().numpy()
-        return lambda row: host[row]
-    pinned = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
-    pinned.copy_(pixels, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
+    device = as_bytes(images).contiguous(), images.isfinite().flatten(1).all(1)
+    cuda = images.device.type == "cuda"
+    pixels, finite = (
+        torch.empty(one.shape, dtype=one.dtype, pin_memory=True).copy_(one, non_blocking=True) if cuda else one.cpu()
+        for one in device
+    )
+    copied = torch.cuda.Event() if cuda else None
+    if copied is not None:
+        copied.record()
 
     def row_of(row: int) -> np.ndarray:
-        copied.synchronize()
-        return pinned[row].numpy()
+        if copied is not None:
+            copied.synchronize()
+        if not finite[row]:
+            raise not_finite(names[row])
+        return pixels[row].numpy()
 
     return row_of
+
+
+def not_finite(name: str) -> PipelineError:
+    """Return the error that says what pictures of NaN mean."""
+    return PipelineError(f"decoded picture of {name}: got NaN, expected finite values. {FINITE_VAE}")
 
 
 def model_threads(denoiser: Denoiser, given: int | None, made_with: int | None) -> int | None:

@@ -15,10 +15,17 @@ from ttsnap_lib.checks import choice, integer, real
 from ttsnap_lib.costs import CostModel
 from ttsnap_lib.errors import BudgetError, ConfigError, ScheduleError, TensorError
 from ttsnap_lib.schedule import PUBLISHED_SCHEDULE, Schedule, selecting_rewards
-from ttsnap_lib.simulation.metrics import bootstrap_means, percentile_interval
+from ttsnap_lib.simulation.metrics import bootstrap_means, jackknife_interval, leave_one_out, mean_interval
 from ttsnap_lib.simulation.pruning import n_threads
-from ttsnap_lib.simulation.simulate import MOST_DRAWS, VARIABLE, candidates_table, check_n_steps
-from ttsnap_lib.tensors.tensor import check_rewards, noise_aware_steps, read_steps
+from ttsnap_lib.simulation.simulate import (
+    MOST_DRAWS,
+    VARIABLE,
+    candidates_table,
+    check_n_steps,
+    tell_repeats,
+    tell_tiny_checks,
+)
+from ttsnap_lib.tensors.tensor import check_rewards, drop_repeats, noise_aware_steps, read_steps
 from ttsnap_lib.tuning.race import Goals, Race, Scorer, Selection, Trial, best_indices
 from ttsnap_lib.tuning.space import SearchSpace
 
@@ -44,7 +51,7 @@ class OptimizedSchedule:
         ``"frontier"`` the paper's relative gain over the range of budgets; for ``"single"``
         ``100 * (pruned - best_of_n) / (best_of_n - one candidate)`` in mean reward at that budget. With objective
         ``"frontier"`` the curve that takes the best schedule at every budget.
-    test_interval : (float, float), of `test_gain`, by a bootstrap over test prompts, paired with Best-of-N
+    test_interval : (float, float), of `test_gain`, by a jackknife over test prompts, paired with Best-of-N
     published_gain, over_published : float or None
     over_published_interval : (float, float) or None
         The published schedule on the test prompts, and `test_gain` minus that, paired; None when the tensor lacks its
@@ -129,6 +136,7 @@ def optimize_schedule(
     weights: Mapping[str, float] | Sequence[float] | None = None,
     report: Sequence[str] | None = None,
     copied_steps: bool = False,
+    distinct: bool = False,
     level: float = 0.95,
     resamples: int = 1000,
     progress: Callable[[int, int], None] | None = None,
@@ -163,8 +171,12 @@ def optimize_schedule(
         of rewards for ``"weighted_sum"``, else the mean of the rewards in units of their spread within a prompt.
     copied_steps : bool
         Admit, for ttsnap, checks where the noise-aware reward is a copy of the base reward.
-    level, resamples
-        Of the bootstrap over test prompts.
+    distinct : bool
+        Leave out repeated trajectories, as :func:`ttsnap_lib.simulate` does.
+    level : float
+        Of the intervals over test prompts.
+    resamples : int
+        Of the bootstrap behind the intervals of mean rewards (`frontier`).
     progress : callable, optional
         Called with (schedules tried, schedules in all).
 
@@ -180,7 +192,7 @@ def optimize_schedule(
     started = time.monotonic()
     setup = make_setup(
         dataset, cost, budgets, method, objective, tune=tune, test=test, max_stages=max_stages, combine=combine,
-        weights=weights, report=report, copied_steps=copied_steps,
+        weights=weights, report=report, copied_steps=copied_steps, distinct=distinct,
     )  # fmt: skip
     n_trials = integer("n_trials", _TRIALS[objective] if n_trials is None else n_trials, 1)
     if time_limit_s is not None:
@@ -243,8 +255,8 @@ def compare_schedules(
     combine: str = "rank_sum",
     weights: Mapping[str, float] | Sequence[float] | None = None,
     report: Sequence[str] | None = None,
+    distinct: bool = False,
     level: float = 0.95,
-    resamples: int = 1000,
 ) -> pd.DataFrame:
     """Score schedules on the same prompts and subsets, `iterations` a prompt, paired with the first of them.
 
@@ -262,7 +274,7 @@ def compare_schedules(
     wanted = _positions("prompts", range(n_prompts) if prompts is None else prompts, n_prompts)
     setup = make_setup(
         dataset, cost, budgets, method, "area" if np.size(budgets) > 1 else "single", prompts=wanted,
-        max_stages=cost.n_steps, combine=combine, weights=weights, report=report, copied_steps=True,
+        max_stages=cost.n_steps, combine=combine, weights=weights, report=report, copied_steps=True, distinct=distinct,
     )  # fmt: skip
     rng = np.random.default_rng(integer("seed", seed, 0))
     scorer = setup.scorer(wanted, integer("iterations", iterations, 1, MOST_DRAWS), rng)
@@ -271,15 +283,15 @@ def compare_schedules(
         runs = set(schedule.steps) <= set(setup.steps) and setup.space.feasible(schedule).all()
         blank = np.full((len(setup.goals.n), len(wanted)), np.nan)
         curves.append(scorer.per_prompt(schedule.steps, setup.space.counts(schedule))[:, :, 0] if runs else blank)
-    mean, boot = _over_prompts(curves, rng, resamples)
-    gains = [setup.goals.overall(curve, mean[0]) for curve in mean[1:]]
-    samples = [setup.goals.overall(curve, boot[0]) for curve in boot[1:]]
+    mean, without = [curve.mean(1) for curve in curves], [leave_one_out(curve.T) for curve in curves]
+    gains = [float(setup.goals.overall(curve, mean[0])) for curve in mean[1:]]
+    others = [setup.goals.overall(curve, without[0]) for curve in without[1:]]
     rows = [
         (
-            schedule, float(gain), *percentile_interval(sample, level),
-            float(gains[0] - gain), *percentile_interval(samples[0] - sample, level),
+            schedule, gain, *jackknife_interval(gain, other, level),
+            gains[0] - gain, *jackknife_interval(gains[0] - gain, others[0] - other, level),
         )
-        for schedule, gain, sample in zip(schedules, gains, samples, strict=True)
+        for schedule, gain, other in zip(schedules, gains, others, strict=True)
     ]  # fmt: skip
     names = ["schedule", "gain", "low", "high", "behind", "behind_low", "behind_high"]
     return pd.DataFrame(rows, columns=names)
@@ -323,11 +335,13 @@ def make_setup(
     weights: Mapping[str, float] | Sequence[float] | None = None,
     report: Sequence[str] | None = None,
     copied_steps: bool = False,
+    distinct: bool = False,
 ) -> Setup:
     """Check the arguments of `optimize_schedule` and read the tensor once; `prompts` stand for tune and test both."""
     choice("method", method, VARIABLE)
     choice("objective", objective, _TRIALS)
     check_rewards(dataset)
+    dataset = drop_repeats(dataset) if distinct else dataset
     check_n_steps(cost, int(dataset["step"][-1]) + 1)
     max_stages = integer("max_stages", max_stages, 0)
     names = [str(name) for name in dataset["reward"].values]
@@ -348,6 +362,8 @@ def make_setup(
     wanted = sorted({*space.steps, *(PUBLISHED_SCHEDULE.steps if published else ())})
     checks = read_steps(dataset[VARIABLE[method]], [scored.index(step) for step in wanted])
     final = read_steps(dataset["base"], [-1])[:, :, 0, :]
+    tell_repeats(dataset, final)
+    tell_tiny_checks(cost)
     read = np.concatenate([tune_at, test_at])
     for name, values in (("final rewards", final[read]), (f"{method} rewards at the checks", checks[read])):
         if np.isnan(values).any():
@@ -481,15 +497,6 @@ def _infeasible(what: str, pool: int) -> BudgetError:
     )
 
 
-def _over_prompts(
-    curves: Sequence[np.ndarray], rng: np.random.Generator, resamples: int
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return the means of curves (budget, prompt, ...) over prompts and over resampled prompts, the same for all."""
-    ends = np.cumsum([len(curve) for curve in curves])[:-1]
-    stacked = np.moveaxis(np.concatenate(curves), 1, 0)
-    return np.split(stacked.mean(0), ends), np.split(bootstrap_means(stacked, rng, resamples), ends, axis=1)
-
-
 def _told_on(
     scorer: Scorer, setup: Setup, chosen: Sequence[Trial], single: Trial, tuned: np.ndarray, rng: np.random.Generator,
     level: float, resamples: int,
@@ -513,29 +520,33 @@ def _told_on(
     curves = [scorer.best_of_n(goals.n), pruned, alone]
     if setup.published is not None:
         curves.append(scorer.per_prompt(setup.published.steps, space.counts(setup.published)))
-    mean, boot = _over_prompts(curves, rng, resamples)
-    interval = partial(percentile_interval, level=level)
-
-    def pair(samples: np.ndarray) -> tuple[float, float]:
-        low, high = interval(samples)
-        return float(low), float(high)
+    mean = [curve.mean(1) for curve in curves]
+    without = [leave_one_out(np.moveaxis(curve, 1, 0)) for curve in curves]
 
     def gains(k: int, column: int) -> tuple[float, np.ndarray]:
+        """Return the gain of a curve by a column, and that without each prompt."""
         point = goals.overall(mean[k][:, column], mean[0][:, column])
-        return float(point), goals.overall(boot[k][:, :, column], boot[0][:, :, column])
+        return float(point), goals.overall(without[k][:, :, column], without[0][:, :, column])
 
-    gain, samples = gains(1, 0)
+    def pair(point: float, others: np.ndarray) -> tuple[float, float]:
+        low, high = jackknife_interval(point, others, level)
+        return float(low), float(high)
+
+    gain, others = gains(1, 0)
     published_gain = over_published = over_interval = None
     if setup.published is not None:
-        published_gain, published_samples = gains(3, 0)
-        over_published, over_interval = gain - published_gain, pair(samples - published_samples)
+        published_gain, published_others = gains(3, 0)
+        over_published = gain - published_gain
+        over_interval = pair(over_published, others - published_others)
     rewards: list[tuple] = []
     for r, name in enumerate(setup.names):
         point, spread = gains(1, 1 + r)
-        rewards.append((name, r in setup.selection.selecting, point, *pair(spread)))
+        rewards.append((name, r in setup.selection.selecting, point, *pair(point, spread)))
     best_of_n, own, one = mean[0][1:, 0], mean[1][:, 0], mean[2][:, 0]
-    low, high = interval(boot[1][:, :, 0] - boot[0][:, 1:, 0])
-    single_low, single_high = interval(boot[1][:, :, 0] - boot[2][:, :, 0])
+    # Differences in reward at each budget, to Best-of-N and to the single schedule, on the same resampled prompts.
+    apart = np.stack([curves[1][:, :, 0] - curves[0][1:, :, 0], curves[1][:, :, 0] - curves[2][:, :, 0]])
+    boot = bootstrap_means(np.moveaxis(apart, -1, 0), rng, resamples)
+    (low, single_low), (high, single_high) = mean_interval(apart.mean(-1), boot, scorer.n_prompts, level)
     n = [int(trial.counts[b, 0]) for b, trial in enumerate(chosen)]
     frontier = pd.DataFrame(
         {
@@ -560,7 +571,7 @@ def _told_on(
     )
     return {
         "test_gain": gain,
-        "test_interval": pair(samples),
+        "test_interval": pair(gain, others),
         "published_gain": published_gain,
         "over_published": over_published,
         "over_published_interval": over_interval,
