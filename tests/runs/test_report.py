@@ -42,7 +42,7 @@ def test_a_run_is_one_file_with_its_notebook(tmp_path, monkeypatch):
     path = render(result.folder)
     assert path == result.folder / "report.html"
     reader = _Reader(path.read_text())
-    for text in (f"figure - run {result.run_hash}: complete", "points", "The text below the figure", "pandas"):
+    for text in (f"figure - run {result.folder.name}: complete", "points", "The text below the figure", "pandas"):
         assert text in reader.said
     assert "savefig" not in reader.said and "here.record" not in reader.said  # code is left out
     assert sum(address.startswith("data:image/png") for address in reader.addresses) == 1

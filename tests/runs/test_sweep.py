@@ -54,7 +54,7 @@ def test_a_grid_is_every_combination_the_first_axis_slowest_each_once():
     [
         ({"gird": {}}, "Did you mean 'grid'"),
         ({"grid": {"scael": [1]}}, "Did you mean 'scale'"),
-        ({"grid": {"x": 1}}, "Put a value that does not vary under parameters"),
+        ({"grid": {"x": 1}}, "Put one under parameters"),
         ({"grid": {"x": []}}, "a list of values"),
         ({"grid": {"x": ["one"]}}, "expected float"),
         ({"grid": {"x": [1]}, "parameters": {"x": 2}}, "Keep one of the two"),

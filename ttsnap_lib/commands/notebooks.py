@@ -91,14 +91,9 @@ def _run(arguments: argparse.Namespace) -> None:
     given |= {name: from_text(text, declared.get(name)) for name, text in arguments.parameters}
     loud = not arguments.quiet
     result = run(
-        path,
-        given,
-        folder=arguments.folder,
-        force=arguments.force,
-        progress=loud,
-        echo=loud,
+        path, given, folder=arguments.folder, force=arguments.force, progress=loud, echo=loud,
         timeout_s=arguments.timeout,
-    )
+    )  # fmt: skip
     if result.reused and loud:
         print("finished before; --force runs it again", file=sys.stderr)
     print(result.folder)

@@ -119,17 +119,16 @@ def _optimize(arguments: argparse.Namespace) -> int:
 
 
 def _summary(result: Any, multiples: list[float], unit: str) -> str:
-    low, high = result.test_interval
+    def line(what: str, gain: float, interval: tuple[float, float] | None = None) -> str:
+        return f"  {what:<42}{gain:>8.1f}" + (f"   {interval[0]:.1f} to {interval[1]:.1f}" if interval else "")
+
     lines = [f"{result.schedule}", "", f"{'gain over Best-of-N at equal compute':<44}{'percent':>8}   95% interval"]
     what = "best schedule at every budget" if result.objective == "frontier" else "this schedule"
-    lines.append(
-        f"{f'  {what}, {len(result.test)} test prompts':<44}{result.test_gain:>8.1f}   {low:.1f} to {high:.1f}"
-    )
-    lines.append(f"{f'  {len(result.tune)} tune prompts':<44}{result.tuned_gain:>8.1f}")
+    lines.append(line(f"{what}, {len(result.test)} test prompts", result.test_gain, result.test_interval))
+    lines.append(line(f"{len(result.tune)} tune prompts", result.tuned_gain))
     if result.published_gain is not None:
-        low, high = result.over_published_interval
-        lines.append(f"{'  published schedule, test prompts':<44}{result.published_gain:>8.1f}")
-        lines.append(f"{'  points over it':<44}{result.over_published:>8.1f}   {low:.1f} to {high:.1f}")
+        lines.append(line("published schedule, test prompts", result.published_gain))
+        lines.append(line("points over it", result.over_published, result.over_published_interval))
     table = result.frontier.assign(images=multiples).round(4)
     columns = ["images", "budget", "n", "mean", "best_of_n", "gain", "low", "high"]
     if result.objective == "frontier":
@@ -170,7 +169,5 @@ def parse_range(name: str, text: str, kind: type) -> list:
                 raise ValueError(part)
             found += [start + k * step for k in range(int((stop - start) / step + 1e-9) + 1)]
     except ValueError:
-        raise ConfigError(
-            f"{name}: got {text!r}, expected numbers such as 2:20, 2:20:3 or 2,4,8. Write {name} 2:20."
-        ) from None
+        raise ConfigError(f"{name}: got {text!r}, expected 2:20, 2:20:3 or 2,4,8. Write {name} 2:20.") from None
     return found

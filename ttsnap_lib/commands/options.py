@@ -15,14 +15,8 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     """Append the default to an option's help where there is one and the help does not tell it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if (
-            action.default is None
-            or action.default is False
-            or action.default == []
-            or "default" in (action.help or "")
-        ):
-            return action.help
-        return super()._get_help_string(action)
+        nothing = isinstance(action.default, bool) or action.default in (None, [])
+        return action.help if nothing or "default" in (action.help or "") else super()._get_help_string(action)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, model: str | None, *, threads: str) -> None:
@@ -140,9 +134,7 @@ def given_rewards(arguments: argparse.Namespace, **common: Any) -> list[Any]:
         *named, source = entry.split("=", 1)
         name = named[0] if named else source.rpartition(":")[2] if ":" in source else Path(source).name
         if name in sources:
-            raise ConfigError(
-                f"--reward: got {name!r}, expected each name once. Write another name: --reward other={source}."
-            )
+            raise ConfigError(f"--reward: got {name!r} twice. Write another name: --reward other={source}.")
         sources[name] = source
 
     def of(name: str, what: str) -> str:

@@ -33,19 +33,14 @@ def add(commands: Any) -> None:
     )
     add_prompts_argument(search)
     search.add_argument("--limit", type=int, metavar="N", help="take the first N prompts of the file only")
-    search.add_argument(
-        "--reward", nargs="+", action="extend",
-        help="reward models; several select jointly (default: pocket-clip)",
-    )  # fmt: skip
-    search.add_argument(
-        "--report", nargs="+", action="extend", default=[], help="rewards that are measured but never select"
-    )
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
+    search.add_argument("--reward", **several, help="reward models; several select jointly (default: pocket-clip)")
+    search.add_argument("--report", **several, default=[], help="rewards that are measured but never select")
     search.add_argument("--adapters", metavar="FOLDER", help="noise-aware checkpoints of the first reward, or pocket")
     search.add_argument(
-        "--schedule",
-        metavar="FILE",
+        "--schedule", metavar="FILE",
         help="YAML of `ttsnap optimize`, or '{steps: [2, 6], keep_ratios: [0.4, 0.5]}'; no pruning without one",
-    )
+    )  # fmt: skip
     search.add_argument("--method", choices=("best_of_n", "ttsp", "ttsnap"), help="default: by schedule and adapters")
     search.add_argument("--budget", type=float, help="compute per prompt in the unit of --cost")
     search.add_argument("--candidates", type=int, metavar="N", help="seeds to try, instead of a budget")
@@ -71,7 +66,7 @@ def add(commands: Any) -> None:
         "simulate and optimize read as --cost.",
         formatter_class=Defaults,
     )
-    cost.add_argument("--reward", nargs="+", action="extend", help="reward models of a check (default: pocket-clip)")
+    cost.add_argument("--reward", **several, help="reward models of a check (default: pocket-clip)")
     cost.add_argument("--tiny", metavar="MODEL", help="AutoencoderTiny for the checks (or pocket-tiny)")
     cost.add_argument("--unit", default="TFLOPs", choices=("TFLOPs", "seconds"), help="of the written model")
     cost.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="the largest gives the seconds")

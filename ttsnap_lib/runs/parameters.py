@@ -84,8 +84,7 @@ def resolve(declared: Mapping[str, Parameter], given: Mapping[str, Any], name: s
     """
     if given and not declared:
         raise ConfigError(
-            f"parameters of {name}: got {shown(dict(given))}, expected none: the notebook has no cell tagged parameters. "
-            "Tag its cell of defaults with `parameters`, or give none."
+            f"parameters of {name}: got {shown(dict(given))}, but no cell tagged parameters. Tag its cell of defaults."
         )
     known_keys(f"parameters of {name}", given, declared)
     resolved = {}

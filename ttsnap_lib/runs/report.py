@@ -34,10 +34,7 @@ def render(folder: str | Path, output: str | Path | None = None) -> Path:
     record = read_if_whole(folder / "sweep.json") or read_if_whole(folder / "manifest.json") or {}
     remedy = "Give the folder that `ttsnap run` or `ttsnap sweep` printed."
     if "notebook" not in record:
-        raise RunError(
-            f"nothing to report in {folder}, expected a run folder (manifest.json of a notebook) or a sweep folder "
-            f"(sweep.json). {remedy}"
-        )
+        raise RunError(f"nothing to report in {folder}, expected a run folder or a sweep folder. {remedy}")
     with failures_as(RunError, f"a file of {folder} is broken. Run it again with --force. {remedy}"):
         title, parts = _sweep_parts(folder, record) if "runs" in record else _run_parts(folder, record)
         parts |= {"Where it comes from": _mapping({key: record[key] for key in _PROVENANCE if record.get(key)})}

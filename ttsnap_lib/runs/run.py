@@ -172,15 +172,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its folder, its parameters and its manifest.
-
-    ``reused`` tells that an earlier run with the same parameters was found and nothing was executed.
-    """
+    """A finished run; ``reused`` tells that an earlier one with the same parameters was found and nothing executed."""
 
     notebook: str
     folder: Path
-    run_hash: str
-    parameters: dict[str, Any]
     manifest: dict[str, Any]
     reused: bool = False
 
@@ -199,9 +194,9 @@ class RunResult:
         import pandas as pd
 
         if name not in self.tables:
+            known = sorted(self.tables)
             raise RunError(
-                f"{self.notebook} saved no table {name!r}, expected one of {sorted(self.tables)}. Save it in the "
-                "notebook with current_run().save_table(frame, name)."
+                f"{self.notebook} saved no table {name!r}, expected one of {known}. Save it in the notebook."
             )
         return pd.read_parquet(self.folder / f"{name}.parquet")
 
@@ -215,10 +210,7 @@ def find_notebook(notebook: str | Path) -> Path:
     if path.parent == Path(".") and shipped.exists():
         return shipped
     names = sorted(found.stem for found in notebooks_folder().glob("*.ipynb"))
-    raise ConfigError(
-        f"notebook: got {notebook}, expected a path of an .ipynb file, or one of {names}. Check the spelling and the "
-        "folder."
-    )
+    raise ConfigError(f"notebook: got {notebook}, expected an .ipynb file or one of {names}. Check the path.")
 
 
 def plan(
@@ -240,11 +232,10 @@ def finished(planned: Plan) -> RunResult | None:
     then = manifest.get("inputs")
     if manifest.get("status") != "complete" or not isinstance(then, dict):
         return None
-    if manifest.get("notebook_sha256") != code_hash(read_notebook(planned.notebook)):
+    same_code = manifest.get("notebook_sha256") == code_hash(read_notebook(planned.notebook))
+    if not same_code or not then.items() <= inputs(planned.parameters).items():
         return None
-    if not then.items() <= inputs(planned.parameters).items():
-        return None
-    return RunResult(planned.notebook.stem, planned.folder, planned.run_hash, planned.parameters, manifest, reused=True)
+    return RunResult(planned.notebook.stem, planned.folder, manifest, reused=True)
 
 
 def run(
@@ -262,14 +253,8 @@ def run(
     A run that has finished with the same parameters, notebook code and input files is not executed again, unless
     `force` is given. Two processes that ask for the same run do it once: the second waits, then takes the first one's
     result. `folder` holds the run folders ``<notebook>/<hash>``, ``data_cache/runs`` by default; `progress` shows a bar
-    of the cells, `echo` what the notebook prints as it prints it; `timeout_s` is the longest time for one cell.
-
-    Raises
-    ------
-    ConfigError
-        Before anything runs; see :func:`plan`.
-    RunError
-        A cell failed. Its executed notebook is kept, and the message names it, the cell and the error's last line.
+    of the cells, `echo` what the notebook prints as it prints it; `timeout_s` is the longest time for one cell. A
+    RunError names the cell that failed, the error's last line and the executed notebook, which is kept.
     """
     planned = plan(notebook, parameters, folder=folder)
     if timeout_s is not None:
@@ -323,7 +308,7 @@ def _run_anew(planned: Plan, progress: bool, echo: bool, timeout_s: float | None
     write_json(planned.folder / "manifest.json", manifest)  # last: a run without it has not finished
     if error:
         raise error
-    return RunResult(planned.notebook.stem, planned.folder, planned.run_hash, planned.parameters, manifest)
+    return RunResult(planned.notebook.stem, planned.folder, manifest)
 
 
 def _execute(planned: Plan, token: str, progress: bool, echo: bool, timeout_s: float | None) -> RunError | None:
@@ -332,9 +317,8 @@ def _execute(planned: Plan, token: str, progress: bool, echo: bool, timeout_s: f
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    logging.getLogger("papermill").setLevel(
-        logging.CRITICAL
-    )  # it tells twice what fails, and warns of every parameter annotated `int | None`
+    # It tells twice what fails, and warns of every parameter annotated `int | None`.
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
     output = planned.folder / "executed.ipynb"
     source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (planned.notebook, output))
     environment = {FOLDER_VARIABLE: str(planned.folder), TOKEN_VARIABLE: token}
@@ -393,14 +377,12 @@ def _kernel_manager(scratch: str, environment: Mapping[str, str]) -> type:
 def _failure(planned: Plan, output: Path, last_line: str) -> RunError:
     """Return the failure of the cell that was the last to start."""
     cells = (read_if_whole(output) or {}).get("cells", [])
-    started = [cell for cell in cells if cell["metadata"].get("papermill", {}).get("start_time")]
-    code = [cell for cell in started if cell["cell_type"] == "code"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    code = [cell for cell in code if cell["metadata"].get("papermill", {}).get("start_time")]
     cell = "the start of the kernel"
     if code:
         first = "".join(code[-1]["source"]).strip().split("\n")[0]
         cell = f"code cell {len(code)} ({first[:60]})"
-    error = RunError(
-        f"{planned.notebook.name}: {cell} failed: {last_line}. See {output}; correct the cause and run again."
-    )
+    error = RunError(f"{planned.notebook.name}: {cell} failed: {last_line}. See {output}, and run it again.")
     error.cell, error.last_line, error.folder = cell, last_line, planned.folder
     return error

@@ -86,14 +86,10 @@ def parse_grid(content: Mapping[str, Any], default_name: str = "sweep") -> GridS
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(
-                f"sweep: grid.{key}: got {values!r}, expected a list of values. Put a value that does not vary under "
-                "parameters."
+                f"sweep: grid.{key}: got {values!r}, expected a list of values. Put one under parameters."
             )
         if any(key in part for part in (constants, *cases.values())):
-            raise ConfigError(
-                f"sweep: {key} stands under grid and elsewhere too, expected each parameter under one of grid, "
-                "parameters and cases (a case may change a constant). Keep one of the two."
-            )
+            raise ConfigError(f"sweep: {key} stands under grid and elsewhere too. Keep one of the two.")
     size = math.prod(len(values) for values in grid.values()) * max(1, len(cases))
     integer("number of runs in the sweep", size, 1, _MOST_RUNS)
     declared = declared_parameters(read_notebook(notebook), notebook.name)
@@ -133,7 +129,6 @@ class SweepResult:
     table: pd.DataFrame
     failed: list[dict[str, Any]]
     reused: int
-    elapsed_s: float
 
 
 def run_sweep(
@@ -192,7 +187,7 @@ def run_sweep(
             if not good:
                 label, (cell, line) = short_parameters(each.parameters, grid.axes, case), failures[each.run_hash]
                 failed.append({**common, "label": label, "cell": cell, "last_line": line})
-        result = SweepResult(home, table, failed, len(plans) - len(todo), round(time.monotonic() - begin, 3))
+        result = SweepResult(home, table, failed, len(plans) - len(todo))
         record = {
             "name": grid.name,
             "notebook": grid.notebook.stem,
@@ -206,7 +201,7 @@ def run_sweep(
             "device": device(),
             "started": started,
             "ended": now(),
-            "elapsed_s": result.elapsed_s,
+            "elapsed_s": round(time.monotonic() - begin, 3),
         }
         write_json(home / "sweep.json", record)
         figure = _figure(grid, table)
@@ -297,8 +292,8 @@ def _client(scheduler: str | None, workers: int, most: int, retries: int) -> Ite
             client = Client(**where, set_as_default=False)
         except (OSError, ValueError) as error:
             raise RunError(
-                f"no Dask scheduler answers at {scheduler}, expected an address such as tcp://host:8786, or a scheduler "
-                "file. Start one with `dask scheduler` and workers with `dask worker ADDRESS`."
+                f"no Dask scheduler answers at {scheduler}, expected tcp://host:8786 or a scheduler file. Start one with "
+                "`dask scheduler` and workers with `dask worker ADDRESS`."
             ) from error
         with client:
             yield client
@@ -341,14 +336,11 @@ def _collect(spec: GridSpec, folders: Mapping[int, Path]) -> pd.DataFrame:
     taken = {column for frame in frames.values() for column in frame.columns}
     parts = []
     for index, frame in frames.items():
-        own = {
-            "run": folders[index].name,
-            **({"case": spec.cases[index]} if any(spec.cases) else {}),
-            **spec.runs[index],
-        }
-        columns = {
-            f"{name}_parameter" if name in taken else name: [_cell(value)] * len(frame) for name, value in own.items()
-        }
+        case = {"case": spec.cases[index]} if any(spec.cases) else {}
+        columns = {}
+        for name, value in {"run": folders[index].name, **case, **spec.runs[index]}.items():
+            cell = json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+            columns[f"{name}_parameter" if name in taken else name] = [cell] * len(frame)
         parts.append(pd.DataFrame(columns, index=frame.index).join(frame))
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"run": []})
     for name in table.columns:  # one type a column, or Parquet refuses it
@@ -356,11 +348,6 @@ def _collect(spec: GridSpec, folders: Mapping[int, Path]) -> pd.DataFrame:
         if len(kinds) > 1:
             table[name] = [None if value is None else str(value) for value in table[name]]
     return table
-
-
-def _cell(value: Any) -> Any:
-    """Return a parameter as a table's cell: lists and mappings as JSON text."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
 
 
 def _figure(spec: GridSpec, table: pd.DataFrame) -> Figure | None:
@@ -387,17 +374,8 @@ def _figure(spec: GridSpec, table: pd.DataFrame) -> Figure | None:
     shown = table.astype({name: str for name in (hue, style) if name})
     figure = Figure(figsize=(6.0, 4.0), layout="constrained")
     ax = figure.add_subplot(title=spec.name)
-    sns.lineplot(
-        shown,
-        x=along,
-        y=metric,
-        hue=hue,
-        style=style,
-        errorbar=("pi", 100),
-        marker="o",
-        palette="colorblind" if hue else None,
-        ax=ax,
-    )
+    looks: dict[str, Any] = {"errorbar": ("pi", 100), "marker": "o", "palette": "colorblind" if hue else None}
+    sns.lineplot(shown, x=along, y=metric, hue=hue, style=style, ax=ax, **looks)
     if hue:
         sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), frameon=False)
     sns.despine(ax=ax)
