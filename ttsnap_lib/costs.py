@@ -174,6 +174,19 @@ class CostModel(Plain):
         return cls.from_dict(content)
 
 
+def check_n_steps(cost: Any, n_steps: int) -> None:
+    """Refuse what is no cost model, or one of another number of denoising steps."""
+    if not isinstance(cost, CostModel):
+        raise CostError(
+            f"cost: got {cost!r}, expected a CostModel. Pass CostModel.preset('published') or one of yours."
+        )
+    if cost.n_steps != n_steps:
+        raise CostError(
+            f"cost.n_steps: got {cost.n_steps!r}, expected {n_steps}, the denoising steps to be priced. Use a cost model "
+            f"with n_steps={n_steps} (dataclasses.replace changes one field)."
+        )
+
+
 @functools.lru_cache(maxsize=4096)
 def _stage_units(cost: CostModel, schedule: Schedule | None) -> tuple[tuple[int, int, float, float], ...]:
     """Return first step, last step, denoising and decoding cost of one candidate in each stage."""

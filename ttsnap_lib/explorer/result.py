@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ttsnap_lib.checks import choice
-from ttsnap_lib.costs import CostModel, StageCost
+from ttsnap_lib.costs import CostModel, StageCost, check_n_steps
 from ttsnap_lib.errors import ConfigError
 from ttsnap_lib.explorer.pool import Job, Pool
 from ttsnap_lib.schedule import PUBLISHED_SCHEDULE, Schedule
@@ -21,7 +21,7 @@ from ttsnap_lib.simulation.metrics import (
     relative_gain_of,
 )
 from ttsnap_lib.simulation.pruning import step_positions
-from ttsnap_lib.simulation.simulate import candidates_table, check_n_steps, tiny_checks
+from ttsnap_lib.simulation.simulate import candidates_table, tiny_checks
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from ttsnap_lib.checks import MAX_IMAGES, as_bytes, choice, integer, real, text
-from ttsnap_lib.costs import CostModel
+from ttsnap_lib.costs import CostModel, check_n_steps
 from ttsnap_lib.diffusion.denoise import (
     Candidates,
     Conditioning,
@@ -36,7 +36,6 @@ from ttsnap_lib.live.record import SearchRecord, SearchResult, StageRecord
 from ttsnap_lib.provenance import versions
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.schedule import METHODS, Schedule, choose, kept, selecting_rewards
-from ttsnap_lib.simulation.simulate import check_n_steps
 
 if TYPE_CHECKING:
     from ttsnap_lib.diffusion.negtome import NegToMe

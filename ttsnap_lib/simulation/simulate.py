@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ttsnap_lib.checks import choice, integer, real
-from ttsnap_lib.costs import CostModel
-from ttsnap_lib.errors import BudgetError, ConfigError, CostError, ScheduleError
+from ttsnap_lib.costs import CostModel, check_n_steps
+from ttsnap_lib.errors import BudgetError, ConfigError, ScheduleError
 from ttsnap_lib.schedule import METHODS, Schedule, selecting_rewards
 from ttsnap_lib.simulation.metrics import (
     bootstrap_means,
@@ -446,19 +446,6 @@ def tiny_checks(cost: CostModel) -> str:
         f"checks are charged by a tiny decoder ({cost.preview_decode:.4g} {cost.unit}), but the tensor's scores there were "
         "made through the full one: a run that decodes by the tiny one sees slightly other scores, and may prune others"
     )
-
-
-def check_n_steps(cost: Any, n_steps: int) -> None:
-    """Refuse what is no cost model, or one of another number of denoising steps."""
-    if not isinstance(cost, CostModel):
-        raise CostError(
-            f"cost: got {cost!r}, expected a CostModel. Pass CostModel.preset('published') or one of yours."
-        )
-    if cost.n_steps != n_steps:
-        raise CostError(
-            f"cost.n_steps: got {cost.n_steps!r}, expected {n_steps}, the denoising steps to be priced. Use a cost model "
-            f"with n_steps={n_steps} (dataclasses.replace changes one field)."
-        )
 
 
 def candidates_table(methods, budgets, numbers, cost, schedule, pool: int) -> tuple[np.ndarray, np.ndarray]:

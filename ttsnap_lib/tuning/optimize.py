@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ttsnap_lib.checks import choice, integer, real
-from ttsnap_lib.costs import CostModel
+from ttsnap_lib.costs import CostModel, check_n_steps
 from ttsnap_lib.errors import BudgetError, ConfigError, ScheduleError, TensorError
 from ttsnap_lib.schedule import PUBLISHED_SCHEDULE, Schedule, selecting_rewards
 from ttsnap_lib.simulation.metrics import bootstrap_means, jackknife_interval, leave_one_out, mean_interval
@@ -21,7 +21,6 @@ from ttsnap_lib.simulation.simulate import (
     MOST_DRAWS,
     VARIABLE,
     candidates_table,
-    check_n_steps,
     tell_repeats,
     tell_tiny_checks,
 )
