@@ -29,8 +29,8 @@ lint: types      ## Ruff over code and notebooks, mypy over the library
 types: $(STAMP)  ## mypy over the library
 	$(BIN)/mypy
 
-test: lint       ## All quick tests
-	MPLBACKEND=Agg $(BIN)/python -m pytest -q
+test: lint       ## All quick tests, two files at a time
+	MPLBACKEND=Agg $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(STAMP) $(PARITY)/.installed ## The long tests
 	MPLBACKEND=Agg $(BIN)/python -m pytest -q -m slow

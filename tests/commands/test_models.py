@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from tests import worlds
+from tests.conftest import ROOT
 from tests.worlds import fill, save_clip, write_adapters
 from ttsnap_lib import open_rewards
 from ttsnap_lib.__main__ import main
@@ -154,6 +157,18 @@ def test_score(folder, clip, tmp_path, capsys):
     assert tensor["noise_aware_source"].values[0].tolist().count("finetuned") == 1
     assert "36 pictures" in capsys.readouterr().out
     assert main(command) == 0 and "nothing left to score" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["my_reward:brightness", "./my_reward.py:brightness"])
+def test_the_script_finds_a_reward_function_in_the_working_folder(folder, tmp_path, source):
+    shutil.copy(ROOT / "tests/cases/reward/my_reward.py", tmp_path)
+    # As an installed script is: the working folder is not on the path.
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ttsnap_lib.__main__ import run; sys.exit(run())"
+    command = [sys.executable, "-P", "-c", code, "score", str(folder), "--reward", source, "-q", "--out", "r.zarr"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    opened = open_rewards(tmp_path / "r.zarr")
+    assert opened["reward"].values.tolist() == ["brightness"] and opened["base"].values.max() > 1
 
 
 def test_skipped_pictures_are_listed(tmp_path, capsys):

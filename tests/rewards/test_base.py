@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.worlds import PROMPTS, as_tensor
 from ttsnap_lib.errors import RewardError
+from ttsnap_lib.rewards.base import CallableReward
 from ttsnap_lib.rewards.loading import load_reward
 
 
@@ -103,7 +104,7 @@ def test_functions_of_tensors(images):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda prompts, images: torch.zeros(len(images), 1), "wrong shape"),
+        (lambda prompts, images: torch.zeros(len(images), 2), "wrong shape"),
         (lambda prompts, images: ["high"] * len(images), "not numbers"),
         (lambda prompts, images: [float("inf")] * len(images), "not finite"),
     ],
@@ -111,3 +112,20 @@ def test_functions_of_tensors(images):
 def test_bad_functions(function, message, images):
     with pytest.raises(RewardError, match=message):
         load_reward(function, name="bad").score("x", images)
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda n: [torch.tensor(k / 2, dtype=torch.bfloat16, requires_grad=True) for k in range(n)],
+        lambda n: [torch.tensor([k / 2], dtype=torch.float16) for k in range(n)],
+        lambda n: torch.arange(n, dtype=torch.bfloat16)[:, None] / 2,
+        lambda n: np.arange(n)[:, None] / 2,
+        lambda n: tuple(np.float64(k / 2) for k in range(n)),
+    ],
+)
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_function_may_return_its_scores_in_any_of_the_usual_ways(give, n):
+    images = [Image.new("RGB", (4, 4))] * n
+    got = CallableReward(lambda prompts, images: give(len(images)), "mine").score("a", images)
+    assert got.dtype == np.float32 and got.tolist() == [k / 2 for k in range(n)]

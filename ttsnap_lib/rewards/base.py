@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -307,7 +309,8 @@ class CallableReward(Reward):
     Parameters
     ----------
     function : callable
-        Takes a list of prompts and as many images; returns numbers, an array or a tensor of shape (n,).
+        Takes a list of prompts and as many images; returns numbers, an array or a tensor of shape (n,) or (n, 1), or a
+        list of tensors of one number each, on any device.
     name : str, optional
         The function's name when not given.
     takes : {"pil", "tensor"}
@@ -335,16 +338,14 @@ class CallableReward(Reward):
 
     def _score_batch(self, prompts: list[str], images: Any, *, ready: bool = False) -> np.ndarray:
         scores = self.function(prompts, self._as_tensor(images) if self.takes == "tensor" else self._as_pil(images))
-        if isinstance(scores, torch.Tensor):
-            scores = scores.detach().float().cpu().numpy()
         try:
-            scores = np.asarray(scores, dtype=np.float32)
+            scores = np.asarray(_plain(scores), dtype=np.float32)
         except (TypeError, ValueError) as error:
             raise RewardError(
                 f"reward {self.name} gave something that is not numbers: got {scores!r}, expected {len(prompts)} "
                 "numbers. Return one number per image."
             ) from error
-        return self._one_each(scores, len(prompts))
+        return self._one_each(scores[:, 0] if scores.shape[1:] == (1,) else scores, len(prompts))
 
     def _as_pil(self, images: Any) -> list[Image.Image]:
         if isinstance(images, torch.Tensor):
@@ -363,19 +364,51 @@ class CallableReward(Reward):
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.device, torch.float32) / 255
 
 
+def _plain(scores: Any) -> Any:
+    """Return scores without tensors: numpy takes none from another device, in bfloat16 or with gradients."""
+    if isinstance(scores, torch.Tensor):
+        return scores.detach().float().cpu().numpy()
+    return [_plain(one) for one in scores] if isinstance(scores, list | tuple) else scores
+
+
 def import_function(source: str) -> Callable[[Sequence[str], Any], Any]:
-    """Return the function that ``"package.module:function"`` names."""
-    module, _, attribute = source.partition(":")
+    """Return the function that ``"package.module:function"`` or ``"./file.py:function"`` names.
+
+    A module is looked for in the working folder too, where the script ``ttsnap`` would not find it.
+    """
+    module, _, attribute = source.rpartition(":")
     try:
-        found: Any = importlib.import_module(module)
+        found: Any = _file_module(Path(module)) if module.endswith(".py") else _module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, OSError) as error:
         raise RewardError(
-            f'reward function cannot be imported ({error}): got {source!r}, expected "package.module:function". '
-            "Check the name; the module has to be importable from here."
+            f'reward function cannot be imported ({error}): got {source!r}, expected "package.module:function" or '
+            '"./file.py:function". Check the name; the module has to be importable from here.'
         ) from error
     return found
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0] or str(Path.cwd()) in sys.path:
+            raise
+        sys.path.append(str(Path.cwd()))  # last: a file there hides no installed package
+        importlib.invalidate_caches()
+        return importlib.import_module(name)
+
+
+def _file_module(path: Path) -> Any:
+    """Import a Python file; what stands beside it can be imported from it."""
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # Encoded prompts

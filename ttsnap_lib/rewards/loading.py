@@ -54,7 +54,7 @@ def load_reward(
         - ``"pocket-clip"``: the reward that ships with this project.
         - a folder or hub id of a `transformers.CLIPModel` with its processor;
         - a run folder of noise-aware checkpoints, whose ``curriculum.json`` names its base under ``reward``;
-        - ``"package.module:function"`` or a Python function, see :class:`CallableReward`.
+        - ``"package.module:function"``, ``"./file.py:function"`` or a Python function, see :class:`CallableReward`.
     name : str, optional
         Name under which scores are kept; the source's when not given.
     device : str or torch.device, optional
@@ -107,8 +107,9 @@ def load_reward(
 
 
 def _is_function(source: str) -> bool:
-    module, colon, attribute = source.partition(":")
-    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), *attribute.split(".")))
+    module, colon, attribute = source.rpartition(":")
+    names = [] if module.endswith(".py") else module.split(".")
+    return bool(colon) and all(part.isidentifier() for part in (*names, *attribute.split(".")))
 
 
 def _named(source: str, name: str, options: dict[str, Any]) -> Reward:
