@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import types
 import warnings
 
@@ -362,3 +363,15 @@ def test_two_rewards_of_one_name_and_a_foreign_decoder(flux, clip):
         tiny_search(flux, clip, decoder="/no/such/folder")
     with pytest.raises(PipelineError, match="latent channels"):
         tiny_search(flux, clip, decoder="pocket-tiny")
+
+
+def test_the_time_of_a_search_is_not_that_of_its_displays(flux, clip):
+    begin = time.perf_counter()
+    result = tiny_search(
+        flux, clip, schedule=SCHEDULE, on_check=lambda record: time.sleep(0.3), progress=lambda *done: time.sleep(0.1)
+    )
+    batches = [-(-stage.candidates // 3) * (stage.last_step - stage.first_step + 1) for stage in result.record.stages]
+    shown = 0.3 * len(batches) + 0.1 * sum(batches)
+    assert result.record.elapsed_s < time.perf_counter() - begin - shown
+    assert sum(stage.elapsed_s for stage in result.record.stages) < result.record.elapsed_s
+    assert all(stage.denoise_s < stage.elapsed_s for stage in result.record.stages)

@@ -108,7 +108,8 @@ def search(
     negtome : NegToMe, optional
         Off by default: it couples the candidates of a batch. When on, pruning must begin after its window.
     on_check : callable, optional
-        Called with the record after each stage, for a live display.
+        Called with the record after each stage, for a live display. Its time, and that of `progress`, is left out of
+        the record's ``elapsed_s``.
     progress : callable, optional
         Called after each step with (steps of candidates done, steps of candidates in all).
 
@@ -188,7 +189,7 @@ def search(
             if found is None:
                 raise
             picture = found
-    record.elapsed_s = time.perf_counter() - begin
+    record.elapsed_s = time.perf_counter() - begin - run.told_s
     spent = float("nan") if costs is None else record.price(costs)
     return SearchResult(Image.fromarray(picture), record.winner, record, spent, not record.stopped)
 
@@ -297,6 +298,7 @@ class Run:
     pictures: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
     estimate: tuple[np.ndarray, torch.Tensor] | None = None
     done: int = 0  # forwards of candidates, of `forwards` in the whole run
+    told_s: float = 0.0  # seconds inside on_check and progress: a display is no part of the search's own time
 
     def __post_init__(self) -> None:
         self.check_size = self.batch_size  # images decoded and scored at once; halved apart
@@ -311,10 +313,8 @@ class Run:
         alive = np.arange(len(self.record.seeds))
         for k in range(len(self.record.checks)):
             candidates, alive = self.stage(k, text, candidates, alive)
-            if self.on_check is not None:
-                self.on_check(self.record)
-        if self.progress is not None:
-            self.progress(self.forwards, self.forwards)
+            self._tell(self.on_check, self.record)
+        self._tell(self.progress, self.forwards, self.forwards)
         return self.pictures[self.record.winner, len(self.record.checks) - 1]
 
     def stage(
@@ -328,11 +328,11 @@ class Run:
         variant = "noise_aware" if aware else "base"
         stage = StageRecord(candidates.step + 1, last, len(alive), variant, preview=small)
         record.stages.append(stage)
-        begin = time.perf_counter()
+        begin, told = time.perf_counter(), self.told_s
         try:
             candidates = self._in_batches(k, stage, text, candidates, alive)
         finally:
-            stage.elapsed_s = time.perf_counter() - begin
+            stage.elapsed_s = time.perf_counter() - begin - (self.told_s - told)
         scored = alive[self._scored(k)[alive]]
         for lost in np.setdiff1d(alive, scored):
             record.pruned_at[int(lost)] = -2
@@ -440,11 +440,10 @@ class Run:
             self.estimate = (rows, x0)
             self.done += len(rows)
             stage.forwards += len(rows)
-            if self.progress is not None:
-                self.progress(min(self.done, self.forwards - 1), self.forwards)
+            self._tell(self.progress, min(self.done, self.forwards - 1), self.forwards)
             self._check_time()
 
-        begin = time.perf_counter()
+        begin, told = time.perf_counter(), self.told_s
         steps = range(candidates.step + 1, stage.last_step + 1)
         try:
             moved = self.denoiser.run(candidates, text, stage.last_step, record=steps, on_x0=on_x0)
@@ -453,7 +452,7 @@ class Run:
             raise
         finally:
             self.denoiser.wait()
-            stage.denoise_s += time.perf_counter() - begin
+            stage.denoise_s += time.perf_counter() - begin - (self.told_s - told)
         return moved, latest[0]
 
     def _scores(self, stage: StageRecord, candidates: np.ndarray, pixels: torch.Tensor) -> np.ndarray:
@@ -483,6 +482,15 @@ class Run:
         """Return the `keep` best of the candidates `rows` at check `k`, ascending."""
         weights = None if self.record.weights is None else np.array(self.record.weights)
         return rows[choose(self.record.scores[rows, k][:, self.selecting], keep, self.record.combine, weights)]
+
+    def _tell(self, listener: Callable[..., None] | None, *news: Any) -> None:
+        if listener is None:
+            return
+        begin = time.perf_counter()
+        try:
+            listener(*news)
+        finally:
+            self.told_s += time.perf_counter() - begin
 
     def _check_time(self) -> None:
         if self.deadline is not None and time.monotonic() > self.deadline:
