@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 METHOD_LABELS = {"best_of_n": "Best-of-N", "ttsp": "TTSp", "ttsnap": "TTSnap"}
-# Colour of seaborn's colour-blind palette, marker, line: a method looks the same in every figure, also without colour.
+# Ten of seaborn's colour-blind palette; seaborn itself, with the widgets it imports, would slow every command down.
+COLORS = (
+    "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9",
+)  # fmt: skip
+# Colour, marker, line: a method looks the same in every figure, also without colour.
 _STYLES = {"best_of_n": (7, "s", "--"), "ttsp": (1, "^", "-."), "ttsnap": (0, "o", "-")}
 _REWARD_LABELS = {
     "image_reward": "ImageReward",
@@ -31,10 +35,8 @@ def reward_label(name: str) -> str:
 
 def method_style(method: str) -> dict:
     """Return colour, marker and line style of a method, for ``Axes.plot``."""
-    import seaborn as sns
-
     index, marker, line = _STYLES.get(method, (4, "D", ":"))
-    return {"color": sns.color_palette("colorblind")[index], "marker": marker, "linestyle": line}
+    return {"color": COLORS[index], "marker": marker, "linestyle": line}
 
 
 def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ttsnap_lib.commands.options import say_loading
+
 
 def add(commands: Any) -> None:
     """Register the commands with argparse's subparsers."""
@@ -32,7 +34,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--device", help="cpu, cuda (default: the accelerator when there is one)")
     parser.add_argument("--overwrite", action="store_true", help="delete an earlier run in the folder")
     parser.add_argument("--show", action="store_true", help="print the resolved settings and stop")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress on the terminal")
     parser.set_defaults(func=_finetune)
 
     adopt = commands.add_parser(
@@ -54,7 +56,6 @@ def _finetune(arguments: argparse.Namespace) -> int:
 
     from ttsnap_lib.files import data_cache, parse_yaml
     from ttsnap_lib.finetuning.config import load_config
-    from ttsnap_lib.finetuning.train import finetune
     from ttsnap_lib.style import progress_bar
 
     changes = {name: parse_yaml(value, name, remedy="Quote it for the shell.") for name, value in arguments.parameters}
@@ -62,6 +63,10 @@ def _finetune(arguments: argparse.Namespace) -> int:
     if arguments.show:
         yaml.safe_dump(config.to_dict(), sys.stdout, sort_keys=False)
         return 0
+    say_loading(arguments, "torch, transformers")
+    from ttsnap_lib.finetuning.train import finetune
+
+    say_loading(arguments, config.reward)
     folder = arguments.out or data_cache() / "finetune" / Path(arguments.config).stem
     result = finetune(
         arguments.trajectories,

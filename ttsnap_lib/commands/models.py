@@ -18,6 +18,7 @@ from ttsnap_lib.commands.options import (
     loading,
     negtome,
     reward_device,
+    say_loading,
     settings,
 )
 
@@ -71,7 +72,7 @@ def _run_arguments(parser: argparse.ArgumentParser, model: str | None) -> None:
     parser.add_argument(
         "--workers", type=int, default=4, metavar="N", help="threads that read, encode and write pictures"
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress on the terminal")
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -90,6 +91,7 @@ def _generate(arguments: argparse.Namespace) -> int:
             "on the folder afterwards."
         )
 
+    say_loading(arguments, "torch, diffusers, transformers")
     from ttsnap_lib.diffusion.pipelines import load_pipeline
     from ttsnap_lib.style import progress_bar
     from ttsnap_lib.trajectories.generate import generate
@@ -98,6 +100,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         arguments, max_sequence_length=arguments.max_sequence_length, negative_prompt=arguments.negative_prompt
     )
     merging = negtome(arguments)
+    say_loading(arguments, arguments.model)
     pipeline = load_pipeline(arguments.model, **loading(arguments))
     rewards = given_rewards(arguments, device=reward_device(arguments)) if arguments.score else []
     common = {
@@ -150,6 +153,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     if not arguments.repair or not (report.repairs() or report.count("leftover")):
         return 0 if report.ok else 1
 
+    say_loading(arguments, "torch, diffusers, transformers", arguments.model or "the folder's model")
     from ttsnap_lib.trajectories.generate import pipeline_of, repair
 
     pipeline = pipeline_of(arguments.folder, arguments.model, **loading(arguments))
@@ -199,11 +203,12 @@ def _add_score(commands: Any) -> None:
         help="a damaged picture or a score that is not finite: stop, or leave NaN and list it",
     )
     score.add_argument("--workers", type=int, default=4, help="reading threads")
-    score.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    score.add_argument("-q", "--quiet", action="store_true", help="no progress on the terminal")
     score.set_defaults(func=_score)
 
 
 def _score(arguments: argparse.Namespace) -> int:
+    say_loading(arguments, "torch, transformers")
     from ttsnap_lib.scoring.score import score
     from ttsnap_lib.style import progress_bar
     from ttsnap_lib.trajectories.read import Trajectories

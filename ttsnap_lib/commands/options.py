@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, model: str | None, *, t
     parser.add_argument("--offload", default="none", help="model or sequential: weights rest in main memory")
     parser.add_argument("--fp8", action="store_true", help="keep the denoising model's weights in 8 bits")
     parser.add_argument("--threads", type=int, metavar="N", help=threads)
+
+
+def say_loading(arguments: argparse.Namespace, *names: str) -> None:
+    """Say on standard error what is loaded next: libraries take seconds, large models minutes."""
+    if not arguments.quiet and os.environ.get("LOCAL_RANK", "0") == "0":
+        for name in names:
+            print(f"loading {name} ...", file=sys.stderr, flush=True)
 
 
 def loading(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -153,7 +161,10 @@ def given_rewards(arguments: argparse.Namespace, **common: Any) -> list[Any]:
     for entry in arguments.noise_aware:
         *named, folder = entry.split("=", 1)
         series[of(named[0] if named else "", "--noise-aware")] = folder
-    models = [load_reward(source, name=name, **common, **options[name]) for name, source in sources.items()]
+    models = []
+    for name, source in sources.items():
+        say_loading(arguments, source)
+        models.append(load_reward(source, name=name, **common, **options[name]))
     return load_rewards(models, series or None)
 
 

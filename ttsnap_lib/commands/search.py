@@ -15,8 +15,11 @@ from ttsnap_lib.commands.options import (
     loading,
     negtome,
     reward_device,
+    say_loading,
     settings,
 )
+
+_LIBRARIES = "torch, diffusers, transformers"
 
 
 def add(commands: Any) -> None:
@@ -79,25 +82,29 @@ def add(commands: Any) -> None:
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings_arguments(parser)
     add_model_arguments(parser, "pocket-flux", threads="CPU threads (default: all)")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress on the terminal")
 
 
 def _search(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.checks import text
-    from ttsnap_lib.diffusion.pipelines import load_decoder
     from ttsnap_lib.errors import ConfigError
     from ttsnap_lib.files import shard_lock
-    from ttsnap_lib.live.run import planned, search
-    from ttsnap_lib.rewards.loading import find_adapters, load_reward
     from ttsnap_lib.schedule import Schedule
     from ttsnap_lib.style import progress_bar
 
-    # What costs nothing to check comes before any model is loaded.
+    # What costs nothing to check comes before any library or model is loaded.
     if (arguments.prompt is None) == (arguments.prompts is None):
         raise ConfigError("prompt: give exactly one of a prompt and --prompts FILE.")
     given = arguments.schedule
+    schedule = Schedule.from_yaml(given if given.lstrip().startswith("{") else Path(given)) if given else None
+
+    say_loading(arguments, _LIBRARIES)
+    from ttsnap_lib.diffusion.pipelines import load_decoder
+    from ttsnap_lib.live.run import planned, search
+    from ttsnap_lib.rewards.loading import find_adapters
+
     plan = {
-        "schedule": Schedule.from_yaml(given if given.lstrip().startswith("{") else Path(given)) if given else None,
+        "schedule": schedule,
         "budget": arguments.budget, "candidates": arguments.candidates, "cost": arguments.cost,
         "method": arguments.method, "settings": settings(arguments), "negtome": negtome(arguments),
         "batch_size": arguments.batch_size,
@@ -111,11 +118,10 @@ def _search(arguments: argparse.Namespace) -> int:
         text("prompt", arguments.prompt)
 
     adapters, names = find_adapters(arguments.adapters, arguments.model), arguments.reward or ["pocket-clip"]
-    rewards = [
-        load_reward(name, adapters=adapters if k == 0 else None, device=reward_device(arguments))
-        for k, name in enumerate([*names, *arguments.report])
-    ]
+    rewards = _rewards(arguments, [*names, *arguments.report], adapters)
     pipeline = _pipeline(arguments)
+    if arguments.tiny:
+        say_loading(arguments, arguments.tiny)
     options: dict[str, Any] = {
         **plan, "seed": arguments.seed, "combine": arguments.combine, "weights": arguments.weights,
         "report": [one.name for one in rewards[len(names) :]], "deadline_s": arguments.deadline,
@@ -143,6 +149,17 @@ def _search(arguments: argparse.Namespace) -> int:
     return 130 if result.record.stopped == "interrupt" else 0
 
 
+def _rewards(arguments: argparse.Namespace, names: list[str], adapters: Any = None) -> list[Any]:
+    """Load the rewards, the first one with `adapters`."""
+    from ttsnap_lib.rewards.loading import load_reward
+
+    rewards: list[Any] = []
+    for name in names:
+        say_loading(arguments, name)
+        rewards.append(load_reward(name, adapters=None if rewards else adapters, device=reward_device(arguments)))
+    return rewards
+
+
 def _pipeline(arguments: argparse.Namespace) -> Any:
     from ttsnap_lib.checks import integer
     from ttsnap_lib.diffusion.pipelines import load_pipeline
@@ -151,6 +168,7 @@ def _pipeline(arguments: argparse.Namespace) -> Any:
         import torch
 
         torch.set_num_threads(integer("--threads", arguments.threads, 1))
+    say_loading(arguments, arguments.model)
     return load_pipeline(arguments.model, **loading(arguments))
 
 
@@ -167,10 +185,10 @@ def _picture(result: Any, folder: Path) -> None:
 
 
 def _cost(arguments: argparse.Namespace) -> int:
+    say_loading(arguments, _LIBRARIES)
     from ttsnap_lib.live.measure import measure_costs
-    from ttsnap_lib.rewards.loading import load_reward
 
-    rewards = [load_reward(name, device=reward_device(arguments)) for name in arguments.reward or ["pocket-clip"]]
+    rewards = _rewards(arguments, arguments.reward or ["pocket-clip"])
     measured = measure_costs(
         _pipeline(arguments), rewards, settings(arguments), decoder=arguments.tiny,
         batch_sizes=arguments.batch_sizes, repeats=arguments.repeats,

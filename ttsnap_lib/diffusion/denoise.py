@@ -353,7 +353,7 @@ class Denoiser:
         # fp16 overflows in the SDXL VAE; stock pipelines decode in fp32 then.
         upcast = decoder is None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
         if upcast:
-            vae.to(dtype=torch.float32)
+            torch.nn.Module.to(vae, dtype=torch.float32)  # diffusers' own `to` warns at each of these casts
         try:
             latents = self._adapter.descale(latents.to(self.device, vae.dtype), vae.config)
             with memory_errors(len(latents), remedy=_SMALLER):
@@ -361,7 +361,7 @@ class Denoiser:
             return pixels.masked_fill(~pixels.isfinite(), torch.nan)  # infinity would be clipped to white or black
         finally:
             if upcast:
-                vae.to(dtype=torch.float16)
+                torch.nn.Module.to(vae, dtype=torch.float16)
 
     def _pack(self, latents: torch.Tensor) -> torch.Tensor:
         return self._adapter.pack(self.pipeline, latents).to(self.device, self.dtype)

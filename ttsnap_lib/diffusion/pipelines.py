@@ -136,7 +136,7 @@ def load_pipeline(
         pipeline.enable_model_cpu_offload(device=place)
     elif offload == "sequential":
         pipeline.enable_sequential_cpu_offload(device=place)
-    else:
+    elif place.type != "cpu":  # where it is already; `to` would warn of fp16 there, once for every part
         pipeline.to(place)
     pipeline.ttsnap_defaults = _defaults(source) if is_folder else {}
     pipeline.ttsnap_source = {"model": str(model), "revision": None if is_folder else _commit(source, revision)}

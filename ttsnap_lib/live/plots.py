@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ttsnap_lib.style import METHOD_LABELS, axes_or_new, method_style, reward_label
+from ttsnap_lib.style import COLORS, METHOD_LABELS, axes_or_new, method_style, reward_label
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 def gallery(record: SearchRecord, *, columns: int = 16) -> Figure:
     """Draw the candidates at each check, the `columns` best first: of a run in this process, pictures are not saved."""
     import matplotlib.pyplot as plt
-    import seaborn as sns
 
-    frame_color = sns.color_palette("colorblind")[1]
     selecting = next(r for r, name in enumerate(record.rewards) if name not in record.report)
     reached = [k for k, step in enumerate(record.checks) if any(at == step for _, at in record.previews)]
     columns = min(columns, len(record.seeds))
@@ -50,7 +48,7 @@ def gallery(record: SearchRecord, *, columns: int = 16) -> Figure:
                 ax.set_axis_on()
                 ax.set(xticks=[], yticks=[])
                 for spine in ax.spines.values():
-                    spine.set(color=frame_color, linewidth=3)
+                    spine.set(color=COLORS[1], linewidth=3)
         what = "clean image" if is_final else f"step {step}"
         more = f"\nbest {columns} shown" if len(shown) > columns else ""
         axes[row, 0].annotate(f"{what}\n{len(shown)} scored{more}", (-0.12, 0.5), xycoords="axes fraction", ha="right",
