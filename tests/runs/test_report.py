@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 
 import pandas as pd
@@ -44,6 +45,7 @@ def test_a_run_is_one_file_with_its_notebook(tmp_path, monkeypatch):
     reader = _Reader(path.read_text())
     for text in (f"figure - run {result.folder.name}: complete", "points", "The text below the figure", "pandas"):
         assert text in reader.said
+    assert not re.search(r"</?\w+[^>]*>|Out\[", reader.said)
     assert "savefig" not in reader.said and "here.record" not in reader.said  # code is left out
     assert sum(address.startswith("data:image/png") for address in reader.addresses) == 1
 

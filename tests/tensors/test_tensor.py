@@ -9,6 +9,7 @@ from ttsnap_lib.errors import ConfigError, DiskError, TensorError
 from ttsnap_lib.tensors.tensor import (
     PROMPT_CHUNK,
     check_rewards,
+    describe,
     drop_missing,
     drop_repeats,
     from_array,
@@ -34,6 +35,20 @@ def test_round_trip_to_the_last_bit(tensor, tmp_path):
     assert opened["base"].dtype == np.float32
     assert opened["base"].encoding["chunks"][1] == PROMPT_CHUNK
     assert not [entry for entry in tmp_path.iterdir() if entry.name != "t.zarr"]
+
+
+def test_a_tensor_is_told_in_two_lines(tensor):
+    def source(*rows):
+        named = [["finetuned" if step in row else "copied_from_base" for step in range(5)] for row in rows]
+        return describe(tensor.assign(noise_aware_source=(("reward", "step"), named)))
+
+    assert source([0, 1, 2], [0, 1, 2]) == (
+        "30 prompts x 8 images x 5 steps, rewards a, b\nNoise-aware scores exist for steps 0 to 2. "
+        "At other checks TTSnap uses the base reward, so it equals TTSp there."
+    )
+    assert "for a: steps 0, 1 and 3; b: no step. " in source([0, 1, 3], [4])
+    assert source([], [4]).endswith("There are no noise-aware scores: TTSnap equals TTSp here.")
+    assert describe(tensor.isel(prompt=[0], reward=[0])).startswith("1 prompt x 8 images x 5 steps, reward a\n")
 
 
 def test_open_is_lazy(tensor, tmp_path):

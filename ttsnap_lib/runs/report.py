@@ -49,7 +49,7 @@ def render(folder: str | Path, output: str | Path | None = None) -> Path:
 def _run_parts(folder: Path, manifest: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(template_name="basic", embed_images=True, exclude_input=True)
+    exporter = HTMLExporter(template_name="basic", embed_images=True, exclude_input=True, exclude_output_prompt=True)
     parts = {"Parameters": _mapping(manifest.get("parameters", {}))}
     if manifest.get("error"):
         parts = {"Error": _mapping(manifest["error"]), **parts}

@@ -442,6 +442,33 @@ def noise_aware_steps(dataset: xr.Dataset) -> dict[str, list[int]]:
     }
 
 
+def describe(dataset: xr.Dataset) -> str:
+    """Return what a tensor holds in a line, and in a sentence at which steps it has noise-aware scores."""
+    last = int(dataset["step"][-1])  # the clean image, where all methods choose by the base reward
+    known = {name: [step for step in steps if step != last] for name, steps in noise_aware_steps(dataset).items()}
+    sizes = " x ".join(f"{dataset.sizes[dim]} {dim}{'s' * (dataset.sizes[dim] > 1)}" for dim in DIMS[1:])
+    line = f"{sizes}, reward{'s' * (len(known) > 1)} {', '.join(known)}\n"
+    if not any(known.values()):
+        return f"{line}There are no noise-aware scores: TTSnap equals TTSp here."
+    where = {name: _spans(steps) for name, steps in known.items()}
+    alike = len(set(where.values())) == 1
+    told = next(iter(where.values())) if alike else "; ".join(f"{name}: {spans}" for name, spans in where.items())
+    return f"{line}Noise-aware scores exist for {told}. At other checks TTSnap uses the base reward, so it equals TTSp there."
+
+
+def _spans(steps: Sequence[int]) -> str:
+    """Return steps in words, e.g. ``steps 0 to 5 and 9``."""
+    runs: list[list[int]] = []
+    for step in steps:
+        if runs and step == runs[-1][-1] + 1:
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+    parts = [word for run in runs for word in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))]
+    listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    return f"step{'s' * (len(steps) > 1)} {listed}" if steps else "no step"
+
+
 def select_rewards(dataset: xr.Dataset, names: Sequence[str], missing: str = "raise") -> xr.Dataset:
     """Return the tensor of the rewards in `names` alone, in that order; all of it when `names` is empty.
 
