@@ -181,7 +181,13 @@ CASES.files(
         ("a bomb of 60000 x 60000", png(60_000, 60_000, b"x"), "s00.png"),
         ("half of it", png(6, 4)[:40], "damaged|no PNG"),
         ("another size", png(6, 5), r"\(5, 6\)"),
-        ("with transparency", saved(Image.new("RGBA", (6, 4)), format="PNG"), "RGB"),
+        (
+            "an animation",
+            saved(
+                Image.new("RGB", (6, 4)), format="PNG", save_all=True, append_images=[Image.new("RGB", (6, 4), "red")]
+            ),
+            "2 frames",
+        ),
         ("a TIFF by the name of PNG", saved(Image.new("RGB", (6, 4)), format="TIFF"), "no PNG"),
         ("PostScript, which would be handed to another program", "%!PS-Adobe-3.0 EPSF-3.0\n", "no PNG"),
     ],

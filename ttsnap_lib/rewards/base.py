@@ -19,7 +19,6 @@ from PIL import Image
 
 from ttsnap_lib.checks import (
     FINITE_VAE,
-    MAX_PIXELS,
     as_bytes,
     as_device,
     choice,
@@ -30,11 +29,11 @@ from ttsnap_lib.checks import (
 from ttsnap_lib.errors import CheckpointError, RewardError
 from ttsnap_lib.files import failures_as
 from ttsnap_lib.rewards.checkpoints import StepSeries, sampled_digest
+from ttsnap_lib.rewards.pictures import as_rgb, open_picture
 from ttsnap_lib.rewards.pixels import Preprocessing
 
 Images = Sequence[Image.Image | str | Path] | Image.Image | torch.Tensor
 
-_FORMATS = ("PNG", "WEBP", "JPEG", "BMP", "TIFF", "GIF")  # the parsers of the others never see a file
 _SLACK = 0.01  # decoders overshoot a little
 _CACHED_PROMPTS = 4096  # at most 16 MB for the largest text tower
 
@@ -144,7 +143,8 @@ class Reward:
             One prompt for all images, or one each. Each distinct prompt is encoded once and kept while the weights
             stay the same.
         images : list of PIL images or paths, one PIL image, or Tensor (n, 3, H, W)
-            Tensors are float in [0, 1] and never leave their device; they are rounded to 256 levels as a PNG is.
+            A picture is scored as it is looked at: upright, over white where it is transparent. Tensors are float in
+            [0, 1] and never leave their device; they are rounded to 256 levels as a PNG is.
         batch_size : int, optional
             Images per forward.
         check : bool
@@ -350,12 +350,12 @@ class CallableReward(Reward):
     def _as_pil(self, images: Any) -> list[Image.Image]:
         if isinstance(images, torch.Tensor):
             return [Image.fromarray(array) for array in as_bytes(check_tensor(images)).cpu().numpy()]
-        return [open_image(image).convert("RGB") for image in images]
+        return [open_image(image) for image in images]
 
     def _as_tensor(self, images: Any) -> torch.Tensor:
         if isinstance(images, torch.Tensor):
             return check_tensor(images).to(self.device)
-        arrays = [np.array(open_image(image).convert("RGB")) for image in images]
+        arrays = [np.array(open_image(image)) for image in images]
         if len({array.shape for array in arrays}) > 1:
             raise RewardError(
                 f"images differ in size: got {sorted({array.shape[:2] for array in arrays})}, expected one size in a "
@@ -479,10 +479,10 @@ def as_list(images: Any) -> list:
 
 
 def open_image(image: Any) -> Image.Image:
-    """Return a PIL image, opening a path."""
+    """Return a PIL image, or the picture at a path, as upright RGB: see :func:`ttsnap_lib.rewards.pictures.as_rgb`."""
     if isinstance(image, Image.Image):
-        _check_pixels(image, "given in memory")
-        return image
+        with failures_as(RewardError, "image given in memory cannot be read. Save it again as an 8-bit PNG."):
+            return as_rgb(image, "given in memory")
     if not isinstance(image, str | Path):
         raise RewardError(
             f"images: got {type(image).__name__!r}, expected PIL images, paths or a float tensor (n, 3, H, W). Convert "
@@ -491,19 +491,7 @@ def open_image(image: Any) -> Image.Image:
     remedy = "Generate it again, or save it as PNG."
     if not Path(image).is_file():
         raise RewardError(f"image: got {image}, expected an existing image file. {remedy}")
-    broken = f"image cannot be read: got {image}, expected a whole image file, one of {', '.join(_FORMATS)}. {remedy}"
-    with failures_as(RewardError, broken), Image.open(image, formats=_FORMATS) as file:
-        _check_pixels(file, str(image))
-        file.load()
-        return file
-
-
-def _check_pixels(image: Image.Image, name: str) -> None:
-    if not 0 < image.width * image.height <= MAX_PIXELS:
-        raise RewardError(
-            f"image {name}: got {image.width} x {image.height} pixels, expected at least one pixel and at most "
-            f"{MAX_PIXELS}. Check where the file comes from."
-        )
+    return open_picture(image, str(image), remedy=remedy)
 
 
 def check_tensor(images: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from PIL import Image
 from ttsnap_lib.checks import MAX_IMAGES, MAX_PIXELS, MAX_STEPS, choice, integer
 from ttsnap_lib.errors import TrajectoryError
 from ttsnap_lib.files import HIDDEN, as_path, failures_as, read_bytes, read_json, refuse_other, write_json
+from ttsnap_lib.rewards.pictures import open_picture
 from ttsnap_lib.trajectories.prompts import check_prompts
 
 MANIFEST = "manifest.json"
@@ -49,23 +50,18 @@ def encode_image(pixels: np.ndarray, image_format: str) -> bytes:
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None, content: bytes | None = None) -> np.ndarray:
-    """Return the pixels of an image file as uint8 (height, width, 3).
+    """Return the pixels of an image file as uint8 (height, width, 3), opened as every picture that is scored.
 
     `size` is the height and width that it must have; `content` what the file holds, when it has been read already.
     """
     remedy = "Run `ttsnap verify --repair` on the trajectory folder."
     if content is None:
         content = read_bytes(path, "image", error=TrajectoryError, remedy=remedy)
-    with (
-        failures_as(TrajectoryError, f"image {path} is damaged, or no PNG or WebP file. {remedy}"),
-        Image.open(io.BytesIO(content), formats=("PNG", "WEBP")) as image,
-    ):
-        found = (image.height, image.width)
-        if image.mode != "RGB" or found != tuple(size or found):
-            raise TrajectoryError(
-                f"image {path}: got {found} (height, width) in {image.mode}, expected {size or found} in RGB. {remedy}"
-            )
-        return np.array(image)
+    image = open_picture(io.BytesIO(content), str(path), formats=("PNG", "WEBP"), error=TrajectoryError, remedy=remedy)
+    found = (image.height, image.width)
+    if found != tuple(size or found):
+        raise TrajectoryError(f"image {path}: got {found} (height, width), expected {size}. {remedy}")
+    return np.array(image)
 
 
 # Names
