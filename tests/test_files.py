@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
+import weakref
 
 import pytest
 
@@ -172,6 +175,27 @@ def test_reading_ahead_keeps_the_order_and_passes_errors_on():
     assert list(prefetch(lambda k: k * k, range(20), workers=3, ahead=5)) == [k * k for k in range(20)]
     with pytest.raises(ZeroDivisionError):
         list(prefetch(lambda k: 1 / k, [2, 1, 0, 1]))
+
+
+def test_reading_ahead_may_end_in_one_of_its_own_threads(monkeypatch):
+    complaints, dropped, ended = [], threading.Event(), threading.Event()
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+
+    def make(k):
+        if k == 1:
+            dropped.wait(10)
+            gc.collect()  # finds the generator below, which nothing but itself refers to
+            ended.set()
+        return k
+
+    ahead = prefetch(make, range(3))
+    assert next(ahead) == 0
+    cycle = [ahead]
+    cycle.append(cycle)
+    gone = weakref.ref(ahead)
+    del ahead, cycle
+    dropped.set()
+    assert ended.wait(10) and gone() is None and complaints == []
 
 
 def _limited(write):

@@ -491,18 +491,18 @@ def prefetch(
     make: Callable[[_Item], _Made], items: Iterable[_Item], *, workers: int = 1, ahead: int = 4
 ) -> Iterator[_Made]:
     """Yield ``make(item)`` of each item in order, made by threads up to `ahead` items before it is asked for."""
-    with ThreadPoolExecutor(workers) as pool:
-        queue: deque = deque()
-        todo = iter(items)
-        try:
-            while True:
-                while len(queue) <= ahead:
-                    try:
-                        queue.append(pool.submit(make, next(todo)))
-                    except StopIteration:
-                        break
-                if not queue:
-                    return
-                yield queue.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ThreadPoolExecutor(workers)
+    queue: deque = deque()
+    todo = iter(items)
+    try:
+        while True:
+            while len(queue) <= ahead:
+                try:
+                    queue.append(pool.submit(make, next(todo)))
+                except StopIteration:
+                    break
+            if not queue:
+                return
+            yield queue.popleft().result()
+    finally:  # without waiting: when the garbage collector ends this generator, it may be in one of the threads
+        pool.shutdown(wait=False, cancel_futures=True)

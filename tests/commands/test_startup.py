@@ -50,6 +50,25 @@ def test_a_search_loads_what_it_needs_and_says_so_from_the_start(tmp_path):
     assert done.stderr == ""  # nothing of other libraries went past our stream
 
 
+def test_what_is_wrong_with_the_words_is_told_before_torch(tmp_path):
+    bad = (
+        "search cat --out o --candidates 0", "search cat --out o --candidates 3 --negtome 2",
+        "search cat --out o --candidates 2 --steps 0", "search cat --out o --candidates 2 --batch-size 0",
+        "search cat --out o --budget 1e-9 --cost pocket-flux+pocket-clip", "search cat --out o --budget 3 --cost none",
+        "search cat --out o --candidates 2 --schedule '{steps: [19], keep_ratios: [0.5]}'",
+        "search ' ' --out o --candidates 2", "search --prompts none.txt --out o --candidates 2",
+    )  # fmt: skip
+    code = f"""
+import shlex, sys
+from ttsnap_lib.__main__ import main
+print([main(shlex.split(line)) for line in {bad}], "torch" in sys.modules)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, check=True)
+    assert done.stdout.split("\n")[0] == f"{[1] * len(bad)} False", done.stderr
+    assert [line[:8] for line in done.stderr.splitlines()] == ["ttsnap: "] * len(bad)
+
+
 def test_quiet_says_nothing(tmp_path):
     command = [sys.executable, "-m", "ttsnap_lib", *SEARCH, str(tmp_path / "out"), "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)

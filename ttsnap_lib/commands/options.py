@@ -87,7 +87,7 @@ def add_prompts_argument(parser: argparse.ArgumentParser, default: str | None = 
 def add_negtome_argument(parser: argparse.ArgumentParser) -> None:
     """Add the argument that :func:`negtome` reads."""
     parser.add_argument(
-        "--negtome", type=int, nargs="?", const=0, metavar="GROUP",
+        "--negtome", type=int, nargs="?", const=4, metavar="GROUP",
         help="Negative Token Merging, for variety, in groups of GROUP images, which share a batch (alone: of 4)",
     )  # fmt: skip
 
@@ -98,7 +98,7 @@ def negtome(arguments: argparse.Namespace) -> Any:
         return None
     from ttsnap_lib.diffusion.negtome import NegToMe
 
-    return NegToMe(arguments.negtome) if arguments.negtome else NegToMe()
+    return NegToMe(arguments.negtome)
 
 
 def reward_device(arguments: argparse.Namespace) -> str | None:

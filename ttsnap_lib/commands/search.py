@@ -86,9 +86,10 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from ttsnap_lib.checks import text
+    from ttsnap_lib.checks import MAX_STEPS, integer, text
     from ttsnap_lib.errors import ConfigError
     from ttsnap_lib.files import shard_lock
+    from ttsnap_lib.live.plan import planned
     from ttsnap_lib.schedule import Schedule
     from ttsnap_lib.style import progress_bar
 
@@ -96,20 +97,13 @@ def _search(arguments: argparse.Namespace) -> int:
     if (arguments.prompt is None) == (arguments.prompts is None):
         raise ConfigError("prompt: give exactly one of a prompt and --prompts FILE.")
     given = arguments.schedule
-    schedule = Schedule.from_yaml(given if given.lstrip().startswith("{") else Path(given)) if given else None
-
-    say_loading(arguments, _LIBRARIES)
-    from ttsnap_lib.diffusion.pipelines import load_decoder
-    from ttsnap_lib.live.run import planned, search
-    from ttsnap_lib.rewards.loading import find_adapters
-
     plan = {
-        "schedule": schedule,
+        "schedule": Schedule.from_yaml(given if given.lstrip().startswith("{") else Path(given)) if given else None,
         "budget": arguments.budget, "candidates": arguments.candidates, "cost": arguments.cost,
-        "method": arguments.method, "settings": settings(arguments), "negtome": negtome(arguments),
-        "batch_size": arguments.batch_size,
+        "method": arguments.method, "batch_size": arguments.batch_size,
     }  # fmt: skip
-    planned(**plan)
+    group = 1 if arguments.negtome is None else integer("--negtome", arguments.negtome, 1)
+    planned(**plan, n_steps=integer("--steps", arguments.steps, 1, MAX_STEPS), group=group)
     if arguments.prompts is not None:
         from ttsnap_lib.trajectories.prompts import read_prompts
 
@@ -117,6 +111,12 @@ def _search(arguments: argparse.Namespace) -> int:
     else:
         text("prompt", arguments.prompt)
 
+    say_loading(arguments, _LIBRARIES)
+    from ttsnap_lib.diffusion.pipelines import load_decoder
+    from ttsnap_lib.live.run import search
+    from ttsnap_lib.rewards.loading import find_adapters
+
+    plan |= {"settings": settings(arguments), "negtome": negtome(arguments)}
     adapters, names = find_adapters(arguments.adapters, arguments.model), arguments.reward or ["pocket-clip"]
     rewards = _rewards(arguments, [*names, *arguments.report], adapters)
     pipeline = _pipeline(arguments)

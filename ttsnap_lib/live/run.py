@@ -13,14 +13,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ttsnap_lib.checks import MAX_IMAGES, as_bytes, choice, integer, real, text
-from ttsnap_lib.costs import CostModel, check_n_steps
+from ttsnap_lib.checks import as_bytes, integer, real, text
+from ttsnap_lib.costs import CostModel
 from ttsnap_lib.diffusion.denoise import (
     Candidates,
     Conditioning,
@@ -31,11 +31,12 @@ from ttsnap_lib.diffusion.denoise import (
     image_seed,
 )
 from ttsnap_lib.diffusion.pipelines import load_decoder, load_pipeline, pipeline_facts
-from ttsnap_lib.errors import BudgetError, ConfigError, CostError, DeviceError, ScheduleError, SearchError
+from ttsnap_lib.errors import BudgetError, ConfigError, DeviceError, ScheduleError, SearchError
+from ttsnap_lib.live.plan import planned
 from ttsnap_lib.live.record import SearchRecord, SearchResult, StageRecord
 from ttsnap_lib.provenance import versions
 from ttsnap_lib.rewards.loading import load_reward
-from ttsnap_lib.schedule import METHODS, Schedule, choose, kept, selecting_rewards
+from ttsnap_lib.schedule import Schedule, choose, kept, selecting_rewards
 
 if TYPE_CHECKING:
     from ttsnap_lib.diffusion.negtome import NegToMe
@@ -131,7 +132,9 @@ def search(
     deadline = None if deadline_s is None else time.monotonic() + real("deadline_s", deadline_s, 0, open_low=True)
     text("prompt", prompt)
     seed, prompt_index = integer("seed", seed, 0), integer("prompt_index", prompt_index, 0)
-    schedule, costs, n = planned(schedule, budget, candidates, cost, method, settings, negtome, batch_size)
+    group = 1 if negtome is None else negtome.group_size
+    n_steps = as_settings(settings).n_steps
+    schedule, costs, n = planned(schedule, budget, candidates, cost, method, n_steps, group, batch_size)
     rewards = [load_reward(one) for one in (reward if isinstance(reward, list | tuple) else [reward])]
     names = [one.name for one in rewards]
     if not names or len(set(names)) != len(names):
@@ -141,9 +144,7 @@ def search(
     method = _method_for(method, schedule, [rewards[k] for k in selecting])
     denoiser = Denoiser(load_pipeline(pipeline) if isinstance(pipeline, str | Path) else pipeline, settings)
     decoder = load_decoder(decoder, denoiser.pipeline)
-    group = 1
     if negtome is not None:
-        group = negtome.group_size
         window = negtome.active_steps(denoiser.pipeline, denoiser.timesteps)
         if window and len(schedule) and schedule.steps[0] < window[-1]:
             raise ScheduleError(
@@ -192,71 +193,6 @@ def search(
     record.elapsed_s = time.perf_counter() - begin - run.told_s
     spent = float("nan") if costs is None else record.price(costs)
     return SearchResult(Image.fromarray(picture), record.winner, record, spent, not record.stopped)
-
-
-def planned(
-    schedule: Schedule | None = None,
-    budget: float | None = None,
-    candidates: int | None = None,
-    cost: CostModel | str | Path | None = None,
-    method: str | None = None,
-    settings: Settings | Mapping[str, Any] | None = None,
-    negtome: NegToMe | None = None,
-    batch_size: int | None = None,
-) -> tuple[Schedule, CostModel | None, int]:
-    """Return the schedule, the cost model and the number of candidates of a search, before a model is loaded."""
-    n_steps = as_settings(settings).n_steps
-    if schedule is not None and not isinstance(schedule, Schedule):
-        raise ScheduleError(f"schedule: got {schedule!r}, expected a Schedule. Pass Schedule(steps, keep_ratios).")
-    pruning = Schedule() if schedule is None else schedule
-    pruning.check(n_steps)
-    if method is not None and choice("method", method, METHODS) == "best_of_n":
-        pruning = Schedule()
-    costs = CostModel.load(cost) if isinstance(cost, str | Path) else cost
-    group = 1 if negtome is None else negtome.group_size
-    n = _candidates_for(budget, candidates, costs, pruning, n_steps, group)
-    if batch_size is not None and integer("batch_size", batch_size, 1) % group:
-        raise ConfigError(
-            f"batch_size with NegToMe: got {batch_size}, expected a multiple of its group_size, {group}. Set one."
-        )
-    return pruning, costs, n
-
-
-def _candidates_for(
-    budget: float | None, candidates: int | None, cost: CostModel | None, schedule: Schedule, n_steps: int, group: int
-) -> int:
-    """Return how many candidates are started: as many as the budget buys, in whole groups."""
-    if (budget is None) == (candidates is None):
-        raise BudgetError(
-            f"budget and candidates: got {budget} and {candidates}, expected either budget or candidates. Give one."
-        )
-    if cost is not None:
-        check_n_steps(cost, n_steps)
-    if candidates is not None:
-        n = integer("candidates", candidates, 1, MAX_IMAGES, error=BudgetError)
-        if n % group:
-            raise BudgetError(
-                f"candidates with NegToMe: got {n}, expected a multiple of its group_size, {group}. The nearest is "
-                f"{max(group, round(n / group) * group)}."
-            )
-        return n
-    if cost is None:
-        raise CostError(
-            "budget without a cost model. Measure one with `ttsnap cost`, name a preset, or give candidates instead."
-        )
-    n = cost.candidates(cast("float", budget), schedule) // group * group
-    if n > MAX_IMAGES:
-        raise BudgetError(
-            f"budget: got {budget}, expected at most {cost.total(MAX_IMAGES, schedule):.6g} {cost.unit}, {MAX_IMAGES} "
-            "candidates. Check the unit of the cost model."
-        )
-    if n < 1:
-        what = "one candidate" if group == 1 else f"one group of {group} candidates"
-        raise BudgetError(
-            f"budget: got {budget}, expected at least {cost.total(group, schedule):.6g} {cost.unit}, the cost of {what}. "
-            "Raise the budget or use fewer steps."
-        )
-    return n
 
 
 def _method_for(method: str | None, schedule: Schedule, selecting: Sequence[Any]) -> str:
@@ -377,8 +313,7 @@ class Run:
                 continue
             stage.decode_s += middle - begin
             stage.score_s += time.perf_counter() - middle
-            stage.decodes += len(part)
-            stage.scores += len(part)
+            stage.checked(len(part))
             # Pictures come first: a score without its picture could not be shown after an interruption.
             for row, picture in zip(rows[part], pixels, strict=True):
                 self.pictures[int(row), k] = _picture(picture)
@@ -439,7 +374,7 @@ class Run:
             latest[:] = [x0]
             self.estimate = (rows, x0)
             self.done += len(rows)
-            stage.forwards += len(rows)
+            stage.denoised(len(rows))
             self._tell(self.progress, min(self.done, self.forwards - 1), self.forwards)
             self._check_time()
 

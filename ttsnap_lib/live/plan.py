@@ -1,0 +1,72 @@
+"""What a search will do: its schedule, its cost model and its number of candidates, known without torch or a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ttsnap_lib.checks import MAX_IMAGES, choice, integer
+from ttsnap_lib.costs import CostModel, check_n_steps
+from ttsnap_lib.errors import BudgetError, ConfigError, CostError, ScheduleError
+from ttsnap_lib.schedule import METHODS, Schedule
+
+
+def planned(
+    schedule: Schedule | None,
+    budget: float | None,
+    candidates: int | None,
+    cost: CostModel | str | Path | None,
+    method: str | None,
+    n_steps: int,
+    group: int = 1,
+    batch_size: int | None = None,
+) -> tuple[Schedule, CostModel | None, int]:
+    """Return the schedule, the cost model and how many candidates start: whole groups, as many as the budget buys."""
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise ScheduleError(f"schedule: got {schedule!r}, expected a Schedule. Pass Schedule(steps, keep_ratios).")
+    schedule = schedule or Schedule()
+    schedule.check(n_steps)
+    if method is not None and choice("method", method, METHODS) == "best_of_n":
+        schedule = Schedule()
+    costs = CostModel.load(cost) if isinstance(cost, str | Path) else cost
+    n = _candidates_for(budget, candidates, costs, schedule, n_steps, group)
+    if batch_size is not None and integer("batch_size", batch_size, 1) % group:
+        raise ConfigError(
+            f"batch_size with NegToMe: got {batch_size}, expected a multiple of its group_size, {group}. Set one."
+        )
+    return schedule, costs, n
+
+
+def _candidates_for(
+    budget: float | None, candidates: int | None, cost: CostModel | None, schedule: Schedule, n_steps: int, group: int
+) -> int:
+    if (budget is None) == (candidates is None):
+        raise BudgetError(
+            f"budget and candidates: got {budget} and {candidates}, expected either budget or candidates. Give one."
+        )
+    if cost is not None:
+        check_n_steps(cost, n_steps)
+    if budget is None:
+        n = integer("candidates", candidates, 1, MAX_IMAGES, error=BudgetError)
+        if n % group:
+            raise BudgetError(
+                f"candidates with NegToMe: got {n}, expected a multiple of its group_size, {group}. The nearest is "
+                f"{max(group, round(n / group) * group)}."
+            )
+        return n
+    if cost is None:
+        raise CostError(
+            "budget without a cost model. Measure one with `ttsnap cost`, name a preset, or give candidates instead."
+        )
+    n = cost.candidates(budget, schedule) // group * group
+    if n > MAX_IMAGES:
+        raise BudgetError(
+            f"budget: got {budget}, expected at most {cost.total(MAX_IMAGES, schedule):.6g} {cost.unit}, {MAX_IMAGES} "
+            "candidates. Check the unit of the cost model."
+        )
+    if n < 1:
+        what = "one candidate" if group == 1 else f"one group of {group} candidates"
+        raise BudgetError(
+            f"budget: got {budget}, expected at least {cost.total(group, schedule):.6g} {cost.unit}, the cost of {what}. "
+            "Raise the budget or use fewer steps."
+        )
+    return n
