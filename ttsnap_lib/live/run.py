@@ -313,7 +313,8 @@ class Run:
                 continue
             stage.decode_s += middle - begin
             stage.score_s += time.perf_counter() - middle
-            stage.checked(len(part))
+            stage.decodes += len(part)
+            stage.scores += len(part)
             # Pictures come first: a score without its picture could not be shown after an interruption.
             for row, picture in zip(rows[part], pixels, strict=True):
                 self.pictures[int(row), k] = _picture(picture)
@@ -374,7 +375,7 @@ class Run:
             latest[:] = [x0]
             self.estimate = (rows, x0)
             self.done += len(rows)
-            stage.denoised(len(rows))
+            stage.forwards += len(rows)
             self._tell(self.progress, min(self.done, self.forwards - 1), self.forwards)
             self._check_time()
 
