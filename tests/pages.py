@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from PIL import Image
 
 from tests.conftest import ROOT
 
@@ -95,7 +97,7 @@ def make_world(folder: Path, page: Path) -> dict[str, str]:
         for short, seed in (("imr", 0), ("pic", 1)):
             _published(folder, f"{model}_{short}", synthetic_rewards(4, 120, 20, rng=seed))
     prompts = ["a small red ring on a green background", "a large blue square", "a red cross", "a small white circle"]
-    for name in ("validation.json", "prompts.json"):
+    for name in ("validation.json", "prompts.json", "train.json"):
         (folder / name).write_text(json.dumps(prompts))
     tensor = synthetic_rewards(8, 120, 20)
     save_rewards(tensor, folder / "tensor.zarr")
@@ -104,7 +106,13 @@ def make_world(folder: Path, page: Path) -> dict[str, str]:
         (code for source in (page, ROOT / "README.md") for language, code in blocks(source) if language == "yaml")
     )
     (folder / "grid.yaml").write_text(grid.replace("TENSOR", "tensor.zarr"))
-    return {"VALUES": str(folder), "TENSOR": str(folder / "tensor.zarr"), "CHECKPOINTS": str(folder / "checkpoints"),
+    rng = np.random.default_rng(0)
+    numbers = (2, 3) if "PICTURES" in page.read_text("utf-8") else ()
+    for prompt, image, step in itertools.product(numbers, range(8), range(20)):
+        path = folder / "pictures" / f"p{prompt:04d}" / f"id{image:03d}" / f"s{step:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
+    return {"PICTURES": str(folder / "pictures"), "VALUES": str(folder), "TENSOR": str(folder / "tensor.zarr"), "CHECKPOINTS": str(folder / "checkpoints"),
             "GRID.yaml": "grid.yaml"}  # fmt: skip
 
 

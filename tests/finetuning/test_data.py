@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests import worlds
+from tests.conftest import ROOT
 from tests.worlds import make_bank, save_clip
 from ttsnap_lib.diffusion.denoise import Settings
 from ttsnap_lib.errors import CurriculumError, TrajectoryError
@@ -151,6 +152,12 @@ def test_ground_truth_files(reward, bank, tmp_path):
     with pytest.raises(CurriculumError, match="correlation of .* with the base reward"):
         ground_truth_targets(shuffled, bank, reward)
     np.testing.assert_array_equal(ground_truth_targets(shuffled, bank), own[::-1])
+
+
+def test_ground_truth_of_more_prompts_gives_the_first_that_are_needed():
+    targets = ground_truth_targets(ROOT / "tests" / "cases" / "gt_more_prompts.yaml", make_bank(3, 3))
+    assert targets.shape == (3, 3)
+    assert targets[[0, 1], [0, 2]].tolist() == [np.float32(19.4598388671875), np.float32(19.81725311279297)]
 
 
 def test_check_targets_is_a_setting(clip, bank, reward, tmp_path):

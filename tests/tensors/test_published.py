@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.conftest import ROOT
 from ttsnap_lib import import_published, save_rewards
 from ttsnap_lib.__main__ import main
 from ttsnap_lib.errors import TensorError
@@ -84,6 +85,8 @@ def test_repeats_warn_and_drop(published):
         ("0: 3\n", "prompt 0"),
         ("0: []\n", "prompt 0"),
         ("- 1\n", "content"),
+        ("p0000: [1.0]\nq1: [1.0]\n", "got 'q1'"),
+        ("0: [1.0]\np0001: [1.0]\n", "got 0"),
         ("", "content"),
         ("0:\n- 1.0\n- 2.0\n1:\n- 1.0\n", "prompt 1"),  # cut off between two lines
         ("0: !!python/object/apply:os.system ['true']\n", "cannot be read"),
@@ -95,6 +98,12 @@ def test_bad_files_name_file_prompt_and_remedy(tmp_path, text, named):
     with pytest.raises(TensorError, match="Fetch the file again") as caught:
         read_values(path)
     assert str(path) in str(caught.value) and named in str(caught.value)
+
+
+def test_keys_as_in_the_folders_of_pictures():
+    dataset = import_published(ROOT / "tests" / "cases" / "published", "flux")
+    assert dataset["base"].shape == (1, 4, 5, 4)
+    assert dataset["base"].values[0, 1, 0, 0] == np.float32(-0.476376747401162)
 
 
 def test_another_shape_is_named(published):

@@ -4,7 +4,7 @@ COMMANDS = {
     "notebooks": ("demo", "run", "sweep", "report"),
     "optimize": ("optimize",),
     "search": ("search", "cost"),
-    "models": ("generate", "verify", "score", "import", "import-published", "export"),
+    "models": ("generate", "verify", "score", "import", "import-published", "import-trajectories", "export"),
     "finetune": ("finetune", "import-checkpoints"),
 }
 """The commands of each module, in the order in which `ttsnap --help` shows the modules."""

@@ -276,6 +276,18 @@ def _add_import_and_export(commands: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tensor")
     parser.set_defaults(func=_import_published)
 
+    pictures = commands.add_parser(
+        "import-trajectories",
+        help="make a trajectory folder of pictures of the released code",
+        description="Write the manifest of a folder p????/id???/s??.png that the released code made; score, finetune and "
+        "verify then work on it. Prompts may begin at another number than 0.",
+    )
+    pictures.add_argument("folder", type=Path)
+    pictures.add_argument("--model", required=True, help="what made the pictures, such as black-forest-labs/FLUX.1-dev")
+    add_prompts_argument(pictures)
+    pictures.add_argument("-q", "--quiet", action="store_true", help="no progress on the terminal")
+    pictures.set_defaults(func=_import_trajectories)
+
     export = commands.add_parser(
         "export",
         help="write a reward tensor in the authors' YAML layouts",
@@ -353,6 +365,24 @@ def _import_published(arguments: argparse.Namespace) -> int:
     )
     _save(dataset, out, arguments.overwrite)
     print(f"next: ttsnap run simulate -p tensor {out} -p cost flux-512+image_reward  (name your model and reward)")
+    return 0
+
+
+def _import_trajectories(arguments: argparse.Namespace) -> int:
+    from ttsnap_lib.errors import ConfigError
+    from ttsnap_lib.style import progress_bar
+    from ttsnap_lib.trajectories.released import import_trajectories
+
+    prompts = _given_texts(arguments)
+    if prompts is None:
+        raise ConfigError("--prompts: got none, expected the texts of the pictures. Name their file: --prompts FILE.")
+    bar = progress_bar("prompts", quiet=arguments.quiet)
+    found = import_trajectories(arguments.folder, prompts, arguments.model, progress=bar)
+    print(
+        f"{arguments.folder}: {len(found.prompts)} prompts x {found.images_per_prompt} images x {found.n_steps} steps"
+    )
+    print(f"the first, {found.prompt_folder(0)}, is {found.prompts[0]!r}")
+    print(f"next: ttsnap score {arguments.folder} --reward REWARD --out TENSOR.zarr")
     return 0
 
 

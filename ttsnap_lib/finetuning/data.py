@@ -30,7 +30,7 @@ from ttsnap_lib.files import (
 )
 from ttsnap_lib.finetuning.config import CurriculumConfig
 from ttsnap_lib.rewards.base import Reward
-from ttsnap_lib.trajectories.layout import MANIFEST
+from ttsnap_lib.trajectories.layout import MANIFEST, holds_pictures
 from ttsnap_lib.trajectories.read import Trajectories
 
 _BANK, _PIXELS = "bank.json", "pixels.npy"
@@ -167,7 +167,7 @@ def open_images(
 def named_pictures(source: str | Path) -> Path | re.Match[str]:
     """Return the folder that `source` names, or the parts of a name of pictures to generate; nothing is opened yet."""
     path = as_path("trajectories", source, error=CurriculumError)
-    if (path / _BANK).is_file() or (path / MANIFEST).is_file():
+    if (path / _BANK).is_file() or (path / MANIFEST).is_file() or holds_pictures(path):
         return path
     match = _GENERATED.fullmatch(str(source))
     if match is None:
@@ -302,7 +302,7 @@ class FolderImages:
     def __init__(self, folder: str | Path, workers: int = 4) -> None:
         self._found = Trajectories(folder)
         self.prompts, self.n_steps = self._found.prompts, self._found.n_steps
-        self.n_images = self._found.images_per_prompt
+        self.n_images, self.prompt_numbers = self._found.images_per_prompt, self._found.manifest.prompt_numbers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="ttsnap-train")
         for prompt in range(len(self.prompts)):
             self._found.require_whole(prompt, range(self.n_images))
@@ -425,19 +425,21 @@ def own_targets(reward: Reward, images: Images) -> np.ndarray:
 def ground_truth_targets(path: str | Path, images: Images, reward: Reward | None = None) -> np.ndarray:
     """Return the targets in a ground-truth file ``p0000: {id000: value}``, float32 (prompt, image).
 
-    The file holds exactly the prompts of `images` and at least their images; a base `reward` that is given agrees with it
-    on a few of them (correlation above 0.8).
+    The file holds the prompts and images of `images`, by their numbers, and may hold more; a base `reward` that is given
+    agrees with it on a few of them (correlation above 0.8).
     """
     from ttsnap_lib.tensors.published import import_ground_truth
 
     found = import_ground_truth(path)
     shape = (len(images.prompts), images.n_images)
-    if [*found["prompt"].values] != [*range(shape[0])] or not {*range(shape[1])} <= {*found["image"].values}:
-        raise CurriculumError(
-            f"targets {path} belong to another set: got {found.sizes['prompt']} prompts x {found.sizes['image']} "
-            f"images, expected {shape[0]} x {shape[1]}, counted from 0. Leave them out: the base reward gives targets."
-        )
-    targets = found.sel(image=range(shape[1])).values.astype(np.float32)
+    named = list(getattr(images, "prompt_numbers", range(shape[0])))
+    for dim, prefix, wanted in (("prompt", "p%04d", named), ("image", "id%03d", range(shape[1]))):
+        if missing := sorted({*wanted} - {*found[dim].values.tolist()}):
+            raise CurriculumError(
+                f"targets {path} belong to another set: got {found.sizes[dim]} {dim}s without {prefix % missing[0]}, "
+                f"expected all {len(wanted)} of the pictures. Leave them out: the base reward gives targets."
+            )
+    targets = found.sel(prompt=named, image=range(shape[1])).values.astype(np.float32)
     if reward is not None:
         flat = np.unique(np.linspace(0, targets.size - 1, min(32, targets.size)).round().astype(int))
         prompts, numbers = np.unravel_index(flat, shape)

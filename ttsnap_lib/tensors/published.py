@@ -148,9 +148,14 @@ def import_published(
 
 
 def read_values(path: str | Path) -> np.ndarray:
-    """Read one published file, a mapping from prompt index to a list over images, as float32 (prompt, image)."""
+    """Read one published file as float32 (prompt, image).
+
+    It is a mapping from prompt index, also written as ``p0007``, to a list over images.
+    """
     remedy = "Fetch the file again, or export it again with `ttsnap export`."
     content = read_yaml(path, "reward file", error=TensorError, remedy=remedy, fast=True)
+    if isinstance(content, dict) and any(isinstance(prompt, str) for prompt in content):
+        content = _indexed(content, "p", f"{path}: prompts", remedy)
     if not isinstance(content, dict) or not content or not all(type(prompt) is int for prompt in content):
         raise TensorError(f"{path}: content: got {content!r:.80}, expected a mapping from prompt to rewards. {remedy}")
     width = len(content[0]) if isinstance(content.get(0), list) else 0

@@ -245,6 +245,7 @@ def repair(
     cannot be read from the manifest: ``decoder``, ``workers``.
     """
     manifest = Manifest.read(folder)
+    manifest.refuse_imported(folder)
     report = report if report is not None else verify(folder)
     with shard_lock(Path(folder), (0, 1)) as held, held:  # nobody is writing: what lies about is left over
         remove_leftovers(Path(folder) / finding.path for finding in report.findings if finding.kind == "leftover")
@@ -276,7 +277,9 @@ def pipeline_of(folder: str | Path, model: str | None = None, **options: Any) ->
     """
     import diffusers
 
-    identity = Manifest.read(folder).identity
+    manifest = Manifest.read(folder)
+    manifest.refuse_imported(folder)
+    identity = manifest.identity
     if options.get("dtype", "auto") == "auto":
         options["dtype"] = identity["dtype"]
     if model is None and options.get("revision") is None:

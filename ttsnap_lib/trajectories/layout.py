@@ -87,6 +87,17 @@ def file_name(prompt: int, image: int, step: int, image_format: str) -> str:
     return f"{prompt_name(prompt)}/{image_name(image)}/{step_name(step, image_format)}"
 
 
+def prompt_folders(folder: Path) -> dict[int, Path]:
+    """Return the folders of prompts by their number, ascending; names such as p007 are not ours."""
+    found = {int(match[1]): path for path in folder.iterdir() if (match := _PROMPT.fullmatch(path.name))}
+    return {number: path for number, path in sorted(found.items()) if path.name == prompt_name(number)}
+
+
+def holds_pictures(folder: Path) -> bool:
+    """Return whether there are folders of prompts."""
+    return folder.is_dir() and bool(prompt_folders(folder))
+
+
 @dataclass
 class PromptState:
     """What one prompt's folder holds, by names alone: no file is opened."""
@@ -205,6 +216,27 @@ class Manifest:
         """``"png"`` or ``"webp"``."""
         return self.identity["image_format"]
 
+    @property
+    def prompt_numbers(self) -> Sequence[int]:
+        """The number in the folder name of each prompt; other than its index in imported folders alone."""
+        return self.identity.get("prompt_numbers") or range(len(self.prompts))
+
+    def prompt_folder(self, prompt: int) -> str:
+        """Return the folder name of the prompt at an index."""
+        return prompt_name(self.prompt_numbers[prompt])
+
+    def file(self, prompt: int, image: int, step: int) -> str:
+        """Return the path within the folder of one step of one image of the prompt at an index."""
+        return file_name(self.prompt_numbers[prompt], image, step, self.image_format)
+
+    def refuse_imported(self, folder: str | Path) -> None:
+        """Raise a TrajectoryError when other code made the pictures: they cannot be made again, nor added to."""
+        if self.identity.get("imported"):
+            raise TrajectoryError(
+                f"{folder} was imported, so how its pictures were made is not known: got none of the settings, expected "
+                "them to make more or repair some. Fetch missing pictures again, or generate into another folder."
+            )
+
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` into `folder`, atomically."""
         content = {
@@ -221,6 +253,8 @@ class Manifest:
         """Read ``manifest.json`` of `folder`; a TrajectoryError when there is none, or a broken one."""
         path = as_path("trajectory folder", folder, error=TrajectoryError) / MANIFEST
         remedy = "Name a folder that `ttsnap generate` wrote."
+        if holds_pictures(path.parent):
+            remedy = "Pictures of the released code get one by `ttsnap import-trajectories`."
         if not path.exists():
             raise TrajectoryError(f"no trajectory folder: got {folder}, expected a {MANIFEST} in it. {remedy}")
         content = read_json(path, "manifest", error=TrajectoryError, remedy=remedy)
@@ -232,14 +266,19 @@ class Manifest:
             for key in ("height", "width"):
                 integer(key, identity[key], 1)
             integer("height x width", identity["height"] * identity["width"], 1, MAX_PIXELS)
-            integer("seed", identity["seed"], 0)
+            if not identity.get("imported"):
+                integer("seed", identity["seed"], 0)
             choice("image_format", identity["image_format"], IMAGE_FORMATS)
             batch = identity.get("batch", {"size": 1})
             for key in ("size", *batch):
                 integer(f"batch {key}", batch[key], 1)
+            prompts = tuple(check_prompts(content["prompts"]))
+            for number in (numbers := identity.get("prompt_numbers", range(len(prompts)))):
+                integer("prompt number", number, 0)
+            integer("count of prompt numbers", len(numbers), len(prompts), len(prompts))
             return cls(
                 identity,
-                tuple(check_prompts(content["prompts"])),
+                prompts,
                 integer("images_per_prompt", content["images_per_prompt"], 1, MAX_IMAGES),
                 tuple(dict(entry) for entry in content["provenance"]),
             )
@@ -262,12 +301,16 @@ def extend(
     identity = json.loads(json.dumps(identity, allow_nan=False))  # as it will be read back
     entry = dict(provenance or {})
     if not (folder / MANIFEST).exists():
-        if folder.is_dir() and any(_PROMPT.fullmatch(path.name) for path in folder.iterdir()):
-            raise TrajectoryError(f"{folder} holds images but no {MANIFEST}. Choose another output folder.")
+        if holds_pictures(folder):
+            raise TrajectoryError(
+                f"{folder} holds images but no {MANIFEST}. Choose another output folder, or give it one by "
+                "`ttsnap import-trajectories`."
+            )
         manifest = Manifest(identity, tuple(prompts), images_per_prompt, (entry,) if entry else ())
         manifest.write(folder)
         return manifest
     old = Manifest.read(folder)
+    old.refuse_imported(folder)
     remedy = "Choose another output folder, or give the settings that it was made with."
     refuse_other(folder, *comparable(old.identity, identity), TrajectoryError, remedy)
     for index, (there, here) in enumerate(zip(old.prompts, prompts, strict=False)):

@@ -19,9 +19,7 @@ from ttsnap_lib.trajectories.layout import (
     MANIFEST,
     Manifest,
     PromptState,
-    file_name,
     image_name,
-    prompt_name,
     read_image,
     read_journals,
     scan_prompt,
@@ -55,11 +53,11 @@ class Trajectories:
 
     def path(self, prompt: int, image: int, step: int) -> Path:
         """Return the file of one step of one image."""
-        return self.folder / file_name(prompt, image, step, self.manifest.image_format)
+        return self.folder / self.manifest.file(prompt, image, step)
 
     def state(self, prompt: int) -> PromptState:
         """Return which images of a prompt are whole, by file names alone."""
-        return scan_prompt(self.folder / prompt_name(prompt), self.n_steps, self.manifest.image_format)
+        return scan_prompt(self.folder / self.manifest.prompt_folder(prompt), self.n_steps, self.manifest.image_format)
 
     def require_whole(self, prompt: int, images: Iterable[int]) -> None:
         """Raise a TrajectoryError that names the first file that one of `images` lacks."""
@@ -67,9 +65,11 @@ class Trajectories:
         missing = [image for image in images if image not in state.whole]
         if missing:
             gone = state.incomplete.get(missing[0], [0])[0]
+            imported = self.manifest.identity.get("imported")
+            remedy = "Fetch it again." if imported else "Run the same `ttsnap generate` again: it goes on."
             raise TrajectoryError(
                 f"{self.path(prompt, missing[0], gone)} is missing: got {len(images) - len(missing)} of {len(images)} "
-                f"images of prompt {prompt} with all steps. Run the same `ttsnap generate` again: it goes on."
+                f"images of prompt {prompt} with all steps. {remedy}"
             )
 
     def read(self, prompt: int, image: int, step: int) -> np.ndarray:
@@ -152,14 +152,14 @@ def verify(folder: str | Path, *, workers: int = 4, progress: Callable[[int, int
     manifest = Manifest.read(folder)
     findings: list[Finding] = []
     n_prompts = len(manifest.prompts)
-    names = {prompt_name(prompt) for prompt in range(n_prompts)}
+    names = {manifest.prompt_folder(prompt) for prompt in range(n_prompts)}
     for path in sorted(folder.iterdir()):
         if path.name not in names and path.name != MANIFEST and not path.name.startswith("."):
             findings.append(Finding("foreign", path.name, "not part of the layout"))
     checksums, checked = read_journals(folder), 0
 
     def check(item: tuple[int, int, int]) -> Finding | None:
-        name = file_name(*item, manifest.image_format)
+        name = manifest.file(*item)
         path = folder / name
         try:
             content = path.read_bytes()
@@ -174,16 +174,16 @@ def verify(folder: str | Path, *, workers: int = 4, progress: Callable[[int, int
 
     with ThreadPoolExecutor(integer("workers", workers, 1), thread_name_prefix="ttsnap-verify") as pool:
         for prompt in range(n_prompts):
-            state = scan_prompt(folder / prompt_name(prompt), manifest.n_steps, manifest.image_format)
+            place = folder / manifest.prompt_folder(prompt)
+            state = scan_prompt(place, manifest.n_steps, manifest.image_format)
             items = []
             for image in range(manifest.images_per_prompt):
                 gone = [] if image in state.whole else state.incomplete.get(image, list(range(manifest.n_steps)))
                 for step in gone:
-                    name = file_name(prompt, image, step, manifest.image_format)
-                    findings.append(Finding("missing", name, "", prompt, image, step))
+                    findings.append(Finding("missing", manifest.file(prompt, image, step), "", prompt, image, step))
                 items += [(prompt, image, step) for step in range(manifest.n_steps) if step not in gone]
             extra = [image for image in {*state.whole, *state.incomplete} if image >= manifest.images_per_prompt]
-            foreign = [*state.foreign, *(folder / prompt_name(prompt) / image_name(image) for image in sorted(extra))]
+            foreign = [*state.foreign, *(place / image_name(image) for image in sorted(extra))]
             for kind, paths in (("foreign", foreign), ("leftover", state.parts)):
                 findings += [Finding(kind, str(path.relative_to(folder))) for path in paths]
             findings += [finding for finding in pool.map(check, items) if finding is not None]
