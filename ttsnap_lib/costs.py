@@ -6,17 +6,25 @@ import functools
 import itertools
 import math
 import operator
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ttsnap_lib.checks import Plain, choice, integer, real, text
+import numpy as np
+
+from ttsnap_lib.checks import MAX_IMAGES, Plain, choice, integer, real, text
 from ttsnap_lib.errors import CostError
 from ttsnap_lib.files import as_path, read_json, read_yaml, write_json
 from ttsnap_lib.schedule import Schedule
 
 _TOLERANCE = 1e-9  # relative; a budget that is a multiple of the cost must buy that multiple despite rounding
+_PARTS = ("step", "decode", "preview_decode", "verify")
+_MOST_AT_ONCE = 4096  # candidates in a batch; larger numbers are mistakes
+
+Amount = float | Mapping[int, float] | tuple[tuple[int, float], ...]
+"""A cost of one candidate: a number, or one for each measured batch size. Kept as a number or as sorted pairs."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +48,18 @@ class StageCost:
 class CostModel(Plain):
     """What denoising, decoding and scoring one candidate costs.
 
+    FLOPs are the same for each candidate; seconds depend on how many run together. So a part may also be a table
+    ``{batch size: seconds a candidate}`` with two sizes or more. A batch then takes size times seconds: linear in the
+    size between measured sizes; below the smallest, as long as that one takes; above the largest, along the line
+    through the last two (never falling). A stage runs in full batches of `batch_size` and the rest.
+
     Parameters
     ----------
-    step : float
+    step : float or {int: float}
         One denoising step of one candidate (guidance included).
-    verify : float
+    verify : float or {int: float}
         Scoring one decoded image.
-    decode : float
+    decode : float or {int: float}
         Decoding one latent to pixels with the full VAE.
     n_steps : int
         Denoising steps of a whole trajectory.
@@ -57,38 +70,80 @@ class CostModel(Plain):
         Best-of-N costs. ``"published"`` is the released code's formula, kept for parity: a stage that prunes at
         step index ``s`` is charged ``s`` steps although ``s + 1`` forwards have run, survivors are fractions, and
         Best-of-N is charged all its steps.
-    preview_decode : float, optional
+    preview_decode : float or {int: float}, optional
         Decoding at a check with a smaller decoder (a tiny VAE); `decode` when not given.
     per_prompt : float
         Paid once per prompt (text encoding).
+    batch_size : int, optional
+        Candidates at once, with tables; by default the largest size at which every table was measured.
+    prompts_together : int
+        Prompts whose candidates share batches, with tables: all costs stay those of one prompt, its share.
+        Without tables `batch_size` and `prompts_together` change nothing and are dropped.
 
     Raises
     ------
     CostError
-        A negative or non-finite cost, a step that costs nothing, an unknown accounting.
+        A negative or non-finite cost, a step that costs nothing, an unknown accounting, a table of fewer than two batch
+        sizes, tables under published accounting, which knows no batches.
+
+    Warns
+    -----
+    UserWarning
+        `batch_size` is above the sizes of a table.
     """
 
-    step: float
-    verify: float
-    decode: float = 0.0
+    step: Amount
+    verify: Amount
+    decode: Amount = 0.0
     n_steps: int = 20
     unit: str = "TFLOPs"
     accounting: str = "exact"
-    preview_decode: float | None = None
+    preview_decode: Amount | None = None
     per_prompt: float = 0.0
+    batch_size: int | None = None
+    prompts_together: int = 1
     _what = "cost model"
     _error = CostError
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "step", real("cost.step", self.step, 0, open_low=True, error=CostError))
-        for name in ("verify", "decode", "per_prompt"):
-            put(self, name, real(f"cost.{name}", getattr(self, name), 0, error=CostError))
-        if self.preview_decode is not None:
-            put(self, "preview_decode", real("cost.preview_decode", self.preview_decode, 0, error=CostError))
+        for name in _PARTS:
+            if name != "preview_decode" or self.preview_decode is not None:
+                put(self, name, _amount(f"cost.{name}", getattr(self, name), open_low=name == "step"))
+        put(self, "per_prompt", real("cost.per_prompt", self.per_prompt, 0, error=CostError))
         put(self, "n_steps", integer("cost.n_steps", self.n_steps, 1, error=CostError))
         text("cost.unit", self.unit, error=CostError)
         choice("cost.accounting", self.accounting, ("exact", "published"), error=CostError)
+        together = integer("cost.prompts_together", self.prompts_together, 1, MAX_IMAGES, error=CostError)
+        size = self.batch_size
+        if size is not None:
+            size = integer("cost.batch_size", size, 1, _MOST_AT_ONCE, error=CostError)
+        largest = {name: table[-1][0] for name in _PARTS if isinstance(table := getattr(self, name), tuple)}
+        if not largest:
+            size, together = None, 1
+        elif self.accounting == "published":
+            raise CostError(
+                f"cost.accounting: got 'published' with a table of {next(iter(largest))} by batch size, expected 'exact': the "
+                "released formula knows no batches. Set accounting='exact', or give numbers."
+            )
+        elif size is None:
+            size = min(largest.values())
+        elif above := {name: top for name, top in largest.items() if size > top}:
+            warnings.warn(
+                f"cost.batch_size {size} is above what was measured ({', '.join(f'{n} up to {b}' for n, b in above.items())}): "
+                "larger batches are extrapolated from the last two sizes",
+                stacklevel=3,
+            )
+        put(self, "batch_size", size)
+        put(self, "prompts_together", together)
+
+    def each(self, part: str, batch_size: int) -> float:
+        """Return what `part` (``"step"``, ...) costs a candidate that runs in a batch of `batch_size`."""
+        amount = getattr(self, choice("part", part, _PARTS, error=CostError))
+        if not isinstance(amount, tuple):
+            return amount
+        size = integer("batch_size", batch_size, 1, error=CostError)
+        return float(_batch_seconds(amount, np.array([size]))[0]) / size
 
     def stages(self, n: int, schedule: Schedule | None = None) -> tuple[StageCost, ...]:
         """Return the cost of each stage for `n` candidates; their totals and `per_prompt` add up to :meth:`total`.
@@ -96,38 +151,76 @@ class CostModel(Plain):
         A stage ends with a check; the last ends with the scoring of the clean image.
         """
         n = integer("n", n, 0, error=CostError)
-        units = _stage_units(self, schedule)
         return tuple(
-            StageCost(first, last, count, count * denoise, count * decode, count * self.verify)
-            for count, (first, last, denoise, decode) in zip(self._counts(n, schedule), units, strict=True)
+            StageCost(first, last, count, *(self._spend(count, part) for part in parts))
+            for count, (first, last, *parts) in zip(
+                self._counts(n, schedule), _stages(self, None if schedule is None else schedule.steps), strict=True
+            )
         )
 
     def total(self, n: int, schedule: Schedule | None = None) -> float:
         """Return the cost of `n` candidates of one prompt, in `unit`.
 
         ``None`` is Best-of-N. It is the same as ``Schedule()`` under exact accounting; under published accounting
-        ``None`` is charged all steps, a schedule (also the empty one) one fewer, as released.
+        ``None`` is charged all steps, a schedule (also the empty one) one fewer, as released. With tables a few more
+        candidates may cost less than a few fewer.
         """
         n = integer("n", n, 0, error=CostError)
-        units = _stage_units(self, schedule)
+        wholes = _stage_wholes(self, None if schedule is None else schedule.steps)
         counts = self._counts(n, schedule)
-        return self.per_prompt + sum(
-            count * (denoise + decode + self.verify)
-            for count, (_, _, denoise, decode) in zip(counts, units, strict=True)
-        )
+        return self.per_prompt + sum(self._spend(count, whole) for count, whole in zip(counts, wholes, strict=True))
+
+    def totals(self, at_work: np.ndarray, schedule: Schedule | None = None) -> np.ndarray:
+        """Return :meth:`total` for many: `at_work` (..., stage) are the candidates in each stage."""
+        wholes = np.array(_stage_wholes(self, None if schedule is None else schedule.steps))
+        if self.batch_size is None:
+            return self.per_prompt + at_work @ wholes
+        full, rest = np.divmod(at_work * self.prompts_together, self.batch_size)
+        batches = full * wholes[:, -1] + wholes[np.arange(len(wholes)), rest]
+        return self.per_prompt + batches.sum(-1) / self.prompts_together
 
     def candidates(self, budget: float, schedule: Schedule | None = None) -> int:
-        """Return the largest n with ``total(n, schedule) <= budget * (1 + 1e-9)``; 0 when not even one fits."""
+        """Return the largest n with ``total(n, schedule) <= budget * (1 + 1e-9)``; 0 when not even one fits.
+
+        With tables it is exact up to a million candidates; beyond, all batches count as full.
+        """
         budget = real("budget", budget, 0, error=CostError) * (1 + _TOLERANCE)
+        if self.batch_size is not None:
+            size = 256
+            while (n := int(np.searchsorted(_cheapest(self, schedule, size), budget, "right"))) == size:
+                if size > MAX_IMAGES:
+                    full: dict[str, Any] = {
+                        name: self.each(name, self.batch_size) for name in _PARTS if getattr(self, name) is not None
+                    }
+                    return max(size, replace(self, **full).candidates(budget, schedule))
+                size *= 4
+            return n
         if self.total(1, schedule) > budget:
             return 0
         # No candidate costs less than its first stage: that bounds n, and total is monotone in n.
-        _, _, denoise, decode = _stage_units(self, schedule)[0]
-        low, high = 1, max(1, math.floor((budget - self.per_prompt) / (denoise + decode + self.verify)) + 1)
+        first = _stage_wholes(self, None if schedule is None else schedule.steps)[0]
+        low, high = 1, max(1, math.floor((budget - self.per_prompt) / first) + 1)
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.total(middle, schedule) <= budget else (low, middle - 1)
         return low
+
+    def beyond(self, schedule: Schedule | None = None) -> int:
+        """Return k such that n + k candidates and more never cost less than n: 0 without tables."""
+        if self.batch_size is None:
+            return 0
+        wholes = np.array(_stage_wholes(self, None if schedule is None else schedule.steps))
+        # Full batches only grow with n, and what is not in them is at most the dearest batch of each stage: so many more
+        # full batches in the first stage make up for it.
+        batches = math.ceil(wholes.max(1).sum() / wholes[0, -1])
+        return min(math.ceil(batches * len(wholes[0]) / self.prompts_together), MAX_IMAGES)
+
+    def _spend(self, count: float, part: Any) -> float:
+        """Return what `count` candidates cost: a number each, or by the seconds of batches of 0, 1, ... candidates."""
+        if self.batch_size is None:
+            return count * part
+        full, rest = divmod(int(count) * self.prompts_together, self.batch_size)
+        return float(full * part[-1] + part[rest]) / self.prompts_together
 
     def _counts(self, n: int, schedule: Schedule | None) -> tuple[float, ...]:
         """Return the candidates of each stage: whole ones, or fractions as released."""
@@ -152,6 +245,12 @@ class CostModel(Plain):
         choice("cost preset", name, PRESETS, error=CostError)
         return cls.from_dict({**PRESETS[name].to_dict(), **changes})
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values; a table as a mapping. Without tables nothing is said of batches."""
+        batches = ("batch_size", "prompts_together") if self.batch_size is None else ()
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in batches}
+        return {name: dict(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
     def save(self, path: str | Path) -> Path:
         """Write the model as JSON and return the path."""
         write_json(path, self.to_dict())
@@ -169,8 +268,9 @@ class CostModel(Plain):
         read = read_json if path.suffix == ".json" else read_yaml
         content = read(path, "cost file", error=CostError, remedy=remedy)
         # A file of `ttsnap cost` carries more than the model; the model stands under its own key there.
-        if isinstance(content, Mapping) and isinstance(content.get("cost"), Mapping):
-            content = content["cost"]
+        if isinstance(content, Mapping) and isinstance(model := content.get("cost"), Mapping):
+            by_batch = content.get("by_batch") if model == content.get("seconds") else None
+            content = model if by_batch is None else {**model, **_measured(model, by_batch, path)}
         return cls.from_dict(content)
 
 
@@ -188,19 +288,91 @@ def check_n_steps(cost: Any, n_steps: int) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _stage_units(cost: CostModel, schedule: Schedule | None) -> tuple[tuple[int, int, float, float], ...]:
-    """Return first step, last step, denoising and decoding cost of one candidate in each stage."""
-    pruning = Schedule() if schedule is None else schedule
+def _stages(cost: CostModel, steps: tuple[int, ...] | None) -> tuple[tuple[int, int, Any, Any, Any], ...]:
+    """Return first and last step of each stage, and what denoising, decoding and scoring cost there.
+
+    Of one candidate; with tables arrays instead, of a batch of 0, 1, ..., batch_size candidates.
+    """
+    pruning = Schedule() if steps is None else Schedule(steps, (1.0,) * len(steps))
     pruning.check(cost.n_steps)
-    preview = cost.decode if cost.preview_decode is None else cost.preview_decode
+    parts: list[Any] = [
+        cost.step,
+        cost.decode,
+        cost.decode if cost.preview_decode is None else cost.preview_decode,
+        cost.verify,
+    ]
+    if cost.batch_size is not None:
+        sizes = np.arange(cost.batch_size + 1)
+        parts = [_batch_seconds(part, sizes) if isinstance(part, tuple) else sizes * part for part in parts]
+    step, decode, preview, verify = parts
     # The released formula counts from step 0 without the forward that reaches it, but Best-of-N in full.
-    before = -1 if cost.accounting == "exact" or schedule is None else 0
-    units = []
+    before = -1 if cost.accounting == "exact" or steps is None else 0
+    stages = []
     for end in (*pruning.steps, cost.n_steps - 1):
         is_last = end == cost.n_steps - 1
-        units.append((before + 1, end, (end - before) * cost.step, cost.decode if is_last else preview))
+        stages.append((before + 1, end, (end - before) * step, decode if is_last else preview, verify))
         before = end
-    return tuple(units)
+    return tuple(stages)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stage_wholes(cost: CostModel, steps: tuple[int, ...] | None) -> tuple[Any, ...]:
+    """Return what each stage costs, its parts together, as in :func:`_stages`."""
+    return tuple(denoise + decode + verify for _, _, denoise, decode, verify in _stages(cost, steps))
+
+
+@functools.lru_cache(maxsize=64)
+def _cheapest(cost: CostModel, schedule: Schedule | None, size: int) -> np.ndarray:
+    """Return what n or more candidates cost at least, for n of 1 to `size`: ascending, unlike the totals."""
+    n = np.arange(1, size + 1 + cost.beyond(schedule))
+    at_work = n[:, None] if schedule is None else schedule.survivors_of(n)
+    return np.minimum.accumulate(cost.totals(at_work, schedule)[::-1])[::-1][:size]
+
+
+def _batch_seconds(table: tuple[tuple[int, float], ...], sizes: np.ndarray) -> np.ndarray:
+    """Return what whole batches of `sizes` candidates take; nothing for a batch of none."""
+    measured, each = np.array(table).T
+    times = measured * each
+    slope = max(0.0, (times[-1] - times[-2]) / (measured[-1] - measured[-2]))
+    above = np.maximum(sizes - measured[-1], 0) * slope
+    return np.where(sizes > 0, np.interp(sizes, measured, times) + above, 0.0)
+
+
+def _amount(name: str, value: Any, *, open_low: bool) -> float | tuple[tuple[int, float], ...]:
+    """Return a checked number, or a checked table as pairs of batch size and cost a candidate, ascending."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, list | tuple) or not all(isinstance(one, tuple) and len(one) == 2 for one in pairs):
+        return real(name, value, 0, open_low=open_low, error=CostError)
+    table: dict[int, float] = {}
+    for given, each in pairs:
+        # JSON has no keys but strings
+        size = int(given) if isinstance(given, str) and given.isdecimal() else given
+        size = integer(f"batch size of {name}", size, 1, _MOST_AT_ONCE, error=CostError)
+        if size in table:
+            raise CostError(f"{name}: got batch size {size} twice, expected each once. Leave one of them out.")
+        table[size] = real(f"{name} at batch size {size}", each, 0, open_low=open_low, error=CostError)
+    if len(table) < 2:
+        raise CostError(
+            f"{name}: got a table of {len(table)} batch sizes, {sorted(table)}, expected two or more. Measure more sizes with "
+            "`ttsnap cost --batch-sizes`, or give a number."
+        )
+    return tuple(sorted(table.items()))
+
+
+def _measured(model: Mapping[str, Any], by_batch: Any, path: Path) -> dict[str, dict[int, float]]:
+    """Return tables for the parts that an older file of `ttsnap cost` gives as numbers beside what was measured by batch."""
+    tables: dict[str, dict[int, float]] = {}
+    try:
+        for row in by_batch:
+            tables.setdefault(row["part"], {})[row["batch_size"]] = row["seconds"]
+    except (TypeError, KeyError) as error:
+        raise CostError(
+            f"cost file {path}: got a by_batch that cannot be read ({error!r}), expected rows of batch_size, part and seconds. "
+            "Measure again with `ttsnap cost`."
+        ) from error
+    return {
+        name: table for name, table in tables.items() if len(table) > 1 and isinstance(model.get(name), int | float)
+    }
 
 
 def _presets() -> dict[str, CostModel]:

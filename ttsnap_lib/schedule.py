@@ -95,6 +95,14 @@ class Schedule(Plain):
             counts.append(kept(counts[-1], ratio))
         return tuple(counts)
 
+    def survivors_of(self, n: np.ndarray) -> np.ndarray:
+        """Return :meth:`survivors` for each of the numbers `n`, int64 (n, stage + 1)."""
+        counts = np.empty((len(n), len(self) + 1), np.int64)
+        counts[:, 0] = n
+        for k, ratio in enumerate(self.keep_ratios):
+            counts[:, k + 1] = np.maximum(1, np.rint(counts[:, k] * ratio))
+        return counts
+
     def to_yaml(self) -> str:
         """Return the schedule as two lines of YAML."""
         import yaml

@@ -8,10 +8,14 @@ import pytest
 from tests.tuning.world import BUDGETS, COST
 from ttsnap_lib.tuning.space import SearchSpace
 
+BY_BATCH = {"step": {1: 3.0, 2: 1.2, 4: 1.1, 8: 1.0}, "verify": {1: 0.9, 8: 0.2}}  # seconds of 2 cost less than of 1
 
-@pytest.mark.parametrize("accounting", ["exact", "published"])
-def test_counts_equal_the_cost_model(accounting):
-    cost = dataclasses.replace(COST, accounting=accounting, per_prompt=0.7, preview_decode=0.1)
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"accounting": "published"}, BY_BATCH, {**BY_BATCH, "batch_size": 3, "prompts_together": 2}]
+)
+def test_counts_equal_the_cost_model(changes):
+    cost = dataclasses.replace(COST, **{"per_prompt": 0.7, "preview_decode": 0.1, **changes})
     space = SearchSpace(tuple(range(7)), 4, cost, BUDGETS, 32)
     rng = np.random.default_rng(0)
     for _ in range(60):

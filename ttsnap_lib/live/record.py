@@ -44,8 +44,9 @@ class StageRecord:
 
     def price(self, cost: CostModel) -> float:
         """Return, and note, what was done here in the unit of `cost`."""
-        decode = cost.decode if not self.preview or cost.preview_decode is None else cost.preview_decode
-        self.cost = self.forwards * cost.step + self.decodes * decode + self.scores * cost.verify
+        decode = "decode" if not self.preview or cost.preview_decode is None else "preview_decode"
+        counts = {"step": self.forwards, decode: self.decodes, "verify": self.scores}
+        self.cost = sum(count * cost.each(part, cost.batch_size or 1) for part, count in counts.items())
         return self.cost
 
 

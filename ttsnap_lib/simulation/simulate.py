@@ -369,7 +369,8 @@ def curves(
         winners=winners,
         level=level,
         boot=boot[:, :split].reshape(resamples, *table[0].shape[1:]),
-        ladder_spent=np.array([cast("CostModel", cost).total(int(k)) for k in wanted]),
+        # With seconds by batch a larger N may cost less than a smaller one, which then nobody runs.
+        ladder_spent=np.minimum.accumulate([cast("CostModel", cost).total(int(k)) for k in wanted[::-1]])[::-1],
         ladder=best,
         ladder_boot=boot[:, split:].reshape(resamples, *table[1].shape[1:]),
     )
@@ -442,8 +443,9 @@ def tell_tiny_checks(cost: CostModel) -> None:
 
 def tiny_checks(cost: CostModel) -> str:
     """Say what such a cost means."""
+    tiny = cost.each("preview_decode", cost.batch_size or 1)
     return (
-        f"checks are charged by a tiny decoder ({cost.preview_decode:.4g} {cost.unit}), but the tensor's scores there were "
+        f"checks are charged by a tiny decoder ({tiny:.4g} {cost.unit}), but the tensor's scores there were "
         "made through the full one: a run that decodes by the tiny one sees slightly other scores, and may prune others"
     )
 

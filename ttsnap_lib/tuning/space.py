@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -46,16 +45,17 @@ class SearchSpace:
 
     def _table(self, schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
         """Return survivors (n, stage + 1) and the cost (n,) of 1 to pool + 1 candidates."""
-        n = np.arange(1, self.pool + 2)
-        survivors = np.empty((len(n), len(schedule) + 1), np.int64)
-        survivors[:, 0] = n
-        fractions = np.empty(survivors.shape)
-        fractions[:, 0] = n
-        for k, ratio in enumerate(schedule.keep_ratios):
-            survivors[:, k + 1] = np.maximum(1, np.rint(survivors[:, k] * ratio))
-            fractions[:, k + 1] = fractions[:, k] * ratio
-        at_work = survivors if self.cost.accounting == "exact" else fractions
-        return survivors, self.cost.per_prompt + at_work @ _unit_costs(self.cost, schedule.steps)
+        n = np.arange(1, self.pool + 2 + self.cost.beyond(schedule))
+        survivors = schedule.survivors_of(n)
+        at_work = survivors
+        if self.cost.accounting == "published":
+            at_work = survivors.astype(float)
+            for k, ratio in enumerate(schedule.keep_ratios):
+                at_work[:, k + 1] = at_work[:, k] * ratio
+        totals = self.cost.totals(at_work, schedule)
+        if self.cost.batch_size is not None:  # a few more candidates may cost less: ascending for searchsorted
+            totals = np.minimum.accumulate(totals[::-1])[::-1]
+        return survivors, totals
 
     def first(self) -> list[Schedule]:
         """Return what every search starts with: no pruning, the published schedule, evenly spread checks."""
@@ -128,12 +128,6 @@ class SearchSpace:
         pairs += [pair for pair in zip(other.steps, other.keep_ratios, strict=True) if pair[0] > cut]
         pairs = pairs[: self.max_stages]
         return _make([step for step, _ in pairs], [ratio for _, ratio in pairs])
-
-
-@functools.lru_cache(maxsize=4096)
-def _unit_costs(cost: CostModel, steps: tuple[int, ...]) -> np.ndarray:
-    """Return what one candidate costs in each stage; the cost model's own formula, with nothing dropped."""
-    return np.array([stage.total for stage in cost.stages(1, Schedule(steps, (1.0,) * len(steps)))])
 
 
 def _make(steps: Iterable[int], ratios: Iterable[float]) -> Schedule:
