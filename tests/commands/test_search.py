@@ -54,10 +54,11 @@ def test_search_a_file_twice(tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red ring\na blue disk\na green star\n")
     arguments = ["search", "--prompts", str(prompts), "--limit", "2", *POCKET, "--candidates", "2", "-o",
-                 str(tmp_path / "out")]  # fmt: skip
+                 str(tmp_path / "out"), "--together", "2"]  # fmt: skip
     assert main(arguments) == 0
     assert main(arguments) == 0
     frame = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert SearchRecord.load(tmp_path / "out" / "p0001").together == [0, 1]
     assert frame["prompt"].tolist() == ["a red ring", "a blue disk"] and "results.csv" in capsys.readouterr().out
 
 
@@ -65,6 +66,8 @@ def test_search_a_file_twice(tmp_path, capsys):
     ("arguments", "says"),
     [
         (["a ring", "--prompts", "x.txt", "--candidates", "2"], "exactly one"),
+        (["a ring", "--together", "4", "--candidates", "2"], "for several prompts"),
+        (["--prompts", "x.txt", "--together", "4", "--candidates", "4", "--negtome", "2"], "together with NegToMe"),
         (["a ring", "--budget", "1", "--cost", "flux-512+hpsv2"], "the cost of one candidate"),
         (["a ring", "--candidates", "2", "--schedule", "nowhere.yaml"], "schedule file nowhere.yaml"),
         (["--prompts", "nowhere.txt", "--candidates", "2"], "nowhere.txt"),

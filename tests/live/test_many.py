@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from tests.worlds import N_STEPS, SCHEDULE, settings
+from tests import worlds
+from tests.worlds import COST, N_STEPS, SCHEDULE, load_clip, settings
 from ttsnap_lib import CostModel, Schedule
-from ttsnap_lib.errors import ConfigError, DiskError, SearchError
+from ttsnap_lib.diffusion.negtome import NegToMe
+from ttsnap_lib.errors import BudgetError, ConfigError, DiskError, SearchError
 from ttsnap_lib.files import shard_lock
+from ttsnap_lib.live import run
 from ttsnap_lib.live.many import collect, compare, search_many
 from ttsnap_lib.live.record import SearchRecord
 from ttsnap_lib.rewards.loading import load_reward
@@ -36,9 +41,10 @@ def whole(search_all, tmp_path_factory):
     return folder, search_all(folder)
 
 
-def _same(frame: pd.DataFrame, other: pd.DataFrame) -> None:
+def _same(frame: pd.DataFrame, other: pd.DataFrame, *, atol: float = 0) -> None:
+    """Hold two tables to each other; `atol` for scores around 1 of other batches (a picture is rounded to 256 levels)."""
     columns = ["prompt_index", "prompt", "winner", "seed", "clip", "complete"]
-    pd.testing.assert_frame_equal(frame[columns], other[columns])
+    pd.testing.assert_frame_equal(frame[columns], other[columns], rtol=0, atol=atol)
 
 
 def test_one_folder_a_prompt_and_a_table(whole):
@@ -121,8 +127,6 @@ def test_a_prompt_that_fails_does_not_stop_the_others(search_all, tmp_path):
 
 
 def test_a_deadline_ends_each_prompt_not_the_run(search_all, tmp_path, flux):
-    import time
-
     handle = flux.transformer.register_forward_pre_hook(lambda *_: time.sleep(0.05))
     try:
         with warnings.catch_warnings():
@@ -157,8 +161,135 @@ def test_compare_is_paired():
         compare({"ttsnap": base}, "reward")
 
 
+# Several prompts together
+
+
+class Sizes(list):
+    """The batch sizes that a module saw."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.handle = module.register_forward_pre_hook(self._seen, with_kwargs=True)
+
+    def _seen(self, module, args, kwargs):
+        self.append(len(args[0] if args else next(iter(kwargs.values()))))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl", "sd3"])
+def test_prompts_together_share_batches_and_win_as_alone(pipelines, clip, adapters, folders, name, tmp_path):
+    pipeline = pipelines[name] if name in pipelines else worlds.build(name)
+    given = {"settings": settings(n_steps=N_STEPS), "schedule": SCHEDULE, "candidates": 8, "batch_size": 8}
+    given |= {"cost": COST}
+    reward = [load_clip(folders[0], adapters=adapters), load_clip(folders[1], "other")]
+    alone = search_many(pipeline, PROMPTS, reward, tmp_path / "alone", **given)
+    with Sizes(getattr(pipeline, "transformer", None) or pipeline.unet) as sizes:
+        shared = search_many(pipeline, PROMPTS, reward, tmp_path / "shared", together=4, **given)
+    double = 1 if name == "flux" else 2  # with guidance a batch is twice its candidates
+    assert sizes == [8 * double] * (4 * 2 + 2 * 2 + 1)  # 4 prompts of 8, 4 and 2 candidates in batches of 8
+    _same(shared, alone, atol=1e-2)
+    for number in range(len(PROMPTS)):
+        one, other = (SearchRecord.load(tmp_path / place / f"p{number:04d}") for place in ("alone", "shared"))
+        np.testing.assert_allclose(other.scores, one.scores, atol=1e-2)
+        assert one.together == [] and other.together == [0, 1, 2, 3]
+        counted = ["candidates", "forwards", "decodes", "scores", "cost", "variant"]
+        assert other.stage_frame()[counted].equals(one.stage_frame()[counted])
+
+
+def test_seconds_of_prompts_together_add_up(search_all):
+    begin = time.perf_counter()
+    frame = search_all(None, together=4)
+    whole = time.perf_counter() - begin
+    assert 0.8 * whole < frame["elapsed_s"].sum() < whole
+    assert frame["elapsed_s"].max() < 2 * frame["elapsed_s"].min()  # each did the same
+
+
+@pytest.mark.parametrize("together", [2, 3])
+def test_an_interrupted_group_keeps_all_its_prompts_and_goes_on(whole, search_all, tmp_path, together):
+    seen = []
+
+    def stop(record):
+        seen.append((record.prompt_index, len(record.stages)))
+        if seen[-1] == (1, 3):  # its last check, after that of prompt 0
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search_all(tmp_path, together=together, on_check=stop)
+    assert pd.read_csv(tmp_path / "results.csv")["prompt_index"].tolist() == [0]
+    records = [SearchRecord.load(tmp_path / f"p{k:04d}") for k in range(together)]
+    assert [record.stopped for record in records] == ["", *["interrupt"] * (together - 1)]
+    done = (tmp_path / "p0000" / "image.png").stat().st_mtime_ns
+    _same(search_all(tmp_path, together=together), whole[1], atol=1e-2)
+    assert (tmp_path / "p0000" / "image.png").stat().st_mtime_ns == done
+    assert SearchRecord.load(tmp_path / "p0001").together == [1, 2, 3][:together]
+
+
+def test_a_deadline_is_shared_by_prompts_together(search_all, flux):
+    handle = flux.transformer.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            begin = time.perf_counter()
+            with pytest.raises(SearchError, match="3 of 4 prompts failed.*before its first step"):
+                search_all(None, together=4, deadline_s=0.1, batch_size=1, candidates=40)
+            assert 0.4 < time.perf_counter() - begin < 2
+            with pytest.raises(BudgetError, match="deadline_s"):
+                search_all(None, together=4, deadline_s=1e-9)
+    finally:
+        handle.remove()
+
+
+def test_a_prompt_that_fails_does_not_cost_those_it_runs_with(search_all, tmp_path):
+    def fussy(prompts, images):
+        values = worlds.brightness(prompts, images)
+        return [float("nan") if prompt == PROMPTS[1] else value for prompt, value in zip(prompts, values, strict=True)]
+
+    sound = search_all(None, reward=worlds.brightness)
+    told = pytest.warns(UserWarning, match=r"fussy failed at step 1 for the candidates \[0, 1, 2\] of prompt 1, which")
+    with told, pytest.raises(SearchError, match=r"1 of 4 prompts failed: \[1\]"):
+        search_all(tmp_path, reward=fussy, together=4)
+    frame = collect(tmp_path)
+    assert frame["prompt_index"].tolist() == [0, 2, 3]
+    assert frame["winner"].tolist() == sound["winner"][[0, 2, 3]].tolist()
+
+
+def test_memory_that_runs_out_with_prompts_together_halves_the_batch(whole, search_all, flux):
+    seen = []
+
+    def limited(module, args, kwargs):
+        seen.append(len(args[0] if args else next(iter(kwargs.values()))))
+        if seen[-1] > 4:
+            raise torch.OutOfMemoryError("injected")
+
+    handle = flux.transformer.register_forward_pre_hook(limited, with_kwargs=True)
+    try:
+        with pytest.warns(UserWarning, match="denoising 8 candidates; going on with 4"):
+            frame = search_all(None, together=4, batch_size=8)
+    finally:
+        handle.remove()
+    assert seen.count(8) == 1 and set(seen[1:]) == {4}  # 12, 4 and 4 candidates, once learnt for all stages
+    _same(frame, whole[1], atol=1e-2)
+
+
+def test_latents_of_many_prompts_rest_in_main_memory(whole, search_all, monkeypatch):
+    monkeypatch.setattr(run, "_ON_DEVICE_BYTES", 0)
+    _same(search_all(None, together=3), whole[1], atol=1e-2)
+
+
+def test_negtome_runs_one_prompt_at_a_time(search_all):
+    with pytest.raises(ConfigError, match="together with NegToMe: got 2 prompts"):
+        search_all(None, together=2, candidates=4, negtome=NegToMe(group_size=2))
+    with pytest.raises(ConfigError, match="together"):
+        search_all(None, together=0)
+
+
 def test_without_a_folder_only_the_table_stays(whole, search_all):
-    _same(search_all(None), whole[1])
+    _same(search_all(None), whole[1], atol=1e-2)
 
 
 def test_pictures_of_a_comparison(whole):

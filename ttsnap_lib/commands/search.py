@@ -57,6 +57,7 @@ def add(commands: Any) -> None:
     search.add_argument("--tiny", metavar="MODEL", help="AutoencoderTiny that decodes at the checks (or pocket-tiny)")
     search.add_argument("--seed", type=int, default=0, help="base seed")
     search.add_argument("--batch-size", type=int, metavar="N", help="candidates at once (default: what fits)")
+    search.add_argument("--together", type=int, metavar="N", help="prompts that share batches (default: 1)")
     search.add_argument("--shard", metavar="I/N", help="every N-th prompt of the file, from the I-th: 0/4, 1/4, ...")
     search.add_argument("-o", "--out", metavar="FOLDER", required=True, help="gets the image and the record")
     _run_arguments(search)
@@ -96,6 +97,9 @@ def _search(arguments: argparse.Namespace) -> int:
     # What costs nothing to check comes before any library or model is loaded.
     if (arguments.prompt is None) == (arguments.prompts is None):
         raise ConfigError("prompt: give exactly one of a prompt and --prompts FILE.")
+    if arguments.prompts is None and arguments.together is not None:
+        raise ConfigError(f"--together {arguments.together} is for several prompts. Give --prompts FILE.")
+    together = 1 if arguments.together is None else arguments.together
     given = arguments.schedule
     plan = {
         "schedule": Schedule.from_yaml(given if given.lstrip().startswith("{") else Path(given)) if given else None,
@@ -103,7 +107,7 @@ def _search(arguments: argparse.Namespace) -> int:
         "method": arguments.method, "batch_size": arguments.batch_size,
     }  # fmt: skip
     group = 1 if arguments.negtome is None else integer("--negtome", arguments.negtome, 1)
-    planned(**plan, n_steps=integer("--steps", arguments.steps, 1, MAX_STEPS), group=group)
+    planned(**plan, n_steps=integer("--steps", arguments.steps, 1, MAX_STEPS), group=group, together=together)
     if arguments.prompts is not None:
         from ttsnap_lib.trajectories.prompts import read_prompts
 
@@ -131,7 +135,8 @@ def _search(arguments: argparse.Namespace) -> int:
         from ttsnap_lib.live.many import search_many
 
         bar = progress_bar("prompts", quiet=arguments.quiet)
-        frame = search_many(pipeline, prompts, rewards, arguments.out, shard=arguments.shard, progress=bar, **options)
+        options |= {"together": together, "shard": arguments.shard, "progress": bar}
+        frame = search_many(pipeline, prompts, rewards, arguments.out, **options)
         print(frame.drop(columns="prompt").round(4).to_string(index=False))
         print(f"{arguments.out}: results.csv, results.parquet, one folder a prompt")
         return 0

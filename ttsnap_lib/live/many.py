@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,8 @@ from ttsnap_lib.files import (
     shard_lock,
     write_json,
 )
-from ttsnap_lib.live.run import search
+from ttsnap_lib.live.record import SearchResult
+from ttsnap_lib.live.run import Searcher
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.simulation.metrics import Estimate
 from ttsnap_lib.trajectories.identity import decoder_digest, run_time_changes, weights_digest
@@ -43,6 +45,7 @@ def search_many(
     reward: Any,
     folder: str | Path | None,
     *,
+    together: int = 1,
     shard: tuple[int, int] | str | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
@@ -58,6 +61,10 @@ def search_many(
     folder : path or None
         Gets ``p0000/image.png``, ``record.json``, ``candidates.parquet`` and ``summary.json`` per prompt, and the
         returned table, see :func:`collect`. None keeps nothing but the table of this shard.
+    together : int
+        How many prompts run through the stages together: survivors of different prompts share batches, each prompt is
+        pruned by itself. Winners are those of one prompt at a time up to rounding. Not with NegToMe. Prompts that run
+        together share their deadlines: four of them have four times `deadline_s`.
     shard : (int, int) or "0/2", optional
         Which of how many processes this is; prompts are dealt out in turn. By default the place in an
         ``accelerate launch``, else all prompts.
@@ -71,7 +78,7 @@ def search_many(
     DiskError
         A full disk, a folder that cannot be written, or another process at the same shard. What is done stays.
     KeyboardInterrupt
-        Ctrl-C; the best so far of the prompt at work is saved, and searched again next time.
+        Ctrl-C; the best so far of the prompts at work is saved, and they are searched again next time.
     """
     import pandas as pd
 
@@ -81,41 +88,51 @@ def search_many(
         "decoder": load_decoder(options.get("decoder"), pipeline), "settings": as_settings(options.get("settings")),
     }  # fmt: skip
     rewards = [load_reward(one) for one in (reward if isinstance(reward, list | tuple) else [reward])]
+    searcher = Searcher(pipeline, rewards, together=together, **options)
     mine = range(index, len(prompts), of)
+    digests = {number: hashlib.sha256(prompts[number].encode()).hexdigest() for number in mine}
     failed: dict[int, SearchError] = {}
     rows: list[dict[str, Any]] = []
+    ticks = itertools.count(1)
 
-    def work(place: Path | None) -> None:
-        for done, number in enumerate(mine):
-            target = None if place is None else place / f"p{number:04d}"
-            digest = hashlib.sha256(prompts[number].encode()).hexdigest()
-            before = None if target is None else read_if_whole(target / "summary.json")
-            if not before or before.get("stopped") == "interrupt" or before.get("prompt_sha256") != digest:
-                try:
-                    result = search(pipeline, prompts[number], rewards, prompt_index=number, **options)
-                except SearchError as error:  # one prompt must not cost the others
-                    failed[number] = error
-                    warnings.warn(f"prompt {number}: {error}", stacklevel=3)
-                else:
-                    rows.append(result.summary())
-                    if target is not None:
-                        result.save(target)
-                        write_json(target / "summary.json", {**result.summary(), "prompt_sha256": digest})
-                    if result.record.stopped == "interrupt":
-                        raise KeyboardInterrupt
-            if progress is not None:
-                progress(done + 1, len(mine))
+    def tick() -> None:
+        if progress is not None:
+            progress(next(ticks), len(mine))
+
+    def keep(number: int, result: SearchResult | SearchError) -> None:
+        if isinstance(result, SearchError):
+            failed[number] = result
+            warnings.warn(f"prompt {number}: {result}", stacklevel=3)
+        else:
+            rows.append(result.summary())
+            if folder is not None:
+                target = Path(folder) / f"p{number:04d}"
+                result.save(target)
+                write_json(target / "summary.json", {**result.summary(), "prompt_sha256": digests[number]})
+        tick()
+
+    def work() -> None:
+        left = []
+        for number in mine:
+            before = None if folder is None else read_if_whole(Path(folder) / f"p{number:04d}" / "summary.json")
+            if before and before.get("stopped") != "interrupt" and before.get("prompt_sha256") == digests[number]:
+                tick()
+            else:
+                left.append(number)
+        for start in range(0, len(left), together):
+            group = left[start : start + together]
+            if searcher.run({number: prompts[number] for number in group}, keep) == "interrupt":
+                raise KeyboardInterrupt
 
     if folder is None:
-        work(None)
+        work()
         frame = pd.DataFrame(rows)
     else:
-        folder = Path(folder)
-        with shard_lock(folder, (index, of)) as held:
-            _claim(folder, _identity(pipeline, rewards, options))
+        with shard_lock(Path(folder), (index, of)) as held:
+            _claim(Path(folder), _identity(pipeline, rewards, options))
         with held:
             try:
-                work(folder)
+                work()
             finally:
                 frame = collect(folder)
     if failed:

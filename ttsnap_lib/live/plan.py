@@ -19,6 +19,7 @@ def planned(
     n_steps: int,
     group: int = 1,
     batch_size: int | None = None,
+    together: int = 1,
 ) -> tuple[Schedule, CostModel | None, int]:
     """Return the schedule, the cost model and how many candidates start: whole groups, as many as the budget buys."""
     if schedule is not None and not isinstance(schedule, Schedule):
@@ -28,6 +29,10 @@ def planned(
     if method is not None and choice("method", method, METHODS) == "best_of_n":
         schedule = Schedule()
     costs = CostModel.load(cost) if isinstance(cost, str | Path) else cost
+    if integer("together", together, 1) > 1 and group > 1:
+        raise ConfigError(
+            f"together with NegToMe: got {together} prompts, expected 1, as it couples the images of a batch. Leave one out."
+        )
     n = _candidates_for(budget, candidates, costs, schedule, n_steps, group)
     if batch_size is not None and integer("batch_size", batch_size, 1) % group:
         raise ConfigError(

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class StageRecord:
     """One stage as it ran: the forwards, decodes and scores that were done, and the seconds they took.
 
-    What was done twice because memory ran out is counted twice. `cost` is None without a cost model.
+    What was done twice because memory ran out is counted twice. Of batches shared with other prompts the seconds are this
+    prompt's share. `cost` is None without a cost model.
     """
 
     first_step: int
@@ -44,9 +45,8 @@ class StageRecord:
 
     def price(self, cost: CostModel) -> float:
         """Return, and note, what was done here in the unit of `cost`."""
-        decode = "decode" if not self.preview or cost.preview_decode is None else "preview_decode"
-        counts = {"step": self.forwards, decode: self.decodes, "verify": self.scores}
-        self.cost = sum(count * cost.each(part, cost.batch_size or 1) for part, count in counts.items())
+        decode = cost.decode if not self.preview or cost.preview_decode is None else cost.preview_decode
+        self.cost = self.forwards * cost.step + self.decodes * decode + self.scores * cost.verify
         return self.cost
 
 
@@ -74,6 +74,7 @@ class SearchRecord:
     winner: int = -1  # the best so far while the run goes on
     stopped: str = ""  # "deadline" or "interrupt" when cut short
     cost_model: dict[str, Any] | None = None  # it priced the stages
+    together: list[int] = field(default_factory=list)  # indices of the prompts that shared its batches; empty alone
     facts: dict[str, Any] = field(default_factory=dict)  # model, scheduler, device, precision, decoder, versions
     # (candidate, step) to a small uint8 picture (H, W, 3); not saved
     previews: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)

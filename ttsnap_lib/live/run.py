@@ -2,7 +2,7 @@
 
 Candidates start from noise in batches, run to the first pruning step, are decoded and scored there, the best go on in
 full batches, and the end is chosen on the clean image (paper, section 3). With the same seeds and scores the winner is
-the one that :func:`ttsnap_lib.prune` returns.
+the one that :func:`ttsnap_lib.prune` returns. Several prompts may share the batches; each is pruned by itself.
 """
 
 from __future__ import annotations
@@ -129,70 +129,19 @@ def search(
         Ctrl-C before the first step.
     """
     begin = time.perf_counter()
-    deadline = None if deadline_s is None else time.monotonic() + real("deadline_s", deadline_s, 0, open_low=True)
     text("prompt", prompt)
-    seed, prompt_index = integer("seed", seed, 0), integer("prompt_index", prompt_index, 0)
-    group = 1 if negtome is None else negtome.group_size
-    n_steps = as_settings(settings).n_steps
-    schedule, costs, n = planned(schedule, budget, candidates, cost, method, n_steps, group, batch_size)
-    rewards = [load_reward(one) for one in (reward if isinstance(reward, list | tuple) else [reward])]
-    names = [one.name for one in rewards]
-    if not names or len(set(names)) != len(names):
-        raise ConfigError(f"reward: got {names}, expected rewards of distinct names. Use load_reward(name=...).")
-    report = [report] if isinstance(report, str) else list(report or ())
-    selecting, weight_row = selecting_rewards(names, report, combine, weights)
-    method = _method_for(method, schedule, [rewards[k] for k in selecting])
-    denoiser = Denoiser(load_pipeline(pipeline) if isinstance(pipeline, str | Path) else pipeline, settings)
-    decoder = load_decoder(decoder, denoiser.pipeline)
-    if negtome is not None:
-        window = negtome.active_steps(denoiser.pipeline, denoiser.timesteps)
-        if window and len(schedule) and schedule.steps[0] < window[-1]:
-            raise ScheduleError(
-                f"pruning inside the window of NegToMe: got step {schedule.steps[0]}, expected at least {window[-1]}. "
-                "Prune later, narrow the window, or search without NegToMe."
-            )
-    if batch_size is None:
-        batch_size = max(group, _BATCH.get(denoiser.device.type, _BATCH_ON_ACCELERATOR) // group * group)
-
-    checks = [*schedule.steps, denoiser.settings.n_steps - 1]
-    facts = {
-        **pipeline_facts(denoiser),
-        "decoder": None if decoder is None else type(decoder).__name__,
-        "versions": {name: versions().get(name) for name in ("ttsnap", "torch", "diffusers", "transformers")},
-    }
-    record = SearchRecord(
-        prompt=prompt, method=method, seed=seed, prompt_index=prompt_index,
-        seeds=[image_seed(seed, prompt_index, image) for image in range(n)], rewards=names,
-        schedule=schedule.to_dict(), settings=denoiser.settings.to_dict(), checks=checks,
-        scores=np.full((n, len(checks), len(names)), np.nan, np.float32), pruned_at=[-1] * n, combine=combine,
-        weights=None if weight_row is None else weight_row.tolist(), report=report,
-        cost_model=None if costs is None else costs.to_dict(), facts=facts,
+    prompt_index = integer("prompt_index", prompt_index, 0)
+    searcher = Searcher(
+        pipeline, reward, schedule, budget, candidates, cost, seed, method,
+        settings=settings, combine=combine, weights=weights, report=report, decoder=decoder, batch_size=batch_size,
+        deadline_s=deadline_s, negtome=negtome, on_check=on_check, progress=progress,
     )  # fmt: skip
-    run = Run(
-        record, denoiser, rewards, selecting, schedule, decoder, batch_size, group, deadline, on_check, progress
-    )  # fmt: skip
-    with contextlib.ExitStack() as held:
-        for one in rewards:
-            held.enter_context(one.at(None))
-        if negtome is not None:
-            held.enter_context(negtome.install(denoiser.pipeline))
-        try:
-            encoded = denoiser.encode([prompt])
-            record.text_s = time.perf_counter() - begin
-            picture = run.whole(encoded, denoiser.noise([image_generator(seed, prompt_index, i) for i in range(n)]))
-        except (_TimeUp, KeyboardInterrupt) as stop:
-            record.stopped = "deadline" if isinstance(stop, _TimeUp) else "interrupt"
-            found = run.best_so_far()
-            if found is None and isinstance(stop, _TimeUp):
-                raise BudgetError(
-                    f"deadline_s: got {deadline_s}, expected time for one step of one batch. Raise it or lower batch_size."
-                ) from None
-            if found is None:
-                raise
-            picture = found
-    record.elapsed_s = time.perf_counter() - begin - run.told_s
-    spent = float("nan") if costs is None else record.price(costs)
-    return SearchResult(Image.fromarray(picture), record.winner, record, spent, not record.stopped)
+    found: dict[int, SearchResult | SearchError] = {}
+    searcher.run({prompt_index: prompt}, found.__setitem__, begin)
+    result = found[prompt_index]
+    if isinstance(result, SearchError):
+        raise result
+    return result
 
 
 def _method_for(method: str | None, schedule: Schedule, selecting: Sequence[Any]) -> str:
@@ -212,89 +161,222 @@ class _TimeUp(Exception):
     """The deadline has passed; raised between two denoising steps."""
 
 
-@dataclass
-class Run:
-    """A search at work: what stays the same, the record that it fills, and what it holds at the moment.
+class Searcher:
+    """Everything a search needs but its prompts; :meth:`run` searches some prompts in shared batches.
 
-    ``pictures`` keeps full-size pictures (uint8, H x W x 3) by (candidate, check): those of the check at work, and of
-    earlier checks the best one. ``estimate`` is what the batch at work looks like at the moment.
+    The arguments are those of :func:`search`, and `together`, the number of prompts that a batch may be shared by: by it
+    a budget is turned into candidates.
     """
 
-    record: SearchRecord
-    denoiser: Denoiser
-    rewards: Sequence[Any]
-    selecting: list[int]
-    schedule: Schedule
-    decoder: Any
-    batch_size: int  # halved when memory runs out
-    group: int  # batches are multiples of it: NegToMe couples that many candidates
-    deadline: float | None
-    on_check: Callable[[SearchRecord], None] | None
-    progress: Callable[[int, int], None] | None
-    pictures: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
-    estimate: tuple[np.ndarray, torch.Tensor] | None = None
-    done: int = 0  # forwards of candidates, of `forwards` in the whole run
-    told_s: float = 0.0  # seconds inside on_check and progress: a display is no part of the search's own time
-
-    def __post_init__(self) -> None:
-        self.check_size = self.batch_size  # images decoded and scored at once; halved apart
-        survivors = self.schedule.survivors(len(self.record.seeds))
-        self.forwards = int(np.dot(survivors, np.diff([-1, *self.record.checks])))
-
-    def whole(self, text: Conditioning, candidates: Candidates) -> np.ndarray:
-        """Run all stages and return the winner's picture; `text` is the prompt's one row.
-
-        On _TimeUp and KeyboardInterrupt the record is filled as far as the run came.
-        """
-        alive = np.arange(len(self.record.seeds))
-        for k in range(len(self.record.checks)):
-            candidates, alive = self.stage(k, text, candidates, alive)
-            self._tell(self.on_check, self.record)
-        self._tell(self.progress, self.forwards, self.forwards)
-        return self.pictures[self.record.winner, len(self.record.checks) - 1]
-
-    def stage(
-        self, k: int, text: Conditioning, candidates: Candidates, alive: np.ndarray
-    ) -> tuple[Candidates, np.ndarray]:
-        """Run the candidates `alive` to check `k` and score them there; return those that go on."""
-        record, last = self.record, self.record.checks[k]
-        is_final = k == len(record.checks) - 1
-        aware = record.method == "ttsnap" and not is_final and any(last in one.adapter_steps for one in self.rewards)
-        small = not is_final and self.decoder is not None
-        variant = "noise_aware" if aware else "base"
-        stage = StageRecord(candidates.step + 1, last, len(alive), variant, preview=small)
-        record.stages.append(stage)
-        begin, told = time.perf_counter(), self.told_s
-        try:
-            candidates = self._in_batches(k, stage, text, candidates, alive)
-        finally:
-            stage.elapsed_s = time.perf_counter() - begin - (self.told_s - told)
-        scored = alive[self._scored(k)[alive]]
-        for lost in np.setdiff1d(alive, scored):
-            record.pruned_at[int(lost)] = -2
-        if not len(scored):
-            raise SearchError(
-                f"no candidate could be scored at step {last} by {record.rewards}. The warnings before this say why."
+    def __init__(
+        self,
+        pipeline: Any,
+        reward: Any,
+        schedule: Schedule | None = None,
+        budget: float | None = None,
+        candidates: int | None = None,
+        cost: CostModel | str | Path | None = None,
+        seed: int = 0,
+        method: str | None = None,
+        *,
+        settings: Settings | Mapping[str, Any] | None = None,
+        combine: str = "rank_sum",
+        weights: Mapping[str, float] | Sequence[float] | None = None,
+        report: Sequence[str] | None = None,
+        decoder: Any = None,
+        batch_size: int | None = None,
+        deadline_s: float | None = None,
+        negtome: NegToMe | None = None,
+        on_check: Callable[[SearchRecord], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        together: int = 1,
+    ) -> None:
+        self.deadline_s = None if deadline_s is None else real("deadline_s", deadline_s, 0, open_low=True)
+        self.seed = integer("seed", seed, 0)
+        self.group = group = 1 if negtome is None else negtome.group_size  # NegToMe couples that many candidates
+        n_steps = as_settings(settings).n_steps
+        self.schedule, self.cost, self.n = planned(
+            schedule, budget, candidates, cost, method, n_steps, group, batch_size, together
+        )  # fmt: skip
+        self.rewards = [load_reward(one) for one in (reward if isinstance(reward, list | tuple) else [reward])]
+        self.names = [one.name for one in self.rewards]
+        if not self.names or len(set(self.names)) != len(self.names):
+            raise ConfigError(
+                f"reward: got {self.names}, expected rewards of distinct names. Use load_reward(name=...)."
             )
-        # A candidate without a score leaves its place to the others.
-        keep = 1 if is_final else min(kept(len(alive), self.schedule.keep_ratios[k]), len(scored))
-        stay = self._best(k, scored, keep)
-        record.winner = int(self._best(k, stay, 1)[0])
-        self.pictures = {(record.winner, k): self.pictures[record.winner, k]}
-        if is_final:
-            return candidates, alive
-        for dropped in np.setdiff1d(scored, stay):
-            record.pruned_at[int(dropped)] = last
-        return candidates.take(np.searchsorted(alive, stay).tolist()), stay
+        self.report = [report] if isinstance(report, str) else list(report or ())
+        self.combine = combine
+        self.selecting, self.weights = selecting_rewards(self.names, self.report, combine, weights)
+        self.method = _method_for(method, self.schedule, [self.rewards[k] for k in self.selecting])
+        self.denoiser = Denoiser(load_pipeline(pipeline) if isinstance(pipeline, str | Path) else pipeline, settings)
+        self.decoder = load_decoder(decoder, self.denoiser.pipeline)
+        self.negtome = negtome
+        if negtome is not None:
+            window = negtome.active_steps(self.denoiser.pipeline, self.denoiser.timesteps)
+            if window and len(self.schedule) and self.schedule.steps[0] < window[-1]:
+                raise ScheduleError(
+                    f"pruning inside the window of NegToMe: got step {self.schedule.steps[0]}, expected at least "
+                    f"{window[-1]}. Prune later, narrow the window, or search without NegToMe."
+                )
+        if batch_size is None:
+            batch_size = max(group, _BATCH.get(self.denoiser.device.type, _BATCH_ON_ACCELERATOR) // group * group)
+        self.batch_size = batch_size  # halved when memory runs out
+        self.check_size = batch_size  # images decoded and scored at once; halved apart
+        self.checks = [*self.schedule.steps, self.denoiser.settings.n_steps - 1]
+        self.on_check, self.progress = on_check, progress
 
-    def check(self, k: int, stage: StageRecord, moved: Candidates, x0: torch.Tensor, rows: np.ndarray) -> None:
+    def run(
+        self,
+        prompts: Mapping[int, str],
+        take: Callable[[int, SearchResult | SearchError], None],
+        begin: float | None = None,
+    ) -> str:
+        """Search `prompts`, by their index in a prompt file, together; ``take(index, result)`` gets each when it is there.
+
+        Returns "deadline" or "interrupt" when cut short, else "". `begin` is the ``perf_counter`` that time counts from.
+        A prompt without a single score gives a SearchError to `take`, and costs the others nothing.
+
+        Raises
+        ------
+        BudgetError, KeyboardInterrupt
+            The deadline, or Ctrl-C, came before the first step.
+        """
+        begin = time.perf_counter() if begin is None else begin
+        self.deadline = None if self.deadline_s is None else begin + self.deadline_s * len(prompts)
+        self.take, self.lap_from, self.told_s, self.done = take, begin, 0.0, 0
+        self.work = [_Prompt(self._record(index, prompts), self.selecting, np.arange(self.n)) for index in prompts]
+        steps = np.diff([-1, *self.checks])
+        self.forwards = len(prompts) * int(np.dot(self.schedule.survivors(self.n), steps))  # of candidates, in all
+        self.estimate: tuple[np.ndarray, torch.Tensor] | None = None  # what the batch at work looks like, and its rows
+        with contextlib.ExitStack() as held:
+            for one in self.rewards:
+                held.enter_context(one.at(None))
+            if self.negtome is not None:
+                held.enter_context(self.negtome.install(self.denoiser.pipeline))
+            try:
+                self._run_stages(list(prompts.values()))
+            except (_TimeUp, KeyboardInterrupt) as stop:
+                return self._cut_short(stop)
+        return ""
+
+    def _record(self, index: int, prompts: Mapping[int, str]) -> SearchRecord:
+        facts = {
+            **pipeline_facts(self.denoiser),
+            "decoder": None if self.decoder is None else type(self.decoder).__name__,
+            "versions": {name: versions().get(name) for name in ("ttsnap", "torch", "diffusers", "transformers")},
+        }
+        return SearchRecord(
+            prompt=prompts[index], method=self.method, seed=self.seed, prompt_index=index,
+            seeds=[image_seed(self.seed, index, image) for image in range(self.n)], rewards=self.names,
+            schedule=self.schedule.to_dict(), settings=self.denoiser.settings.to_dict(), checks=self.checks,
+            scores=np.full((self.n, len(self.checks), len(self.names)), np.nan, np.float32), pruned_at=[-1] * self.n,
+            combine=self.combine, weights=None if self.weights is None else self.weights.tolist(), report=self.report,
+            cost_model=None if self.cost is None else self.cost.to_dict(), facts=facts,
+            together=list(prompts) if len(prompts) > 1 else [],
+        )  # fmt: skip
+
+    def _run_stages(self, prompts: list[str]) -> None:
+        """Run all stages. `rows` (n, 2) says which prompt, by its place, and which candidate of it each latent is."""
+        text = self.denoiser.encode(prompts)
+        seconds = self._lap()
+        for one in self.work:
+            one.record.text_s = seconds / len(self.work)
+        rows = np.array([(place, candidate) for place in range(len(prompts)) for candidate in range(self.n)])
+        candidates: Candidates | None = None
+        for k in range(len(self.checks)):
+            candidates, rows = self._stage(k, text, candidates, rows)
+        self._tell(self.progress, self.forwards, self.forwards)
+
+    def _stage(
+        self, k: int, text: Conditioning, candidates: Candidates | None, rows: np.ndarray
+    ) -> tuple[Candidates | None, np.ndarray]:
+        """Run the candidates `rows` to check `k`, prune them prompt by prompt, and return those that go on.
+
+        `text` has one row per prompt. `candidates` is None at the start: noise is drawn for each batch.
+        """
+        last, is_final = self.checks[k], k == len(self.checks) - 1
+        aware = self.method == "ttsnap" and not is_final and any(last in one.adapter_steps for one in self.rewards)
+        variant, first = "noise_aware" if aware else "base", self.checks[k - 1] + 1 if k else 0
+        small = not is_final and self.decoder is not None
+        for one in self.work:
+            if len(one.alive):
+                one.record.stages.append(StageRecord(first, last, len(one.alive), variant, preview=small))
+        parts: list[Candidates] = []
+        start = 0
+        while start < len(rows):
+            self._check_time()
+            batch = rows[start : start + self.batch_size]
+            try:
+                moved = self._batch(k, text, candidates, start, batch)
+            finally:
+                self._note(batch, elapsed_s=self._lap())
+            if moved is None:  # memory ran out; smaller batches from here on
+                continue
+            waiting = moved.latents.nbytes * len(rows) / len(batch) > _ON_DEVICE_BYTES
+            parts.append(replace(moved, latents=moved.latents.cpu()) if waiting else moved)
+            start += len(batch)
+            for place in np.setdiff1d(batch[:, 0], rows[start:, 0]):  # all of its candidates have their score
+                self._prune(k, self.work[place])
+        going = {(place, int(candidate)) for place, one in enumerate(self.work) for candidate in one.alive}
+        stay = [index for index, row in enumerate(rows.tolist()) if tuple(row) in going]
+        return Candidates.cat(parts).take(stay) if stay else None, rows[stay]
+
+    def _batch(
+        self, k: int, text: Conditioning, candidates: Candidates | None, start: int, batch: np.ndarray
+    ) -> Candidates | None:
+        """Denoise, decode and score one batch; None, and a smaller batch size, when memory runs out."""
+        try:
+            if candidates is None:
+                entering = self.denoiser.noise([self._generator(place, candidate) for place, candidate in batch])
+            else:
+                entering = candidates.take(list(range(start, start + len(batch))))
+            moved, x0 = self._denoise(self.checks[k], text.take(batch[:, 0].tolist()), entering, batch)
+        except DeviceError as error:
+            self.batch_size = _halved(len(batch), self.group, "denoising", error)
+            moved = None
+        if moved is None:  # outside the except block, whose traceback keeps the tensors alive
+            _free(self.denoiser.device)
+        else:
+            self._check(k, moved, x0, batch)
+        return moved
+
+    def _generator(self, place: int, candidate: int) -> torch.Generator:
+        return image_generator(self.seed, self.work[place].record.prompt_index, int(candidate))
+
+    def _denoise(
+        self, last: int, text: Conditioning, candidates: Candidates, rows: np.ndarray
+    ) -> tuple[Candidates, torch.Tensor]:
+        """Run to step `last`; return the candidates and their x0 estimates there."""
+        latest: list[torch.Tensor] = []
+        before = self.done
+
+        def on_x0(step: int, x0: torch.Tensor) -> None:
+            latest[:] = [x0]
+            self.estimate = (rows, x0)
+            self.done += len(rows)
+            self._note(rows, "forwards")
+            self._tell(self.progress, min(self.done, self.forwards - 1), self.forwards)
+            self._check_time()
+
+        begin = self._now()
+        steps = range(candidates.step + 1, last + 1)
+        try:
+            moved = self.denoiser.run(candidates, text, last, record=steps, on_x0=on_x0)
+        except DeviceError:
+            self.done = before
+            raise
+        finally:
+            self.denoiser.wait()
+            self._note(rows, denoise_s=self._now() - begin)
+        return moved, latest[0]
+
+    def _check(self, k: int, moved: Candidates, x0: torch.Tensor, rows: np.ndarray) -> None:
         """Decode and score a batch, in smaller parts when memory runs out: what is denoised stays."""
-        record = self.record
-        is_final = k == len(record.checks) - 1
+        is_final = k == len(self.checks) - 1
         start = 0
         while start < len(rows):
             part = list(range(start, min(start + self.check_size, len(rows))))
-            begin = time.perf_counter()
+            begin = self._now()
             pixels: Any = None
             table = None
             try:
@@ -303,121 +385,123 @@ class Run:
                 else:
                     pixels = self.denoiser.decode(x0[part[0] : part[-1] + 1], self.decoder)
                 self.denoiser.wait()
-                middle = time.perf_counter()
-                table = self._scores(stage, rows[part], pixels)
+                middle = self._now()
+                table = self._scores(k, rows[part], pixels)
             except DeviceError as error:
                 self.check_size = _halved(len(part), 1, "decoding and scoring", error)
             if table is None:  # outside the except block, whose traceback keeps the tensors alive
                 pixels = None
                 _free(self.denoiser.device)
                 continue
-            stage.decode_s += middle - begin
-            stage.score_s += time.perf_counter() - middle
-            stage.decodes += len(part)
-            stage.scores += len(part)
-            # Pictures come first: a score without its picture could not be shown after an interruption.
-            for row, picture in zip(rows[part], pixels, strict=True):
-                self.pictures[int(row), k] = _picture(picture)
-                record.previews[int(row), stage.last_step] = _thumbnail(picture)
-            record.scores[rows[part], k] = table
+            self._note(rows[part], "decodes", "scores", decode_s=middle - begin, score_s=self._now() - middle)
+            for (place, candidate), picture, scores in zip(rows[part].tolist(), pixels, table, strict=True):
+                one = self.work[place]
+                # Pictures come first: a score without its picture could not be shown after an interruption.
+                one.pictures[candidate, k] = _picture(picture)
+                one.record.previews[candidate, self.checks[k]] = _thumbnail(picture)
+                one.record.scores[candidate, k] = scores
             start += len(part)
 
-    def best_so_far(self) -> np.ndarray | None:
-        """Return the picture of the best candidate of the furthest check that anyone reached, and note the winner.
-
-        Before the first score it is the present estimate of the first candidate; None before the first step.
-        """
-        record = self.record
-        for k in reversed(range(len(record.checks))):
-            ready = self._scored(k) & [(c, k) in self.pictures for c in range(len(record.seeds))]
-            if ready.any():
-                record.winner = int(self._best(k, np.flatnonzero(ready), 1)[0])
-                return self.pictures[record.winner, k]
-        if self.estimate is None:
-            return None
-        rows, x0 = self.estimate
-        record.winner = int(rows[0])
-        warnings.warn("cut short before the first check: no reward has seen the image, an estimate", stacklevel=3)
-        return _picture(self.denoiser.decode(x0[:1], self.decoder)[0])
-
-    def _in_batches(
-        self, k: int, stage: StageRecord, text: Conditioning, candidates: Candidates, alive: np.ndarray
-    ) -> Candidates:
-        """Denoise, decode and score all candidates of a stage; halve the batch when memory runs out."""
-        parts: list[Candidates] = []
-        start = 0
-        while start < len(alive):
-            self._check_time()
-            rows = alive[start : start + self.batch_size]
-            moved = None
-            try:
-                batch = candidates.take(list(range(start, start + len(rows))))
-                moved, x0 = self._denoise(stage, text.take([0] * len(rows)), batch, rows)
-            except DeviceError as error:
-                self.batch_size = _halved(len(rows), self.group, "denoising", error)
-            if moved is None:
-                _free(self.denoiser.device)
-                continue
-            self.check(k, stage, moved, x0, rows)
-            waiting = moved.latents.nbytes * len(alive) / len(rows) > _ON_DEVICE_BYTES
-            parts.append(replace(moved, latents=moved.latents.cpu()) if waiting else moved)
-            start += len(rows)
-        return Candidates.cat(parts)
-
-    def _denoise(
-        self, stage: StageRecord, text: Conditioning, candidates: Candidates, rows: np.ndarray
-    ) -> tuple[Candidates, torch.Tensor]:
-        """Run to the last step of the stage; return the candidates and their x0 estimates there."""
-        latest: list[torch.Tensor] = []
-        before = self.done
-
-        def on_x0(step: int, x0: torch.Tensor) -> None:
-            latest[:] = [x0]
-            self.estimate = (rows, x0)
-            self.done += len(rows)
-            stage.forwards += len(rows)
-            self._tell(self.progress, min(self.done, self.forwards - 1), self.forwards)
-            self._check_time()
-
-        begin, told = time.perf_counter(), self.told_s
-        steps = range(candidates.step + 1, stage.last_step + 1)
-        try:
-            moved = self.denoiser.run(candidates, text, stage.last_step, record=steps, on_x0=on_x0)
-        except DeviceError:
-            self.done = before
-            raise
-        finally:
-            self.denoiser.wait()
-            stage.denoise_s += time.perf_counter() - begin - (self.told_s - told)
-        return moved, latest[0]
-
-    def _scores(self, stage: StageRecord, candidates: np.ndarray, pixels: torch.Tensor) -> np.ndarray:
+    def _scores(self, k: int, rows: np.ndarray, pixels: torch.Tensor) -> np.ndarray:
         """Return (n, reward) scores with the weights of the step; NaN where a reward failed for an image."""
+        step, works = self.checks[k], [self.work[place] for place in rows[:, 0]]
         table = np.full((len(pixels), len(self.rewards)), np.nan, np.float32)
         reasons: list[str] = []
         for r, reward in enumerate(self.rewards):
-            aware = stage.variant == "noise_aware" and stage.last_step in reward.adapter_steps
-            reward.use_step(stage.last_step if aware else None)
-            scores = _score_each(reward, self.record.prompt, pixels, reasons)
+            aware = works[0].record.stages[-1].variant == "noise_aware" and step in reward.adapter_steps
+            reward.use_step(step if aware else None)
+            scores = _score_each(reward, [one.record.prompt for one in works], pixels, reasons)
             table[:, r] = np.where(np.isfinite(scores), scores, np.nan)
-            lost = candidates[np.isnan(table[:, r])]
-            if len(lost):
+            for place in np.unique(rows[np.isnan(table[:, r]), 0]):
+                lost = rows[np.isnan(table[:, r]) & (rows[:, 0] == place), 1].tolist()
+                of = f" of prompt {self.work[place].record.prompt_index}" if len(self.work) > 1 else ""
                 fate = "drop out" if r in self.selecting else "have no score of it"
                 why = reasons[-1] if reasons else "a score that is not finite"
                 warnings.warn(
-                    f"{reward.name} failed at step {stage.last_step} for the candidates {lost.tolist()}, which {fate}: "
-                    f"{why}",
+                    f"{reward.name} failed at step {step} for the candidates {lost}{of}, which {fate}: {why}",
                     stacklevel=2,
                 )
         return table
 
-    def _scored(self, k: int) -> np.ndarray:
-        return ~np.isnan(self.record.scores[:, k][:, self.selecting]).any(1)
+    def _prune(self, k: int, one: _Prompt) -> None:
+        """Choose who of a prompt goes on after check `k`; at the last one, hand over its result."""
+        is_final = k == len(self.checks) - 1
+        try:
+            one.choose(k, None if is_final else self.schedule.keep_ratios[k])
+        except SearchError as error:  # one prompt must not cost the others
+            one.end()
+            self.take(one.record.prompt_index, error)
+            return
+        self._tell(self.on_check, one.record)
+        if is_final:
+            self._finish(one, one.pictures[one.record.winner, k])
 
-    def _best(self, k: int, rows: np.ndarray, keep: int) -> np.ndarray:
-        """Return the `keep` best of the candidates `rows` at check `k`, ascending."""
-        weights = None if self.record.weights is None else np.array(self.record.weights)
-        return rows[choose(self.record.scores[rows, k][:, self.selecting], keep, self.record.combine, weights)]
+    def _finish(self, one: _Prompt, picture: np.ndarray) -> None:
+        record = one.record
+        one.end()
+        record.elapsed_s = record.text_s + sum(stage.elapsed_s for stage in record.stages)
+        spent = float("nan") if self.cost is None else record.price(self.cost)
+        result = SearchResult(Image.fromarray(picture), record.winner, record, spent, not record.stopped)
+        self.take(record.prompt_index, result)
+
+    def _cut_short(self, stop: BaseException) -> str:
+        """Hand over the best so far of every prompt that is still at work; raise when there is nothing at all yet."""
+        late = isinstance(stop, _TimeUp)
+        unfinished = [one for one in self.work if len(one.alive)]
+        shown = [self._best_so_far(place) for place, one in enumerate(self.work) if len(one.alive)]
+        if len(unfinished) == len(self.work) and all(picture is None for picture in shown):
+            if late:
+                raise BudgetError(
+                    f"deadline_s: got {self.deadline_s}, expected time for one step of one batch. Raise it or lower "
+                    "batch_size."
+                ) from None
+            raise stop
+        for one, picture in zip(unfinished, shown, strict=True):
+            one.record.stopped = "deadline" if late else "interrupt"
+            if picture is not None:
+                self._finish(one, picture)
+            elif late:
+                self.take(one.record.prompt_index, SearchError("the deadline came before its first step."))
+        return "deadline" if late else "interrupt"
+
+    def _best_so_far(self, place: int) -> np.ndarray | None:
+        """Return the picture of a prompt's best candidate at the furthest check that anyone reached, and note the winner.
+
+        Before the first score it is the present estimate of the first candidate; None before the first step.
+        """
+        one = self.work[place]
+        for k in reversed(range(len(self.checks))):
+            ready = one.scored(k) & [(candidate, k) in one.pictures for candidate in range(self.n)]
+            if ready.any():
+                one.record.winner = int(one.best(k, np.flatnonzero(ready), 1)[0])
+                return one.pictures[one.record.winner, k]
+        rows, x0 = self.estimate or (np.empty((0, 2), int), torch.empty(0))
+        mine = np.flatnonzero(rows[:, 0] == place)
+        if not len(mine):
+            return None
+        one.record.winner = int(rows[mine[0], 1])
+        warnings.warn("cut short before the first check: no reward has seen the image, an estimate", stacklevel=3)
+        return _picture(self.denoiser.decode(x0[mine[:1]], self.decoder)[0])
+
+    # Time
+
+    def _now(self) -> float:
+        """Return the clock without the time of displays, which is no part of the search's own."""
+        return time.perf_counter() - self.told_s
+
+    def _lap(self) -> float:
+        """Return the seconds since this was last called."""
+        before, self.lap_from = self.lap_from, self._now()
+        return self.lap_from - before
+
+    def _note(self, rows: np.ndarray, *counted: str, **seconds: float) -> None:
+        """Add to the stages of the prompts of `rows` one of each `counted` a row, and their share of the seconds."""
+        for place, n in zip(*(each.tolist() for each in np.unique(rows[:, 0], return_counts=True)), strict=True):
+            stage = self.work[place].record.stages[-1]
+            for name in counted:
+                setattr(stage, name, getattr(stage, name) + n)
+            for name, value in seconds.items():
+                setattr(stage, name, getattr(stage, name) + value * (n / len(rows)))
 
     def _tell(self, listener: Callable[..., None] | None, *news: Any) -> None:
         if listener is None:
@@ -429,14 +513,60 @@ class Run:
             self.told_s += time.perf_counter() - begin
 
     def _check_time(self) -> None:
-        if self.deadline is not None and time.monotonic() > self.deadline:
+        if self.deadline is not None and time.perf_counter() > self.deadline:
             raise _TimeUp
 
 
-def _score_each(reward: Any, prompt: str, pixels: torch.Tensor, reasons: list[str]) -> np.ndarray:
+@dataclass
+class _Prompt:
+    """One prompt at work: the record that it fills, who is left of it, and what can be shown.
+
+    ``pictures`` keeps full-size pictures (uint8, H x W x 3) by (candidate, check): those of the check at work, and of
+    earlier checks the best one.
+    """
+
+    record: SearchRecord
+    selecting: list[int]
+    alive: np.ndarray  # ascending; empty when it is over
+    pictures: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+
+    def choose(self, k: int, keep_ratio: float | None) -> None:
+        """Prune at check `k`, whose scores are all there; keep the winner alone at the last one (None)."""
+        record, last = self.record, self.record.checks[k]
+        scored = self.alive[self.scored(k)[self.alive]]
+        for lost in np.setdiff1d(self.alive, scored):
+            record.pruned_at[int(lost)] = -2
+        if not len(scored):
+            raise SearchError(
+                f"no candidate could be scored at step {last} by {record.rewards}. The warnings before this say why."
+            )
+        # A candidate without a score leaves its place to the others.
+        keep = 1 if keep_ratio is None else min(kept(len(self.alive), keep_ratio), len(scored))
+        self.alive = self.best(k, scored, keep)
+        record.winner = int(self.best(k, self.alive, 1)[0])
+        self.pictures = {(record.winner, k): self.pictures[record.winner, k]}
+        if keep_ratio is not None:
+            for dropped in np.setdiff1d(scored, self.alive):
+                record.pruned_at[int(dropped)] = last
+
+    def end(self) -> None:
+        """Leave the batches."""
+        self.alive = self.alive[:0]
+
+    def scored(self, k: int) -> np.ndarray:
+        """Return which candidates (n,) have the scores of check `k` that select."""
+        return ~np.isnan(self.record.scores[:, k][:, self.selecting]).any(1)
+
+    def best(self, k: int, rows: np.ndarray, keep: int) -> np.ndarray:
+        """Return the `keep` best of the candidates `rows` at check `k`, ascending."""
+        weights = None if self.record.weights is None else np.array(self.record.weights)
+        return rows[choose(self.record.scores[rows, k][:, self.selecting], keep, self.record.combine, weights)]
+
+
+def _score_each(reward: Any, prompts: list[str], pixels: torch.Tensor, reasons: list[str]) -> np.ndarray:
     """Return the scores (n,); NaN for the images at which the reward raises."""
     try:
-        return reward.score(prompt, pixels, check=False)
+        return reward.score(prompts, pixels, check=False)
     except DeviceError:
         raise
     except Exception as error:  # noqa: BLE001 - a reward may be anyone's function
@@ -444,7 +574,8 @@ def _score_each(reward: Any, prompt: str, pixels: torch.Tensor, reasons: list[st
         if len(pixels) == 1:
             return np.full(1, np.nan, np.float32)
     # One bad image must not cost the others their scores.
-    return np.concatenate([_score_each(reward, prompt, one[None], reasons) for one in pixels])
+    each = zip(prompts, pixels, strict=True)
+    return np.concatenate([_score_each(reward, [prompt], one[None], reasons) for prompt, one in each])
 
 
 def _halved(size: int, group: int, what: str, error: DeviceError) -> int:
