@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from diffusers import DiffusionPipeline, FirstBlockCacheConfig, StableDiffusionImg2ImgPipeline
 
 from tests import worlds
 from tests.worlds import CAPTIONS, RELATIVE, STEPS, generators, in_parts, same_to, settings, stock
-from ttsnap_lib.diffusion.denoise import Candidates, Denoiser, Settings, image_generator, image_seed
+from ttsnap_lib.diffusion.denoise import Candidates, Conditioning, Denoiser, Settings, image_generator, image_seed
 from ttsnap_lib.errors import ConfigError, DeviceError, PipelineError
 
 CUTS = [(5,), (0, 5), (2, 5), (4, 5), (0, 1, 2, 3, 4, 5)]
@@ -134,6 +134,54 @@ def test_text_is_encoded_once_and_repeated(pipelines):
         num_inference_steps=STEPS, max_sequence_length=worlds.TOKENS, output_type="latent",
     ).images  # fmt: skip
     assert torch.equal(candidates.latents, expected)
+
+
+def test_rows_of_embeddings_of_every_kind():
+    """Lists of texts of their own lengths (Z-Image), prompts on the second axis (HiDream), and padding by masks."""
+
+    def texts(lengths):
+        values = [torch.full((1, n, 2), float(n)) for n in lengths]
+        longest = max(lengths)
+        padded = torch.cat([torch.nn.functional.pad(value, (0, 0, 0, longest - value.shape[1])) for value in values])
+        mask = torch.tensor([[1] * n + [0] * (longest - n) for n in lengths])
+        embeds = {"layers": torch.stack([padded, -padded]), "mask": mask, "pooled": padded.mean(1)}
+        return Conditioning({"text": [value[0] for value in values], **embeds}, {"layers": 1})
+
+    both = texts([3, 1])
+    assert len(both) == 2 and len(Conditioning({"layers": both.embeds["layers"]}, {"layers": 1})) == 2
+    picked = both.take([1, 0, 1])
+    assert len(picked) == 3 and [len(text) for text in picked.embeds["text"]] == [1, 3, 1]
+    assert picked.embeds["layers"].shape == (2, 3, 3, 2) and torch.equal(
+        picked.embeds["mask"].sum(1), torch.tensor([1, 3, 1])
+    )
+    assert torch.equal(both.repeat(2).embeds["layers"], both.take([0, 0, 1, 1]).embeds["layers"])
+    joined = Conditioning.cat([texts([1]), texts([3, 1])])
+    for name, value in both.take([1, 0, 1]).embeds.items():
+        same = joined.embeds[name]
+        if name == "pooled":  # of texts that were not padded
+            continue
+        assert all(torch.equal(a, b) for a, b in zip(same, value, strict=True)), name
+    with pytest.raises(ConfigError, match="several lengths"):
+        Conditioning.cat([Conditioning({"text": torch.zeros(1, n, 2)}) for n in (2, 3)])
+    with pytest.raises(ConfigError, match="different embeddings"):
+        Conditioning.cat([both, Conditioning({"text": both.embeds["text"]})])
+
+
+def test_a_model_cache_survives_a_shrinking_batch(pipelines):
+    pipeline = worlds.build("flux")
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))  # reuses whatever it can
+    denoiser, conditioning = Denoiser(pipeline, settings()), Denoiser(pipeline, settings()).encode(CAPTIONS)
+    assert not torch.equal(stock(pipeline), stock(pipelines["flux"]))  # the cache is at work
+    assert torch.equal(in_parts(denoiser, (STEPS - 1,))[0].latents, stock(pipeline))
+
+    def stop(step, x0):
+        raise KeyError
+
+    half = denoiser.run(denoiser.noise(generators()), conditioning, 2)
+    with pytest.raises(KeyError):
+        denoiser.run(half, conditioning, STEPS - 1, [3], stop)
+    rest = denoiser.run(half.take([1]), conditioning.take([1]), STEPS - 1)
+    assert len(rest) == 1 and torch.isfinite(rest.latents).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -282,7 +330,7 @@ def test_settings_to_and_from_a_dictionary():
         ("flux", {"height": 36}, "multiple of 8.*nearest is 32"),
         ("sdxl", {"width": 33}, "multiple of 8"),
         ("sd3", {"height": 33}, "multiple of 8"),
-        ("sd", {"max_sequence_length": 16}, "no T5"),
+        ("sd", {"max_sequence_length": 16}, "has a fixed one"),
         ("sdxl", {"true_guidance": 2.0}, "classifier-free here"),
         ("flux", {"negative_prompt": "bad"}, "true_guidance"),
     ],

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -46,11 +46,11 @@ class Settings(Plain):
         Denoising steps of a whole trajectory.
     guidance : float, optional
         Guidance strength: the model's own input for guidance-distilled FLUX, classifier-free guidance elsewhere
-        (also for FLUX without that input); 1 is none.
+        (also for FLUX without that input); 1 is none, for Z-Image 0.
     height, width : int, optional
         Size of the images in pixels.
     max_sequence_length : int, optional
-        Text tokens of the T5 encoder (FLUX, Stable Diffusion 3).
+        Text tokens, where the pipeline lets one choose (not SDXL and Stable Diffusion 1.5).
     negative_prompt : str, optional
         What to steer away from; needs classifier-free guidance.
     true_guidance : float, optional
@@ -116,19 +116,24 @@ def resolve(settings: Settings, pipeline: Any) -> Settings:
                 f"{side} of {name}: got {value}, expected a multiple of {multiple}. The nearest is "
                 f"{max(multiple, round(value / multiple) * multiple)}."
             )
-    if adapter.sequence_length is None and settings.max_sequence_length is not None:
+    if defaults["max_sequence_length"] is None and settings.max_sequence_length is not None:
         raise ConfigError(
-            f"max_sequence_length: got {settings.max_sequence_length}, expected None: no T5 in {name}. Leave it out."
+            f"max_sequence_length: got {settings.max_sequence_length}, expected None: {name} has a fixed one. Leave it out."
         )
-    embedded = adapter.embedded_guidance(pipeline)
-    if settings.true_guidance is not None and not embedded:
+    embedded, guided = adapter.embedded_guidance(pipeline), adapter.uses_cfg(pipeline, resolved)
+    true, negative = settings.true_guidance, settings.negative_prompt
+    if adapter.guidable(pipeline):
+        if true is not None and not embedded:
+            raise ConfigError(f"true_guidance: got {true}, expected None. Set guidance: it is classifier-free here.")
+        remedy = f"Set {'true_guidance' if embedded else 'guidance'} above {adapter.unguided:g}, or leave it out."
+    else:
+        remedy = f"This {name} was distilled to do without: leave it out."
+        if true is not None or (not embedded and settings.guidance not in (None, adapter.unguided)):
+            told = f"guidance: got {settings.guidance}" if true is None else f"true_guidance: got {true}"
+            raise ConfigError(f"{told}, expected no classifier-free guidance. {remedy}")
+    if negative is not None and not guided:
         raise ConfigError(
-            f"true_guidance: got {settings.true_guidance}, expected None. Set guidance: it is classifier-free here."
-        )
-    if settings.negative_prompt is not None and not adapter.uses_cfg(pipeline, resolved):
-        raise ConfigError(
-            f"negative_prompt: got {settings.negative_prompt!r}, which has no effect without classifier-free guidance. "
-            f"Set {'true_guidance' if embedded else 'guidance'} above 1, or leave it out."
+            f"negative_prompt: got {negative!r}, which has no effect without classifier-free guidance. {remedy}"
         )
     return resolved
 
@@ -137,18 +142,49 @@ def resolve(settings: Settings, pipeline: Any) -> Settings:
 class Conditioning:
     """Encoded prompts: the embeddings a pipeline call takes, by name, each with one row per image."""
 
-    embeds: Mapping[str, torch.Tensor]
+    embeds: Mapping[str, torch.Tensor | list[torch.Tensor]]  # a list has a tensor per row, each of its own length
+    axes: Mapping[str, int] = field(default_factory=dict)  # axis of the rows, where it is not the first
 
     def __len__(self) -> int:
-        return len(next(iter(self.embeds.values())))
+        name, value = next(iter(self.embeds.items()))
+        return len(value) if isinstance(value, list) else value.shape[self.axes.get(name, 0)]
 
     def take(self, indices: Sequence[int]) -> Conditioning:
-        """Return the rows `indices`."""
-        return Conditioning({name: _rows(value, indices) for name, value in self.embeds.items()})
+        """Return the rows `indices`, in this order; a row may come several times."""
+        found: dict[str, Any] = {}
+        for name, value in self.embeds.items():
+            if isinstance(value, list):
+                found[name] = [value[index] for index in indices]
+            else:
+                rows = torch.as_tensor(indices, dtype=torch.long, device=value.device)
+                found[name] = value.index_select(self.axes.get(name, 0), rows)
+        return replace(self, embeds=found)
 
     def repeat(self, n: int) -> Conditioning:
         """Return each row `n` times in a row: all candidates of the first prompt, then those of the second."""
-        return Conditioning({name: value.repeat_interleave(n, dim=0) for name, value in self.embeds.items()})
+        return self.take([row for row in range(len(self)) for _ in range(n)])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Conditioning]) -> Conditioning:
+        """Return the rows of all `parts`, in order. Shorter texts are padded, where the pipeline takes a mask of them."""
+        first = parts[0]
+        if any(part.embeds.keys() != first.embeds.keys() for part in parts):
+            raise ConfigError("conditioning: got parts of different embeddings. Encode all of them by one Denoiser.")
+        found: dict[str, Any] = {}
+        for name, value in first.embeds.items():
+            rows: list[Any] = [part.embeds[name] for part in parts]
+            if isinstance(value, list):
+                found[name] = [row for listed in rows for row in listed]
+                continue
+            axis = first.axes.get(name, 0)
+            longest = max(one.shape[axis + 1] for one in rows)
+            if any(one.shape[axis + 1] < longest for one in rows) and not any("mask" in key for key in first.embeds):
+                raise ConfigError(
+                    f"conditioning: got {name} of several lengths, expected one, as this pipeline takes no mask of them. "
+                    "Encode all prompts with the same max_sequence_length."
+                )
+            found[name] = torch.cat([_padded(one, axis + 1, longest) for one in rows], dim=axis)
+        return replace(first, embeds=found)
 
 
 @dataclass(frozen=True)
@@ -178,6 +214,13 @@ class Candidates:
         kept = [part.history or {} for part in parts]
         history = None if parts[0].history is None else {name: _joined([one[name] for one in kept]) for name in kept[0]}
         return cls(torch.cat([part.latents for part in parts]), steps.pop(), history)
+
+
+def _padded(value: torch.Tensor, axis: int, length: int) -> torch.Tensor:
+    missing = length - value.shape[axis]
+    if not missing:
+        return value
+    return torch.cat([value, value.new_zeros(*value.shape[:axis], missing, *value.shape[axis + 1 :])], dim=axis)
 
 
 def _rows(value: Any, indices: Sequence[int]) -> Any:
@@ -229,11 +272,10 @@ class Denoiser:
         self.settings = resolve(as_settings(settings), pipeline)
         # A dry run: the pipeline checks its inputs and asks for its schedule, and is given no timestep to run.
         dry = make_segment(self._scheduler, 0, -1)
-        blank = self._adapter.blank_embeds(pipeline, self.settings)
-        blank = {name: value.to(self.device, self.dtype) for name, value in blank.items()}
+        blank = self._adapter.blank_embeds(pipeline, self.settings, self.device, self.dtype)
         try:
             with self._installed(dry):
-                self._call(blank, self._pack(torch.zeros(1, *self.latent_shape)))
+                self._call(blank, self._packed(torch.zeros(1, *self.latent_shape)))
         except ValueError as error:
             raise PipelineError(
                 f"{type(pipeline).__name__} refuses these settings: {error}. Change or leave out what it names."
@@ -255,12 +297,12 @@ class Denoiser:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the denoising model and of the latents."""
+        """Precision of the denoising model; latents have it too, unless the pipeline's loop works in fp32."""
         return self._adapter.component(self.pipeline).dtype
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one image's latents as the decoder takes them."""
+        """(channels, height, width) of one image's noise, as the stock pipeline draws it."""
         return self._adapter.latent_shape(self.pipeline, *self.settings.size)
 
     def wait(self) -> None:
@@ -276,13 +318,14 @@ class Denoiser:
         if isinstance(prompts, str) or not prompts:
             raise ConfigError(f"prompts: got {prompts!r}, expected a list of at least one text.")
         with memory_errors(len(prompts), remedy=_SMALLER):
-            return Conditioning(MappingProxyType(self._adapter.encode(self.pipeline, list(prompts), self.settings)))
+            found = self._adapter.encode(self.pipeline, list(prompts), self.settings)
+        return Conditioning(MappingProxyType(found), self._adapter.rows)
 
     def noise(self, generators: Sequence[torch.Generator]) -> Candidates:
-        """Draw pure noise, one image per generator, in fp32 on the CPU, and cast it to the pipeline's precision."""
+        """Draw pure noise, one image per generator, in fp32 on the CPU, and cast it to the precision of the loop."""
         shape = self.latent_shape
         drawn = torch.stack([torch.randn(shape, generator=one, dtype=torch.float32) for one in generators])
-        return Candidates(self._pack(drawn))
+        return Candidates(self._packed(drawn))
 
     def run(
         self,
@@ -311,8 +354,9 @@ class Denoiser:
             )
         segment = make_segment(self._scheduler, first, last_step, record, on_x0, candidates.history)
         with self._installed(segment), memory_errors(len(candidates), remedy=_SMALLER):
-            latents = self._call(conditioning.embeds, candidates.latents)
-        return Candidates(latents, last_step, history_of(segment))
+            self._call(conditioning.embeds, candidates.latents)
+        # Not what the call returns: FLUX.2-klein returns latents in the scale and layout of its decoder.
+        return Candidates(segment.sample, last_step, history_of(segment))
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, decoder: Any = None) -> torch.Tensor:
@@ -355,20 +399,22 @@ class Denoiser:
         if upcast:
             torch.nn.Module.to(vae, dtype=torch.float32)  # diffusers' own `to` warns at each of these casts
         try:
-            latents = self._adapter.descale(latents.to(self.device, vae.dtype), vae.config)
+            latents = self._adapter.decodable(self.pipeline, latents.to(self.device, vae.dtype), vae)
             with memory_errors(len(latents), remedy=_SMALLER):
                 pixels = vae.decode(latents, return_dict=False)[0]
+            pixels = pixels[:, :, 0] if pixels.ndim == 5 else pixels  # the one frame of a video autoencoder
             return pixels.masked_fill(~pixels.isfinite(), torch.nan)  # infinity would be clipped to white or black
         finally:
             if upcast:
                 torch.nn.Module.to(vae, dtype=torch.float16)
 
-    def _pack(self, latents: torch.Tensor) -> torch.Tensor:
-        return self._adapter.pack(self.pipeline, latents).to(self.device, self.dtype)
+    def _packed(self, noise: torch.Tensor) -> torch.Tensor:
+        return self._adapter.pack(noise).to(self.device, torch.float32 if self._adapter.float32 else self.dtype)
 
-    def _call(self, embeds: Mapping[str, torch.Tensor], latents: torch.Tensor) -> torch.Tensor:
+    def _call(self, embeds: Mapping[str, Any], latents: torch.Tensor) -> None:
+        given = self._adapter.given(self.pipeline, latents, *self.settings.size)
         options = self._adapter.call_options(self.pipeline, self.settings)
-        return self.pipeline(**embeds, latents=latents, output_type="latent", return_dict=False, **options)[0]
+        self.pipeline(**embeds, latents=given, output_type="latent", return_dict=False, **options)
 
     @contextlib.contextmanager
     def _installed(self, scheduler: Any) -> Iterator[None]:
@@ -384,3 +430,7 @@ class Denoiser:
             for name in [name for name in own if name.startswith("_") and name not in before]:
                 del own[name]
             own.update(before)
+            # What enable_cache() keeps of a step does not fit fewer candidates. A call that ends resets it itself.
+            reset = getattr(self._adapter.component(self.pipeline), "_reset_stateful_cache", None)
+            if reset is not None:
+                reset()

@@ -1,13 +1,15 @@
 """What the engine has to know about each pipeline class: its embeddings, its guidance and its latents.
 
-Everything else (the loop, the guidance, the model) is the pipeline's own. A new class is one more entry of
-:data:`ADAPTERS`.
+Everything else (the loop, the guidance, the model) is the pipeline's own, and so are its defaults, which are read off
+its signatures. A new class is one more entry of :data:`ADAPTERS`.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,12 +28,20 @@ class Adapter:
     pipeline: str  # name of the class
     model: str  # name of the denoising component
     embeds: tuple[str | None, ...]  # arguments of the call that encode_prompt returns, in its order; None is dropped
-    guidance: float  # the pipeline's own default
-    more_prompts: tuple[str, ...] = ()  # arguments of encode_prompt for the prompts of further text encoders
-    sequence_length: int | None = None  # own default of max_sequence_length; None where there is no such argument
-    shifted: bool = False  # adds the VAE's shift_factor when it decodes
-    normalized: bool = False  # applies the VAE's latents_mean and latents_std, where there are any
-    flux: bool = False  # packed latents, embedded guidance, classifier-free guidance as true_cfg_scale
+    layout: str = (
+        "plain"  # of latents: "plain" (n, channels, height, width), "packed" into tokens of 2 x 2, or "patched"
+    )
+    guidance: str | None = "guidance_scale"  # argument of classifier-free guidance; None where there is none
+    unguided: float = 1.0  # its largest value at which the model runs once a step
+    unless: str = ""  # entry of the pipeline's configuration by which it leaves guidance out
+    embeddable: bool = False  # its models may take guidance_scale as an input, instead of classifier-free guidance
+    tokenizer: str = "tokenizer"  # the one that max_sequence_length is for
+    rows: Mapping[str, int] = field(default_factory=dict)  # axis of the prompts, where an embedding has it not first
+    listed: bool = False  # embeddings are lists, with a tensor of a length of its own for each prompt
+    float32: bool = False  # latents are in float32, whatever the model's precision
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # arguments of the call that the engine needs as they are
+    video: bool = False  # its VAE takes a frame axis
+    no_prompt: str = ""  # the negative prompt of guidance when none is given, where the pipeline has no rule for it
 
     def component(self, pipeline: Any) -> Any:
         """Return the denoising model of `pipeline`."""
@@ -40,72 +50,100 @@ class Adapter:
     # What a pipeline does when it is not told.
 
     def default_guidance(self, pipeline: Any) -> float:
-        """Return the pipeline's own default strength; 1, which is none, for FLUX without embedded guidance."""
-        return self.guidance if not self.flux or self.embedded_guidance(pipeline) else 1.0
+        """Return the pipeline's own default strength; a model distilled to need none gets none."""
+        embedded = self.embedded_guidance(pipeline)
+        if not embedded and not self.guidable(pipeline):
+            return self.unguided
+        found = _default(pipeline.__call__, "guidance_scale" if embedded or self.guidance is None else self.guidance)
+        return 1.0 if found is None else float(found)
 
     def default_size(self, pipeline: Any) -> tuple[int, int]:
         """Return the pipeline's own default (height, width) in pixels."""
-        factor = pipeline.vae_scale_factor
-        sample = 128 if self.flux else self.component(pipeline).config.sample_size
+        given = [_default(pipeline.__call__, side) for side in ("height", "width")]
+        if None not in given:
+            return given[0], given[1]
+        sample: Any = getattr(self.component(pipeline).config, "sample_size", None)
+        sample = sample or getattr(pipeline, "default_sample_size", 128)
         height, width = (sample, sample) if isinstance(sample, int) else sample
-        return height * factor, width * factor
+        return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
 
     def default_sequence_length(self, pipeline: Any) -> int | None:
-        """Return the pipeline's own default, or what its T5 tokenizer is made for where that is less."""
-        if self.sequence_length is None:
+        """Return the pipeline's own default, or what its tokenizer is made for where that is less; None without one."""
+        found = _default(pipeline.__call__, "max_sequence_length")
+        if found is None:
             return None
-        tokenizer = getattr(pipeline, "tokenizer_2" if self.flux else "tokenizer_3", None)
-        return min(self.sequence_length, getattr(tokenizer, "model_max_length", self.sequence_length))
+        return min(found, getattr(getattr(pipeline, self.tokenizer, None), "model_max_length", found))
 
     # Guidance and text.
 
     def embedded_guidance(self, pipeline: Any) -> bool:
         """Whether the model takes the guidance strength as an input (guidance-distilled FLUX)."""
-        return self.flux and bool(self.component(pipeline).config.guidance_embeds)
+        return self.embeddable and bool(getattr(self.component(pipeline).config, "guidance_embeds", True))
 
     def true_guidance(self, pipeline: Any, settings: Any) -> float:
-        """Return FLUX's ``true_cfg_scale``."""
+        """Return the strength of classifier-free guidance."""
+        if self.guidance is None:
+            return self.unguided
         if self.embedded_guidance(pipeline):
-            return settings.true_guidance if settings.true_guidance is not None else 1.0
+            return settings.true_guidance if settings.true_guidance is not None else self.unguided
         return settings.guidance
 
     def uses_cfg(self, pipeline: Any, settings: Any) -> bool:
-        """Whether the loop runs the model twice, with and without the prompt."""
-        if self.flux:
-            return self.true_guidance(pipeline, settings) > 1
-        return settings.guidance > 1 and getattr(self.component(pipeline).config, "time_cond_proj_dim", None) is None
+        """Whether the loop runs the model on a second text as well, the negative one."""
+        embedded = getattr(self.component(pipeline).config, "time_cond_proj_dim", None) is not None
+        guided = self.true_guidance(pipeline, settings) > self.unguided
+        return guided and not embedded and self.guidable(pipeline)
 
-    def encode(self, pipeline: Any, prompts: list[str], settings: Any) -> dict[str, torch.Tensor]:
+    def guidable(self, pipeline: Any) -> bool:
+        """Whether the pipeline has classifier-free guidance; a model may be distilled to do without."""
+        return self.guidance is not None and not (self.unless and getattr(pipeline.config, self.unless, False))
+
+    def encode(self, pipeline: Any, prompts: list[str], settings: Any) -> dict[str, Any]:
         """Return the embeddings that the pipeline call takes, each with one row per prompt."""
-        options: dict[str, Any] = {"device": pipeline._execution_device, "num_images_per_prompt": 1}
-        options |= dict.fromkeys(self.more_prompts)
-        if self.sequence_length is not None:
+        known = inspect.signature(pipeline.encode_prompt).parameters
+        call = inspect.signature(pipeline.__call__).parameters
+        # What a call hands on when it is not told, such as Sana's instruction on how to read a prompt.
+        options = {name: call[name].default for name in known if name in call}
+        options |= {"device": pipeline._execution_device}
+        if "max_sequence_length" in options:
             options["max_sequence_length"] = settings.max_sequence_length
-        negative = settings.negative_prompt
-        if not self.flux:
-            options["do_classifier_free_guidance"] = self.uses_cfg(pipeline, settings)
+        guided, negative = self.uses_cfg(pipeline, settings), settings.negative_prompt
+        if "do_classifier_free_guidance" in known:
+            negative = options["negative_prompt"] if negative is None else negative
+            options["do_classifier_free_guidance"] = guided
             options["negative_prompt"] = None if negative is None else [negative] * len(prompts)
-        found = self._named(pipeline.encode_prompt(prompt=prompts, **options))
-        if self.flux and self.uses_cfg(pipeline, settings):
-            others = self._named(pipeline.encode_prompt(prompt=[negative or ""] * len(prompts), **options))
+            return self._named(pipeline.encode_prompt(**options | {"prompt": prompts}))
+        found = self._named(pipeline.encode_prompt(**options | {"prompt": prompts}))
+        if guided:
+            texts = [self.no_prompt if negative is None else negative] * len(prompts)
+            others = self._named(pipeline.encode_prompt(**options | {"prompt": texts}))
             found |= {f"negative_{name}": value for name, value in others.items()}
         return found
 
-    def _named(self, results: tuple) -> dict[str, torch.Tensor]:
-        pairs = zip(self.embeds, results, strict=False)
-        return {name: value for name, value in pairs if name is not None and value is not None}
+    def _named(self, results: tuple) -> dict[str, Any]:
+        found = {name: value for name, value in zip(self.embeds, results, strict=False) if name is not None}
+        for name, value in found.items():
+            if value is None and name.endswith("_mask") and found.get(name.removesuffix("_mask")) is not None:
+                # Left out when it is all ones; with it, texts of several lengths can be put together.
+                text = found[name.removesuffix("_mask")]
+                found[name] = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+        return {name: value for name, value in found.items() if value is not None and len(value)}
 
-    def blank_embeds(self, pipeline: Any, settings: Any) -> dict[str, torch.Tensor]:
+    def blank_embeds(self, pipeline: Any, settings: Any, *like: Any) -> dict[str, Any]:
         """Return embeddings of the least size that the pipeline's checks let pass; no model ever sees them."""
         config, pooled = self.component(pipeline).config, 1
         if getattr(config, "addition_embed_type", None) == "text_time":  # SDXL checks the width of the pooled text
             pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         names = [name for name in self.embeds if name is not None]
-        if self.flux:
+        if not any(name.startswith("negative") for name in names):
             names += [f"negative_{name}" for name in names]
         if not self.uses_cfg(pipeline, settings):
             names = [name for name in names if not name.startswith("negative")]
-        return {name: torch.zeros((1, pooled) if "pooled" in name else (1, 1, 1)) for name in names}
+        shapes: dict[str, tuple[int, ...]] = {name: (1,) * (3 + self.rows.get(name, 0)) for name in names}
+        shapes |= {name: (1, pooled) for name in names if "pooled" in name}
+        shapes |= {name: (1, 1) for name in names if self.listed or name.endswith("_mask")}
+        blank = {name: torch.zeros(shape).to(*like) for name, shape in shapes.items()}
+        return {name: [value] if self.listed else value for name, value in blank.items()}
 
     def call_options(self, pipeline: Any, settings: Any) -> dict[str, Any]:
         """Return the arguments of the pipeline call that do not depend on the candidates."""
@@ -113,11 +151,13 @@ class Adapter:
             "height": settings.height,
             "width": settings.width,
             "num_inference_steps": settings.n_steps,
-            "guidance_scale": settings.guidance,
+            **self.fixed,
         }
-        if self.flux:
-            options["true_cfg_scale"] = self.true_guidance(pipeline, settings)
-        if self.sequence_length is not None:
+        if self.guidance is not None:
+            options[self.guidance] = self.true_guidance(pipeline, settings)
+        if self.embedded_guidance(pipeline):
+            options["guidance_scale"] = settings.guidance
+        if settings.max_sequence_length is not None:
             options["max_sequence_length"] = settings.max_sequence_length
         return options
 
@@ -128,48 +168,76 @@ class Adapter:
         factor = pipeline.vae_scale_factor
         if self.model == "unet":
             return math.lcm(8, factor)
-        return factor * (2 if self.flux else self.component(pipeline).config.patch_size)
+        return factor * (getattr(self.component(pipeline).config, "patch_size", 2) if self.layout == "plain" else 2)
+
+    def channels(self, pipeline: Any) -> int:
+        """Return how many channels the VAE's latents should have, by what the model takes in."""
+        return self.component(pipeline).config.in_channels // (1 if self.layout == "plain" else 4)
 
     def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, int, int]:
-        """Return (channels, height, width) of one image's latents, not packed."""
-        channels = self.component(pipeline).config.in_channels // (4 if self.flux else 1)
-        return channels, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
+        """Return (channels, height, width) of one image's noise, not packed into tokens."""
+        patch = 2 if self.layout == "patched" else 1
+        step = pipeline.vae_scale_factor * patch
+        return self.channels(pipeline) * patch**2, height // step, width // step
 
-    def pack(self, pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
-        """Bring (n, channels, height, width) into the layout the pipeline's loop works in."""
-        return pipeline._pack_latents(latents, *latents.shape) if self.flux else latents
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """Bring noise (n, channels, height, width) into the layout that the pipeline's loop works in."""
+        n, channels, height, width = latents.shape
+        if self.layout == "packed":
+            patches = latents.view(n, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+            return patches.reshape(n, height * width // 4, channels * 4)
+        return latents.flatten(2).transpose(1, 2) if self.layout == "patched" else latents
+
+    def given(self, pipeline: Any, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Bring latents of the loop into the layout in which the pipeline's call takes them."""
+        if self.layout != "patched":
+            return latents
+        return latents.transpose(1, 2).reshape(len(latents), *self.latent_shape(pipeline, height, width))
 
     def unpack(self, pipeline: Any, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Undo :meth:`pack`."""
-        return pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor) if self.flux else latents
+        """Bring latents of the loop to (n, channels, height, width)."""
+        if self.layout != "packed":
+            return self.given(pipeline, latents, height, width)
+        channels, height, width = self.latent_shape(pipeline, height, width)
+        tokens = latents.view(len(latents), height // 2, width // 2, channels, 2, 2)
+        return tokens.permute(0, 3, 1, 4, 2, 5).reshape(len(latents), channels, height, width)
 
-    def descale(self, latents: torch.Tensor, config: Any) -> torch.Tensor:
-        """Bring unpacked latents to the scale that the decoder with this `config` takes."""
+    def decodable(self, pipeline: Any, latents: torch.Tensor, decoder: Any) -> torch.Tensor:
+        """Bring unpacked latents to what `decoder`, the pipeline's VAE or what stands in for it, takes."""
+        vae, config = pipeline.vae, decoder.config
+        if self.layout == "patched":  # FLUX.2 keeps the statistics of its latents in a batch norm over patches
+            spread = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(latents)
+            latents = latents * spread + vae.bn.running_mean.view(1, -1, 1, 1).to(latents)
+            n, channels, height, width = latents.shape
+            latents = latents.reshape(n, channels // 4, 2, 2, height, width).permute(0, 1, 4, 2, 5, 3)
+            latents = latents.reshape(n, channels // 4, 2 * height, 2 * width)
         mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
-        if self.normalized and mean is not None and std is not None:
-            mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, std))
-            return latents * std / config.scaling_factor + mean
-        latents = latents / config.scaling_factor
-        shift = getattr(config, "shift_factor", None) if self.shifted else None
-        return latents if shift is None else latents + shift
+        factor, shift = (getattr(config, name, None) for name in ("scaling_factor", "shift_factor"))
+        if mean is not None and std is not None:
+            means, stds = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, std))
+            # Each as its stock pipeline rounds it.
+            latents = latents * stds / factor + means if factor else latents / (1.0 / stds) + means
+        elif factor:
+            latents = latents / factor + shift if shift else latents / factor
+        return latents[:, :, None] if self.video and decoder is vae else latents
+
+
+def _default(function: Any, name: str) -> Any:
+    """Return the default of an argument; None where it has none, or is not there."""
+    found = inspect.signature(function).parameters.get(name)
+    return None if found is None or found.default is inspect.Parameter.empty else found.default
 
 
 ADAPTERS: dict[str, Adapter] = {
     adapter.pipeline: adapter
     for adapter in (
         Adapter(
-            "FluxPipeline", "transformer", ("prompt_embeds", "pooled_prompt_embeds", None), guidance=3.5,
-            more_prompts=("prompt_2",), sequence_length=512, shifted=True, flux=True,
+            "FluxPipeline", "transformer", ("prompt_embeds", "pooled_prompt_embeds", None), layout="packed",
+            guidance="true_cfg_scale", embeddable=True, tokenizer="tokenizer_2",
         ),
-        Adapter(
-            "StableDiffusionXLPipeline", "unet", _GUIDED_POOLED, guidance=5.0, more_prompts=("prompt_2",),
-            normalized=True,
-        ),
-        Adapter("StableDiffusionPipeline", "unet", ("prompt_embeds", "negative_prompt_embeds"), guidance=7.5),
-        Adapter(
-            "StableDiffusion3Pipeline", "transformer", _GUIDED_POOLED, guidance=7.0,
-            more_prompts=("prompt_2", "prompt_3"), sequence_length=256, shifted=True,
-        ),
+        Adapter("StableDiffusionXLPipeline", "unet", _GUIDED_POOLED),
+        Adapter("StableDiffusionPipeline", "unet", ("prompt_embeds", "negative_prompt_embeds")),
+        Adapter("StableDiffusion3Pipeline", "transformer", _GUIDED_POOLED, tokenizer="tokenizer_3"),
     )
 }  # fmt: skip
 """The supported pipelines by the name of their class."""
@@ -189,7 +257,8 @@ def adapter_of(pipeline: Any) -> Adapter:
         raise PipelineError(
             f"pipeline {name} has no {found.model if component is None else 'vae'}. Load it whole, with load_pipeline()."
         )
-    channels, latent = found.latent_shape(pipeline, 8, 8)[0], getattr(pipeline.vae.config, "latent_channels", None)
+    config = pipeline.vae.config
+    channels, latent = found.channels(pipeline), getattr(config, "latent_channels", getattr(config, "z_dim", None))
     if latent is not None and channels != latent:
         raise PipelineError(
             f"{found.model} of {name}: got {channels} latent channels, expected the {latent} of its VAE. Inpainting and "

@@ -121,7 +121,8 @@ class Installed:
         self._large = True  # whether the present features are large enough
         self._image_tokens = 0
         self._hooks = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        self._hooks += self._flux_hooks() if self._adapter.flux else self._unet_hooks()
+        self._flux = self._adapter.pipeline == "FluxPipeline"
+        self._hooks += self._flux_hooks() if self._flux else self._unet_hooks()
 
     def remove(self) -> None:
         """Take all hooks away; the pipeline is what it was."""
@@ -149,13 +150,13 @@ class Installed:
     def _begin(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before each run of the model: is this timestep in the window, and how is the batch made up."""
         # FLUX hands its model the timestep in low precision; the pipeline keeps the exact one.
-        timestep = self._pipeline._current_timestep if self._adapter.flux else args[1]
+        timestep = self._pipeline._current_timestep if self._flux else args[1]
         self._active = self.settings._covers(float(torch.as_tensor(timestep).flatten()[0]))
         if not self._active:
             return
-        hidden = kwargs["hidden_states"] if self._adapter.flux else args[0]
+        hidden = kwargs["hidden_states"] if self._flux else args[0]
         self._image_tokens = hidden.shape[1]
-        halves = 2 if not self._adapter.flux and self._pipeline.do_classifier_free_guidance else 1
+        halves = 2 if not self._flux and self._pipeline.do_classifier_free_guidance else 1
         images = len(hidden) // halves
         if images % self.settings.group_size:
             raise PipelineError(

@@ -113,6 +113,7 @@ def _segment_class(base: Any) -> Any:
         _resume: History | None = None
         _known: Schedulable
         timesteps: Any
+        sample: torch.Tensor  # after the last step that has run
 
         @functools.wraps(base.set_timesteps)  # pipelines inspect the signature
         def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -135,6 +136,7 @@ def _segment_class(base: Any) -> Any:
         ) -> Any:
             self.timesteps = self._whole  # multistep solvers look at how many steps are left
             output = super().step(model_output, timestep, sample, *args, **kwargs)
+            self.sample = output[0] if isinstance(output, tuple) else output.prev_sample
             index, self._done = self._done, self._done + 1
             if index in self._record and self._on_x0 is not None:
                 x0 = self._known.read_x0(self, index, model_output, sample, output)
