@@ -279,7 +279,8 @@ def save_clip(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -
         if parameter.ndim > 1:
             parameter.data.mul_(4)
     model.to(dtype).save_pretrained(folder)
-    clip_processor().save_pretrained(folder)
+    for half in clip_processor():
+        half.save_pretrained(folder)
     return folder
 
 

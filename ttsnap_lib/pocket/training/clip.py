@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 from torch.nn import functional as F
-from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModelWithProjection
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
 from ttsnap_lib.pocket.training.loop import fit
 from ttsnap_lib.pocket.training.models import make_clip
@@ -26,15 +26,18 @@ _NEGATIVES = 2
 _LABEL_TEMPERATURE = 0.08  # oracle difference at which a preference is 73% sure
 
 
-def clip_processor() -> CLIPProcessor:
-    """Return pocket-clip's processor: 32 x 32 pixels, scaled to [-1, 1]."""
-    image_processor = CLIPImageProcessor(
+def clip_processor() -> tuple[CLIPImageProcessor, PreTrainedTokenizerFast]:
+    """Return the two halves of pocket-clip's processor: pictures of 32 x 32 pixels, scaled to [-1, 1], and words.
+
+    Apart, because transformers 4 makes a CLIPProcessor of CLIP's own tokenizer classes alone.
+    """
+    images = CLIPImageProcessor(
         size={"shortest_edge": PIXELS},
         crop_size={"height": PIXELS, "width": PIXELS},
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
-    return CLIPProcessor(image_processor=image_processor, tokenizer=clip_tokenizer())
+    return images, clip_tokenizer()
 
 
 def degrade(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -155,7 +155,7 @@ class Training:
         for name, parts in {
             "pocket-flux": [self.flux],
             "pocket-sdxl": [self.sdxl],
-            "pocket-clip": [self.preferences, clip_processor()],
+            "pocket-clip": [self.preferences, *clip_processor()],
             "pocket-tiny": [copy.deepcopy(self.tiny).to(memory_format=torch.contiguous_format)],
         }.items():
             with atomic_folder(self.models / name) as folder:
