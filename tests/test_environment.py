@@ -1,7 +1,9 @@
 """pyproject.toml, constraints.txt and environment.yml give one environment, and it is the installed one."""
 
+import ast
 import importlib.metadata
 import re
+import sys
 import tomllib
 
 import pytest
@@ -10,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from tests.conftest import ROOT
+from ttsnap_lib import errors
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -54,6 +57,23 @@ def test_all_but_the_parity_environment_is_in_dev():
 def test_the_core_is_light():
     core = {Requirement(text).name for text in PROJECT["dependencies"]}
     assert not core & {*HEAVY, *(Requirement(text).name for extra in OURS.extras for text in EXTRAS[extra])}
+
+
+def test_what_the_library_imports_is_declared_or_named_with_its_extra():
+    imported = set()
+    for path in (ROOT / "ttsnap_lib").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").partition(".")[0])
+    imported -= {*sys.stdlib_module_names, "ttsnap_lib"}
+    homes = importlib.metadata.packages_distributions()
+    declared = {requirement.name.lower().replace("_", "-") for requirement in DECLARED}
+    told = {module for modules in errors._EXTRAS.values() for module in modules}
+    told.add("llvmlite")  # half of numba
+    missing = {m for m in imported if not declared & {home.lower().replace("_", "-") for home in homes[m]}} - told
+    assert not missing
 
 
 def test_no_pin_shuts_users_out():
