@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import operator
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +20,13 @@ from ttsnap_lib.errors import CostError
 from ttsnap_lib.files import as_path, read_json, read_yaml, write_json
 from ttsnap_lib.schedule import Schedule
 
+AUTO = "auto"
+# The last part of a model's name or path; turbo and lightning variants of SDXL run without guidance, at half the price.
+_FAMILIES = {
+    "flux": re.compile(r"flux(\.1.*)?", re.IGNORECASE),
+    "sdxl": re.compile(r"sdxl(-base.*)?|stable-diffusion-xl.*|realvisxl_v\d\.\d", re.IGNORECASE),
+}
+SAME_TOWER = {"hpsv2.1": "hpsv2"}
 _TOLERANCE = 1e-9  # relative; a budget that is a multiple of the cost must buy that multiple despite rounding
 _PARTS = ("step", "decode", "preview_decode", "verify")
 _MOST_AT_ONCE = 4096  # candidates in a batch; larger numbers are mistakes
@@ -272,6 +280,36 @@ class CostModel(Plain):
             by_batch = content.get("by_batch") if model == content.get("seconds") else None
             content = model if by_batch is None else {**model, **_measured(model, by_batch, path)}
         return cls.from_dict(content)
+
+
+def preset_for(model: str, reward: str, size: int | None = None) -> str:
+    """Return the name of the preset for a diffusion model, pictures of `size` x `size` pixels and a reward.
+
+    Raises
+    ------
+    CostError
+        There is none; the message names those that come near.
+    """
+    name = Path(model).name
+    family = next((short for short, pattern in _FAMILIES.items() if pattern.fullmatch(name)), name)
+    reward = SAME_TOWER.get(reward, reward)
+    for preset in (f"{family}+{reward}", f"{family}-{size}+{reward}"):
+        if preset in PRESETS:
+            return preset
+    plain = [preset for preset in PRESETS if "-tiny" not in preset and preset != "published"]
+    near = [preset for preset in plain if preset.startswith(f"{family}-")] or plain
+    near = [preset for preset in near if preset.endswith(f"+{reward}")] or near
+    at = f"at {size} px" if size else "of a size that is not known"
+    raise CostError(
+        f"cost: got 'auto', and there is no preset for pictures of {model or 'an unknown model'!r} {at} with the reward "
+        f"{reward!r}. Name one ({', '.join(near)}), or a file that `ttsnap cost` measured."
+    )
+
+
+def with_steps(cost: str | Path, n_steps: int) -> CostModel:
+    """Return a cost model by its name or file; a preset with `n_steps` denoising steps."""
+    model = CostModel.load(cost)
+    return replace(model, n_steps=integer("n_steps", n_steps, 1)) if str(cost) in PRESETS else model
 
 
 def check_n_steps(cost: Any, n_steps: int) -> None:

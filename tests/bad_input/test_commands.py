@@ -69,7 +69,6 @@ USAGE = [
     ("score t --on-error maybe", "maybe"),
     ("score t --rewad pickscore", "--rewad"),
     ("generate --size 5by5", "5by5"),
-    ("optimize r.zarr", "--cost"),
     ("run", "notebook"),
 ]
 

@@ -38,6 +38,14 @@ def test_run_takes_a_file_and_single_values(tmp_path, capsys):
     assert "mapping of parameters" in capsys.readouterr().err
 
 
+def test_a_tensor_is_priced_as_its_own_model(capsys):
+    few = {"multiples": "[2, 3]", "iterations": "5", "trials": "0"}
+    words = [word for name, value in {"tensor": "pocket-sdxl", **few}.items() for word in ("-p", name, value)]
+    assert main(["run", "simulate", *words]) == 0
+    said = capsys.readouterr().out
+    assert "GFLOPs (pocket-sdxl+pocket-clip)" in said and said.count("--cost pocket-sdxl+pocket-clip ") == 2
+
+
 def test_sweep_tells_by_its_exit_status_and_report_shows_it(tmp_path, capsys):
     log = tmp_path / "log"
     (tmp_path / "logs.yaml").write_text(

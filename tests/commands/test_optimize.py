@@ -24,13 +24,21 @@ def test_schedule_trials_and_the_next_commands(arguments, tmp_path, capsys):
     printed = capsys.readouterr().out
     schedule = Schedule.from_yaml(out)
     assert str(list(schedule.steps)) in printed and "next: ttsnap run simulate" in printed
-    search = f"ttsnap search 'your prompt' --model MODEL --reward r0 --schedule '{{steps: {list(schedule.steps)}"
+    search = f"ttsnap search 'your prompt' --model MODEL --reward r0 --steps {COST.n_steps} --schedule '{{steps: {list(schedule.steps)}"
     assert search in printed
     assert (tmp_path / "trials.csv").read_text().count("\n") == 65
     assert main([*arguments, "--objective", "frontier", "--out", str(out)]) == 0
     content = yaml.safe_load(out.read_text())
     assert len(content["frontier"]) == 4 and Schedule.from_dict(content["schedule"]) is not None
     assert main([*arguments, "--tune", "5:1"]) == 1
+
+
+def test_a_tensor_has_the_cost_of_its_model(capsys):
+    assert main(["optimize", "pocket-sdxl", "--budgets", "2:4", "--trials", "8", "-q"]) == 0
+    printed = capsys.readouterr().out
+    for command in ("ttsnap run simulate -p tensor pocket-sdxl -p cost", "--model pocket-sdxl --reward pocket-clip"):
+        assert command in printed
+    assert printed.count(" pocket-sdxl+pocket-clip ") == 2
 
 
 def test_flatness(arguments, capsys):

@@ -50,6 +50,17 @@ def test_cost_then_search(cost_file, schedule_file, tmp_path, capsys):
             picture.verify()
 
 
+def test_a_budget_is_priced_by_the_models_own_preset(tmp_path, capsys):
+    own = CostModel.preset("pocket-flux-tiny+pocket-clip", n_steps=4)
+    arguments = ["--budget", str(own.total(3)), "--tiny", "pocket-tiny", "-o", str(tmp_path / "out")]
+    assert main(["search", "a small red ring", *POCKET, *arguments]) == 0
+    record = SearchRecord.load(tmp_path / "out")
+    assert len(record.seeds) == 3 and CostModel.from_dict(record.cost_model) == own
+    unknown = ["--reward", "math:cos", "--budget", "4", "-o", str(tmp_path / "other")]
+    assert main(["search", "a small red ring", *POCKET, *unknown]) == 1
+    assert "Name one (" in capsys.readouterr().err
+
+
 def test_search_a_file_twice(tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red ring\na blue disk\na green star\n")

@@ -172,6 +172,19 @@ def test_typed_paths(explorer, dataset, tmp_path):
     assert controls.tensor.value == str(other)
 
 
+def test_another_tensor_brings_its_cost():
+    explorer = Explorer("pocket-flux", multiples=MULTIPLES, multiple=8, iterations=10)
+    controls = explorer.controls
+    assert controls.cost.value == "pocket-flux+pocket-clip" and explorer.message.value == ""
+    controls.tensor.value = "pocket-sdxl"
+    assert controls.cost.value == "pocket-sdxl+pocket-clip" and explorer.message.value == ""
+    assert explorer.state.cost == CostModel.preset("pocket-sdxl+pocket-clip")
+    controls.cost.value = "pocket-flux+pocket-clip"
+    assert "is not that of this tensor" in explorer.message.value
+    controls.cost.value = "pocket-sdxl-tiny+pocket-clip"
+    assert explorer.message.value == ""
+
+
 def test_moves_are_drawn_together_and_settle_later(timed, clock, dataset):
     drawn = []
     show = timed._show

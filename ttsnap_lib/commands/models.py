@@ -235,8 +235,7 @@ def _score(arguments: argparse.Namespace) -> int:
         )
     if len(report.skipped) > _SHOWN:
         print(f"... {len(report.skipped) - _SHOWN} more in {report.path}.skipped.json", file=sys.stderr)
-    print(f"next: ttsnap run simulate -p tensor {out} -p cost COST{' -p missing drop' if report.skipped else ''}")
-    print("(COST: a preset or a file of `ttsnap cost`; few images a prompt allow small budgets only: -p multiples)")
+    _say_next(out, missing=bool(report.skipped))
     return 0
 
 
@@ -319,9 +318,27 @@ def _import(arguments: argparse.Namespace) -> int:
     print(f"steps {dataset['step'].values.tolist()}, noise-aware at {noise_aware_steps(dataset)[arguments.reward]}")
     if gaps:
         print(f"{gaps} of {dataset['base'].size} scores are missing")
-    print(f"next: ttsnap run simulate -p tensor {arguments.out} -p cost COST{' -p missing drop' if gaps else ''}")
-    print(f"(COST: a preset or a file of `ttsnap cost`, of {int(dataset['step'][-1]) + 1} steps)")
+    _say_next(arguments.out, missing=gaps > 0)
     return 0
+
+
+def _say_next(out: Path, *, missing: bool = False) -> None:
+    """Say how a tensor that was just written is simulated."""
+    from ttsnap_lib.errors import CostError
+    from ttsnap_lib.tensors.pricing import tensor_preset
+    from ttsnap_lib.tensors.tensor import open_rewards
+
+    dataset = open_rewards(out)
+    needed = ""
+    try:
+        tensor_preset(dataset)
+    except CostError:
+        needed = " -p cost COST"
+    print(f"next: ttsnap run simulate -p tensor {out}{needed}{' -p missing drop' if missing else ''}")
+    if needed:
+        print(f"(COST: a preset or a file of `ttsnap cost`, of {int(dataset['step'][-1]) + 1} steps)")
+    if dataset.sizes["image"] < 40:
+        print("(few images a prompt allow small budgets only: -p multiples '[1.5, 2]')")
 
 
 def _refuse_taken(out: Path, overwrite: bool) -> None:
@@ -364,7 +381,7 @@ def _import_published(arguments: argparse.Namespace) -> int:
         progress=progress_bar("files"),
     )
     _save(dataset, out, arguments.overwrite)
-    print(f"next: ttsnap run simulate -p tensor {out} -p cost flux-512+image_reward  (name your model and reward)")
+    _say_next(out)
     return 0
 
 

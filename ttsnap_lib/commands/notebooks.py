@@ -154,9 +154,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         if not tensor.exists():
             dataset = import_published(arguments.values, model, rewards, progress=progress_bar("files"))
             save_rewards(dataset, tensor)
-        # Published rewards are of the real models, so they are priced as those, and one reward selects.
-        reward = (rewards or ["image_reward"])[0]
-        parameters = {"tensor": str(tensor), "rewards": [reward], "cost": f"{model}-512+{reward}"}
+        parameters = {"tensor": str(tensor), "rewards": [(rewards or ["image_reward"])[0]]}  # one reward selects
     else:
         made.append(run("generate", _DEMO_GENERATE, progress=True))
         made.append(run("finetune", _DEMO_FINETUNE, progress=True))

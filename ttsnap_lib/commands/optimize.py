@@ -22,7 +22,10 @@ def add(commands: Any) -> None:
         "--reward", action="append", metavar="NAME", help="reward that selects; may stand several times"
     )
     parser.add_argument("--report", action="append", metavar="NAME", help="reward that is measured but never selects")
-    parser.add_argument("--cost", required=True, metavar="PRESET_OR_FILE", help="flux-512+pickscore, or a file")
+    parser.add_argument(
+        "--cost", default="auto", metavar="PRESET_OR_FILE",
+        help="flux-512+pickscore, or a file of `ttsnap cost` (default: the preset of the tensor's model, size and reward)",
+    )  # fmt: skip
     parser.add_argument(
         "--budgets", default="2:20", metavar="LIST",
         help="multiples of one Best-of-N image: 2:20, 2:20:3, 4 or 2,4,8 (default: %(default)s)",
@@ -53,21 +56,21 @@ def add(commands: Any) -> None:
 def _optimize(arguments: argparse.Namespace) -> int:
     import numpy as np
 
-    from ttsnap_lib.costs import CostModel
     from ttsnap_lib.files import atomic_write
     from ttsnap_lib.schedule import Schedule
     from ttsnap_lib.simulation.plots import flatness_table, search_command
     from ttsnap_lib.style import progress_bar
+    from ttsnap_lib.tensors.pricing import cost_for
     from ttsnap_lib.tensors.tensor import open_rewards, select_rewards
     from ttsnap_lib.tuning.optimize import optimize_schedule
 
     dataset = open_rewards(arguments.tensor)
-    cost = CostModel.load(arguments.cost)
     multiples = parse_range("--budgets", arguments.budgets, float)
     known = [str(name) for name in dataset["reward"].values]
     report = arguments.report or []
     names = arguments.reward or [name for name in known if name not in report]
     dataset = select_rewards(dataset, list(dict.fromkeys([*names, *report])))
+    cost_name, cost = cost_for(dataset, arguments.cost)
     objective = arguments.objective or ("area" if len(multiples) > 1 else "single")
     result = optimize_schedule(
         dataset,
@@ -108,13 +111,16 @@ def _optimize(arguments: argparse.Namespace) -> int:
         print(f"\nschedule: {arguments.out}")
     steps, ratios = (list(part) for part in (result.schedule.steps, result.schedule.keep_ratios))
     print(
-        f'next: ttsnap run simulate -p tensor {arguments.tensor} -p cost {arguments.cost} -p rewards "{names}" '
+        f'next: ttsnap run simulate -p tensor {arguments.tensor} -p cost {cost_name} -p rewards "{names}" '
         f'-p steps "{steps}" -p keep_ratios "{ratios}"'
     )
     last = result.frontier.iloc[-1]
     found, n = Schedule(last["steps"], last["keep_ratios"]), int(last["n"])
     model = dataset.attrs.get("model", "MODEL")
-    print("for real, at the highest budget:", search_command(model, names, arguments.cost, n, found, arguments.method))
+    print(
+        "for real, at the highest budget:",
+        search_command(model, names, cost_name, n, found, arguments.method, n_steps=cost.n_steps),
+    )
     return 0
 
 

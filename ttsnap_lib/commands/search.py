@@ -47,7 +47,10 @@ def add(commands: Any) -> None:
     search.add_argument("--method", choices=("best_of_n", "ttsp", "ttsnap"), help="default: by schedule and adapters")
     search.add_argument("--budget", type=float, help="compute per prompt in the unit of --cost")
     search.add_argument("--candidates", type=int, metavar="N", help="seeds to try, instead of a budget")
-    search.add_argument("--cost", metavar="PRESET_OR_FILE", help="cost model; see `ttsnap cost`")
+    search.add_argument(
+        "--cost", default="auto", metavar="PRESET_OR_FILE",
+        help="a preset or a file of `ttsnap cost` (default: the preset of model, size and reward, where there is one)",
+    )  # fmt: skip
     search.add_argument("--deadline", type=float, metavar="SECONDS", help="stop then, with the best so far")
     search.add_argument(
         "--combine", default="rank_sum", choices=("rank_sum", "z_score", "weighted_sum"), help="of several rewards"
@@ -101,13 +104,14 @@ def _search(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--together {arguments.together} is for several prompts. Give --prompts FILE.")
     together = 1 if arguments.together is None else arguments.together
     given = arguments.schedule
+    integer("--steps", arguments.steps, 1, MAX_STEPS)
     plan = {
         "schedule": Schedule.from_yaml(given if given.lstrip().startswith("{") else Path(given)) if given else None,
-        "budget": arguments.budget, "candidates": arguments.candidates, "cost": arguments.cost,
+        "budget": arguments.budget, "candidates": arguments.candidates, "cost": _price(arguments),
         "method": arguments.method, "batch_size": arguments.batch_size,
     }  # fmt: skip
     group = 1 if arguments.negtome is None else integer("--negtome", arguments.negtome, 1)
-    planned(**plan, n_steps=integer("--steps", arguments.steps, 1, MAX_STEPS), group=group, together=together)
+    planned(**plan, n_steps=arguments.steps, group=group, together=together)
     if arguments.prompts is not None:
         from ttsnap_lib.trajectories.prompts import read_prompts
 
@@ -152,6 +156,28 @@ def _search(arguments: argparse.Namespace) -> int:
             print(f"{key:>14}: {value}")
     print(f"{arguments.out}: image.png, record.json, candidates.parquet, gallery.png")
     return 130 if result.record.stopped == "interrupt" else 0
+
+
+def _price(arguments: argparse.Namespace) -> Any:
+    """Return the cost model; None where there is no preset and no budget needs one."""
+    from ttsnap_lib.costs import AUTO, preset_for, with_steps
+    from ttsnap_lib.errors import CostError
+
+    name = arguments.cost
+    if name == AUTO:
+        if arguments.prompts is not None and arguments.budget is None:
+            return None  # the cost is in the identity of a folder, and those made before have none
+        height, width = arguments.size or (None, None)
+        try:
+            name = preset_for(
+                arguments.model, (arguments.reward or ["pocket-clip"])[0], height if height == width else None
+            )
+        except CostError:
+            if arguments.budget is not None:
+                raise
+            return None
+        name = name.replace("+", "-tiny+") if arguments.tiny else name
+    return with_steps(name, arguments.steps)
 
 
 def _rewards(arguments: argparse.Namespace, names: list[str], adapters: Any = None) -> list[Any]:

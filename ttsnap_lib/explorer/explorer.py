@@ -25,8 +25,8 @@ import ipywidgets as ipw
 from IPython import get_ipython
 
 from ttsnap_lib.checks import choice, real
-from ttsnap_lib.costs import PRESETS, CostModel
-from ttsnap_lib.errors import ConfigError, ScheduleError, TTSnapError
+from ttsnap_lib.costs import AUTO, PRESETS, CostModel
+from ttsnap_lib.errors import ConfigError, CostError, ScheduleError, TTSnapError
 from ttsnap_lib.explorer.pool import Pool
 from ttsnap_lib.explorer.result import Result, State, compute, lacking
 from ttsnap_lib.explorer.view import MAX_STAGES, STYLE, Panels, draw, message_html, numbers_html
@@ -36,6 +36,7 @@ from ttsnap_lib.schedule import METHODS, PUBLISHED_SCHEDULE, Schedule
 from ttsnap_lib.simulation.plots import search_command
 from ttsnap_lib.simulation.pruning import step_positions
 from ttsnap_lib.style import METHOD_LABELS, reward_label
+from ttsnap_lib.tensors.pricing import mismatch, tensor_preset
 from ttsnap_lib.tensors.tensor import open_rewards
 from ttsnap_lib.tuning.optimize import OptimizedSchedule, optimize_schedule
 
@@ -117,7 +118,7 @@ class Explorer(ipw.VBox):
     steps, keep_ratios
         The schedule to begin with, also the first pinned one.
     cost : str or CostModel
-        A preset, a cost file, or a model.
+        A preset, a cost file, or a model; ``"auto"`` for the preset of the tensor's model, size and reward.
     accounting : {"exact", "published"}, optional
         Instead of the cost's own.
     multiple : float
@@ -140,7 +141,7 @@ class Explorer(ipw.VBox):
         method: str = "ttsnap",
         steps: Sequence[int] = PUBLISHED_SCHEDULE.steps,
         keep_ratios: Sequence[float] = PUBLISHED_SCHEDULE.keep_ratios,
-        cost: str | CostModel = "flux-512+image_reward",
+        cost: str | CostModel = AUTO,
         accounting: str = "",
         multiple: float = 10,
         multiples: Sequence[float] = MULTIPLES,
@@ -169,8 +170,11 @@ class Explorer(ipw.VBox):
         self.thread: threading.Thread | None = None
 
         name = str(tensor) if isinstance(tensor, str | Path) else _GIVEN
-        given_cost = _GIVEN if isinstance(cost, CostModel) else str(cost)
         self._given = tensor
+        if cost == AUTO:
+            dataset = cast("xr.Dataset", tensor) if name == _GIVEN else open_rewards(name)
+            cost = tensor_preset(dataset, next(iter(rewards), None))
+        given_cost = _GIVEN if isinstance(cost, CostModel) else str(cost)
         self._costs = {given_cost: cost if isinstance(cost, CostModel) else CostModel.load(cost), **PRESETS}
         self.pool: Pool | None = None
 
@@ -296,7 +300,7 @@ class Explorer(ipw.VBox):
         self.image.remove_class("ttsnap-stale")
         self.image.value = self._panels.png()
         self.numbers.value = numbers_html(self.result)
-        self.say("")
+        self.say(mismatch(self._opened().dataset, self.controls.cost.value, self.result.state.rewards[0]))
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         """Add the picture, for where no widgets can be shown (a notebook run headless, read on the web)."""
@@ -326,6 +330,9 @@ class Explorer(ipw.VBox):
                 pool = self._open(controls.tensor.value)
             if not set(self.pinned[1].steps) <= set(pool.steps[:-1]):  # it has no meaning on these steps
                 self.pinned = (self.pinned[0], controls.schedule)
+            if controls.cost.value in PRESETS:  # a file of the user's own stays
+                with contextlib.suppress(CostError):  # so does any cost where the tensor does not say
+                    controls.cost.value = tensor_preset(pool.dataset, controls.rewards.value[0])
         except TTSnapError as error:
             self.pool, self._error = None, error
         self.changed()
@@ -464,7 +471,8 @@ class Explorer(ipw.VBox):
         if kind == _SEARCH:
             plan = state.plans["current"][1]
             model, n = self._opened().dataset.attrs.get("model", "MODEL"), state.cost.candidates(state.budget, plan)
-            return search_command(model, state.rewards, parameters["cost"], n, plan, state.method)
+            n_steps = state.cost.n_steps
+            return search_command(model, state.rewards, parameters["cost"], n, plan, state.method, n_steps=n_steps)
         if kind == "schedule YAML":
             return f"# {METHOD_LABELS[state.method]}\n{state.schedule.to_yaml()}"
         if kind == "command line":

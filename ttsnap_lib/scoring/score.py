@@ -433,7 +433,11 @@ def open_scorer(
         reward.use_step(None)
         series = {step: reward.step_fingerprint(step) for step in reward.adapter_steps if step in steps}
         plans.append(RewardPlan(reward.name, reward.fingerprint(), series))
-    attributes = {"model": str(identity.get("model", "")), "source": source, "trajectories": digest(identity)}
+    attributes: dict[str, Any] = {
+        "model": str(identity.get("model", "")), "source": source, "trajectories": digest(identity),
+    }  # fmt: skip
+    if identity.get("height") == identity.get("width") is not None:
+        attributes["size"] = int(identity["width"])  # with the model it says what a picture costs
     with open_store(out, plans, prompts, n_images, steps, shard=shard, attributes=attributes) as store:
         yield Scorer(store, plan_work(store, rewards, steps, n_images), prompts, where, skip)
 

@@ -241,6 +241,7 @@ def search_command(
     schedule: Schedule | None = None,
     method: str = "ttsnap",
     prompt: str = "your prompt",
+    n_steps: int = 20,
 ) -> str:
     """Return the ``ttsnap search`` line that runs a simulated schedule for real.
 
@@ -255,6 +256,7 @@ def search_command(
     size = re.search(r"-(512|1024)\b", cost)
     if size and not is_pocket:
         words += ["--size", size[1]]
+    words += ["--steps", str(n_steps)] if n_steps != 20 else []
     if method != "best_of_n" and schedule is not None and schedule.steps:
         words += ["--schedule", f"{{steps: {list(schedule.steps)}, keep_ratios: {list(schedule.keep_ratios)}}}"]
         if method == "ttsnap":
