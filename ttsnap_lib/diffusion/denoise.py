@@ -116,6 +116,12 @@ def resolve(settings: Settings, pipeline: Any) -> Settings:
                 f"{side} of {name}: got {value}, expected a multiple of {multiple}. The nearest is "
                 f"{max(multiple, round(value / multiple) * multiple)}."
             )
+    made = adapter.made_size(pipeline, *resolved.size)
+    if made != resolved.size:
+        raise ConfigError(
+            f"height, width of {name}: got {resolved.size}, expected the area of {(height, width)}, which it always makes. "
+            f"It would make {made}: give that."
+        )
     if defaults["max_sequence_length"] is None and settings.max_sequence_length is not None:
         raise ConfigError(
             f"max_sequence_length: got {settings.max_sequence_length}, expected None: {name} has a fixed one. Leave it out."

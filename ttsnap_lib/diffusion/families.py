@@ -16,9 +16,13 @@ import torch
 
 from ttsnap_lib.errors import PipelineError
 
-_GUIDED_POOLED = (
-    "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
+_GUIDED = ("prompt_embeds", "negative_prompt_embeds")
+_GUIDED_POOLED = (*_GUIDED, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+_GUIDED_MASKED = (
+    "prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask",
 )  # fmt: skip
+# No size but the one asked for; the negative text comes as embeddings, beside which its default "" is refused.
+_PLAIN = {"use_resolution_binning": False, "negative_prompt": None}
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Adapter:
     listed: bool = False  # embeddings are lists, with a tensor of a length of its own for each prompt
     float32: bool = False  # latents are in float32, whatever the model's precision
     fixed: Mapping[str, Any] = field(default_factory=dict)  # arguments of the call that the engine needs as they are
+    resizes: bool = False  # brings every size to the area of its default one
     video: bool = False  # its VAE takes a frame axis
     no_prompt: str = ""  # the negative prompt of guidance when none is given, where the pipeline has no rule for it
 
@@ -170,6 +175,14 @@ class Adapter:
             return math.lcm(8, factor)
         return factor * (getattr(self.component(pipeline).config, "patch_size", 2) if self.layout == "plain" else 2)
 
+    def made_size(self, pipeline: Any, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) that the pipeline makes of a size, by its own rule."""
+        if not self.resizes:
+            return height, width
+        scale = math.sqrt(math.prod(self.default_size(pipeline)) / (height * width))
+        multiple = self.size_multiple(pipeline)
+        return int(height * scale // multiple * multiple), int(width * scale // multiple * multiple)
+
     def channels(self, pipeline: Any) -> int:
         """Return how many channels the VAE's latents should have, by what the model takes in."""
         return self.component(pipeline).config.in_channels // (1 if self.layout == "plain" else 4)
@@ -236,8 +249,35 @@ ADAPTERS: dict[str, Adapter] = {
             guidance="true_cfg_scale", embeddable=True, tokenizer="tokenizer_2",
         ),
         Adapter("StableDiffusionXLPipeline", "unet", _GUIDED_POOLED),
-        Adapter("StableDiffusionPipeline", "unet", ("prompt_embeds", "negative_prompt_embeds")),
+        Adapter("StableDiffusionPipeline", "unet", _GUIDED),
         Adapter("StableDiffusion3Pipeline", "transformer", _GUIDED_POOLED, tokenizer="tokenizer_3"),
+        Adapter("ZImagePipeline", "transformer", _GUIDED, unguided=0.0, listed=True, float32=True),
+        Adapter(
+            "Flux2Pipeline", "transformer", ("prompt_embeds", None), layout="patched", guidance=None, embeddable=True
+        ),
+        Adapter(
+            "Flux2KleinPipeline", "transformer", ("prompt_embeds", None), layout="patched", unless="is_distilled"
+        ),
+        Adapter(
+            "QwenImagePipeline", "transformer", ("prompt_embeds", "prompt_embeds_mask"), layout="packed",
+            guidance="true_cfg_scale", embeddable=True, video=True, no_prompt=" ",
+        ),
+        Adapter("SanaPipeline", "transformer", _GUIDED_MASKED, float32=True, fixed=_PLAIN),
+        Adapter("Lumina2Pipeline", "transformer", _GUIDED_MASKED),
+        Adapter(
+            "ChromaPipeline", "transformer",
+            ("prompt_embeds", None, "prompt_attention_mask", "negative_prompt_embeds", None, "negative_prompt_attention_mask"),
+            layout="packed",
+        ),
+        Adapter("PixArtSigmaPipeline", "transformer", _GUIDED_MASKED, fixed=_PLAIN),
+        Adapter(
+            "HiDreamImagePipeline", "transformer",
+            (
+                "prompt_embeds_t5", "negative_prompt_embeds_t5", "prompt_embeds_llama3", "negative_prompt_embeds_llama3",
+                "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
+            ),
+            tokenizer="tokenizer_3", resizes=True, rows={"prompt_embeds_llama3": 1, "negative_prompt_embeds_llama3": 1},
+        ),
     )
 }  # fmt: skip
 """The supported pipelines by the name of their class."""
