@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FirstBlockCacheConfig, StableDiffusionImg2ImgPipeline
+from diffusers import DiffusionPipeline, FirstBlockCacheConfig, StableDiffusionImg2ImgPipeline, UniPCMultistepScheduler
 
 from tests import worlds
 from tests.worlds import CAPTIONS, RELATIVE, STEPS, generators, in_parts, same_to, settings, stock
@@ -63,6 +63,17 @@ def test_candidates_of_several_batches_go_on_together(pipelines):
     parts = [denoiser.run(noise.take(rows), conditioning.take(rows), 1) for rows in ([0, 1], [2])]
     joined = denoiser.run(Candidates.cat(parts), conditioning, 5)
     same_to(joined.latents, stock(pipeline), RELATIVE)
+
+
+def test_candidates_may_wait_in_main_memory():
+    pipeline = worlds.sd()
+    pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
+    denoiser = Denoiser(pipeline, settings())
+    moved = denoiser.run(denoiser.noise(generators()), denoiser.encode(CAPTIONS), 2)
+    away = moved.to("meta")  # stands for another device
+    remembered = [one for one in away.history["model_outputs"] if one is not None]
+    assert away.step == 2 and {one.device.type for one in (away.latents, *remembered)} == {"meta"}
+    assert moved.to("cpu").latents is moved.latents and away.history["this_order"] == moved.history["this_order"]
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "sdxl"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 
@@ -279,6 +280,24 @@ def test_memory_that_runs_out_with_prompts_together_halves_the_batch(whole, sear
 def test_latents_of_many_prompts_rest_in_main_memory(whole, search_all, monkeypatch):
     monkeypatch.setattr(run, "_ON_DEVICE_BYTES", 0)
     _same(search_all(None, together=3), whole[1], atol=1e-2)
+
+
+def test_seconds_by_batch_know_what_runs_together(search_all, flux, tmp_path):
+    costs = CostModel(step={1: 1.0, 8: 0.25}, verify={1: 0.5, 8: 0.1}, n_steps=N_STEPS, unit="seconds")
+    few, many = (dataclasses.replace(costs, prompts_together=n).candidates(8.0, SCHEDULE) for n in (1, 4))
+    assert few < many
+    for together, n in ((1, few), (4, many)):
+        folder = tmp_path / str(together)
+        frame = search_all(folder, together=together, candidates=None, budget=8.0, cost=costs)
+        assert frame["candidates"].tolist() == [n] * 4
+        told = dataclasses.replace(costs, prompts_together=together).total(n, SCHEDULE)
+        assert frame["cost"].sum() == pytest.approx(4 * told) and frame["cost"].mean() < 8.0
+        assert SearchRecord.load(folder / "p0003").cost_model["prompts_together"] == together
+    with pytest.raises(SearchError, match=r"other settings: .*candidates"):
+        search_all(tmp_path / "1", together=4, candidates=None, budget=8.0, cost=costs)
+    with Sizes(flux.transformer) as sizes:
+        search_all(None, PROMPTS[:1], candidates=12, cost=costs)
+    assert sizes[0] == 8  # the largest batch that was measured, not the 16 of a CPU
 
 
 def test_negtome_runs_one_prompt_at_a_time(search_all):

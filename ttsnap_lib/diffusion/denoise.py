@@ -5,7 +5,7 @@ The pipeline's own ``__call__`` does the work: it is handed a scheduler that sho
 that are still in the running. Between two parts candidates may be dropped.
 
 >>> denoiser = Denoiser(load_pipeline("pocket-flux"), Settings(n_steps=20))
->>> text = denoiser.encode(["a small red ring on a green background"]).repeat(8)
+>>> text = denoiser.encode(["a small red ring on a white background"]).repeat(8)
 >>> candidates = denoiser.noise([image_generator(0, 0, image) for image in range(8)])
 >>> candidates = denoiser.run(candidates, text, last_step=6)
 >>> best = [2, 5]
@@ -206,8 +206,15 @@ class Candidates:
 
     def take(self, indices: Sequence[int]) -> Candidates:
         """Return the candidates `indices`: the survivors of a pruning step."""
-        history = None if self.history is None else {k: _rows(v, indices) for k, v in self.history.items()}
-        return replace(self, latents=_rows(self.latents, indices), history=history)
+        return self._each(lambda rows: rows[torch.as_tensor(indices, dtype=torch.long, device=rows.device)])
+
+    def to(self, device: torch.device | str) -> Candidates:
+        """Return the candidates on `device`, such as in main memory while they wait."""
+        return self._each(lambda rows: rows.to(device))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Candidates:
+        history = None if self.history is None else {k: _changed(v, change) for k, v in self.history.items()}
+        return replace(self, latents=change(self.latents), history=history)
 
     @classmethod
     def cat(cls, parts: Sequence[Candidates]) -> Candidates:
@@ -229,12 +236,12 @@ def _padded(value: torch.Tensor, axis: int, length: int) -> torch.Tensor:
     return torch.cat([value, value.new_zeros(*value.shape[:axis], missing, *value.shape[axis + 1 :])], dim=axis)
 
 
-def _rows(value: Any, indices: Sequence[int]) -> Any:
+def _changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, list):
-        return [_rows(one, indices) for one in value]
+        return [_changed(one, change) for one in value]
     if not isinstance(value, torch.Tensor) or value.ndim == 0:  # a timestep, a count, an empty place
         return value
-    return value[torch.as_tensor(indices, dtype=torch.long, device=value.device)]
+    return change(value)
 
 
 def _joined(values: list[Any]) -> Any:

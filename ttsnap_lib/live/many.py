@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ttsnap_lib.checks import choice
 from ttsnap_lib.costs import CostModel
 from ttsnap_lib.diffusion.denoise import as_settings
-from ttsnap_lib.diffusion.pipelines import load_decoder
+from ttsnap_lib.diffusion.pipelines import load_decoder, tell_outside
 from ttsnap_lib.errors import SearchError
 from ttsnap_lib.files import (
     HIDDEN,
@@ -90,6 +90,7 @@ def search_many(
     rewards = [load_reward(one) for one in (reward if isinstance(reward, list | tuple) else [reward])]
     searcher = Searcher(pipeline, rewards, together=together, **options)
     mine = range(index, len(prompts), of)
+    tell_outside(searcher.denoiser.pipeline, prompts)
     digests = {number: hashlib.sha256(prompts[number].encode()).hexdigest() for number in mine}
     failed: dict[int, SearchError] = {}
     rows: list[dict[str, Any]] = []
@@ -129,7 +130,9 @@ def search_many(
         frame = pd.DataFrame(rows)
     else:
         with shard_lock(Path(folder), (index, of)) as held:
-            _claim(Path(folder), _identity(pipeline, rewards, options))
+            # By seconds by batch, batch_size and together decide what a budget buys.
+            decided = {} if searcher.cost is None or searcher.cost.batch_size is None else {"candidates": searcher.n}
+            _claim(Path(folder), _identity(pipeline, rewards, {**options, **decided}))
         with held:
             try:
                 work()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ttsnap_lib.checks import MAX_IMAGES, choice, integer
@@ -33,10 +34,13 @@ def planned(
         raise ConfigError(
             f"together with NegToMe: got {together} prompts, expected 1, as it couples the images of a batch. Leave one out."
         )
+    size = None if batch_size is None else integer("batch_size", batch_size, 1)
+    if isinstance(costs, CostModel):
+        costs = replace(costs, prompts_together=together, batch_size=size or costs.batch_size)
     n = _candidates_for(budget, candidates, costs, schedule, n_steps, group)
-    if batch_size is not None and integer("batch_size", batch_size, 1) % group:
+    if size is not None and size % group:
         raise ConfigError(
-            f"batch_size with NegToMe: got {batch_size}, expected a multiple of its group_size, {group}. Set one."
+            f"batch_size with NegToMe: got {size}, expected a multiple of its group_size, {group}. Set one."
         )
     return schedule, costs, n
 

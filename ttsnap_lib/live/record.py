@@ -26,7 +26,8 @@ class StageRecord:
     """One stage as it ran: the forwards, decodes and scores that were done, and the seconds they took.
 
     What was done twice because memory ran out is counted twice. Of batches shared with other prompts the seconds are this
-    prompt's share. `cost` is None without a cost model.
+    prompt's share. `cost` is None without a cost model. The counts by batch say how many of them ran in batches of
+    which size.
     """
 
     first_step: int
@@ -42,11 +43,38 @@ class StageRecord:
     score_s: float = 0.0
     elapsed_s: float = 0.0
     cost: float | None = None
+    forwards_by_batch: dict[int, int] = field(default_factory=dict)
+    checks_by_batch: dict[int, int] = field(default_factory=dict)  # decodes, and as many scores
+
+    def __post_init__(self) -> None:
+        for name in ("forwards_by_batch", "checks_by_batch"):  # JSON has no keys but strings
+            setattr(self, name, {int(size): count for size, count in getattr(self, name).items()})
+
+    def denoised(self, n: int, size: int) -> None:
+        """Count a step of `n` candidates, in a batch of `size`."""
+        self.forwards += n
+        self.forwards_by_batch[size] = self.forwards_by_batch.get(size, 0) + n
+
+    def checked(self, n: int, size: int) -> None:
+        """Count the decoding and scoring of `n` candidates, in a batch of `size`."""
+        self.decodes += n
+        self.scores += n
+        self.checks_by_batch[size] = self.checks_by_batch.get(size, 0) + n
 
     def price(self, cost: CostModel) -> float:
-        """Return, and note, what was done here in the unit of `cost`."""
-        decode = cost.decode if not self.preview or cost.preview_decode is None else cost.preview_decode
-        self.cost = self.forwards * cost.step + self.decodes * decode + self.scores * cost.verify
+        """Return, and note, what was done here in the unit of `cost`; an older record as if in full batches."""
+
+        def spent(part: str, count: int, by_batch: dict[int, int]) -> float:
+            if cost.batch_size is None or not by_batch:
+                return count * cost.each(part, cost.batch_size or 1)
+            return sum(n * cost.each(part, size) for size, n in by_batch.items())
+
+        decode = "decode" if not self.preview or cost.preview_decode is None else "preview_decode"
+        self.cost = (
+            spent("step", self.forwards, self.forwards_by_batch)
+            + spent(decode, self.decodes, self.checks_by_batch)
+            + spent("verify", self.scores, self.checks_by_batch)
+        )
         return self.cost
 
 
@@ -180,8 +208,10 @@ class SearchResult:
     def save(self, folder: str | Path) -> Path:
         """Write ``image.png`` (seed, schedule and rewards in its metadata), ``candidates.parquet`` and ``record.json``.
 
-        ``record.json`` comes last: a folder that has it is whole.
+        A picture of less than 128 pixels also comes enlarged, pixel by pixel, as ``image_large.png``. ``record.json`` comes
+        last: a folder that has it is whole.
         """
+        from PIL.Image import Resampling
         from PIL.PngImagePlugin import PngInfo
 
         folder, record = Path(folder), self.record
@@ -194,6 +224,11 @@ class SearchResult:
             notes.add_itxt(f"ttsnap:{key}", value if isinstance(value, str) else json.dumps(value))
         with atomic_write(folder / "image.png") as file:
             self.image.save(file, format="PNG", pnginfo=notes)
+        if max(self.image.size) < 128:
+            factor = 512 // max(self.image.size)
+            large = self.image.resize((self.image.width * factor, self.image.height * factor), Resampling.NEAREST)
+            with atomic_write(folder / "image_large.png") as file:
+                large.save(file, format="PNG")
         with atomic_write(folder / "candidates.parquet") as file:
             record.frame().to_parquet(file)
         cost = None if np.isnan(self.cost) else self.cost

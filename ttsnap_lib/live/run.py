@@ -11,7 +11,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from ttsnap_lib.diffusion.denoise import (
     image_generator,
     image_seed,
 )
-from ttsnap_lib.diffusion.pipelines import load_decoder, load_pipeline, pipeline_facts
+from ttsnap_lib.diffusion.pipelines import load_decoder, load_pipeline, pipeline_facts, tell_outside
 from ttsnap_lib.errors import BudgetError, ConfigError, DeviceError, ScheduleError, SearchError
 from ttsnap_lib.live.plan import planned
 from ttsnap_lib.live.record import SearchRecord, SearchResult, StageRecord
@@ -99,8 +99,9 @@ def search(
     decoder : AutoencoderTiny, folder, hub id or ``"pocket-tiny"``, optional
         Decodes the estimates at checks; the final image always comes from the full VAE.
     batch_size : int, optional
-        Candidates at once: 16 on a CPU and 64 elsewhere when not given. Halved when memory runs out, without losing
-        what is done; decoding and scoring have a size of their own, halved apart.
+        Candidates at once; by default the batch size of `cost` where that has seconds by batch size, else 16 on a CPU and
+        64 elsewhere. Halved when memory runs out, without losing what is done; decoding and scoring have a size of
+        their own, halved apart.
     deadline_s : float, optional
         Stop after these seconds with the best so far, over by one denoising step of one batch, or its decoding and
         scoring, at most.
@@ -136,6 +137,7 @@ def search(
         settings=settings, combine=combine, weights=weights, report=report, decoder=decoder, batch_size=batch_size,
         deadline_s=deadline_s, negtome=negtome, on_check=on_check, progress=progress,
     )  # fmt: skip
+    tell_outside(searcher.denoiser.pipeline, [prompt])
     found: dict[int, SearchResult | SearchError] = {}
     searcher.run({prompt_index: prompt}, found.__setitem__, begin)
     result = found[prompt_index]
@@ -219,7 +221,9 @@ class Searcher:
                     f"{window[-1]}. Prune later, narrow the window, or search without NegToMe."
                 )
         if batch_size is None:
-            batch_size = max(group, _BATCH.get(self.denoiser.device.type, _BATCH_ON_ACCELERATOR) // group * group)
+            measured = None if self.cost is None else self.cost.batch_size
+            batch_size = measured or _BATCH.get(self.denoiser.device.type, _BATCH_ON_ACCELERATOR)
+            batch_size = max(group, batch_size // group * group)
         self.batch_size = batch_size  # halved when memory runs out
         self.check_size = batch_size  # images decoded and scored at once; halved apart
         self.checks = [*self.schedule.steps, self.denoiser.settings.n_steps - 1]
@@ -313,7 +317,7 @@ class Searcher:
             if moved is None:  # memory ran out; smaller batches from here on
                 continue
             waiting = moved.latents.nbytes * len(rows) / len(batch) > _ON_DEVICE_BYTES
-            parts.append(replace(moved, latents=moved.latents.cpu()) if waiting else moved)
+            parts.append(moved.to("cpu") if waiting else moved)
             start += len(batch)
             for place in np.setdiff1d(batch[:, 0], rows[start:, 0]):  # all of its candidates have their score
                 self._prune(k, self.work[place])
@@ -329,7 +333,7 @@ class Searcher:
             if candidates is None:
                 entering = self.denoiser.noise([self._generator(place, candidate) for place, candidate in batch])
             else:
-                entering = candidates.take(list(range(start, start + len(batch))))
+                entering = candidates.take(range(start, start + len(batch))).to(self.denoiser.device)
             moved, x0 = self._denoise(self.checks[k], text.take(batch[:, 0].tolist()), entering, batch)
         except DeviceError as error:
             self.batch_size = _halved(len(batch), self.group, "denoising", error)
@@ -354,7 +358,7 @@ class Searcher:
             latest[:] = [x0]
             self.estimate = (rows, x0)
             self.done += len(rows)
-            self._note(rows, "forwards")
+            self._note(rows, "denoised")
             self._tell(self.progress, min(self.done, self.forwards - 1), self.forwards)
             self._check_time()
 
@@ -393,7 +397,7 @@ class Searcher:
                 pixels = None
                 _free(self.denoiser.device)
                 continue
-            self._note(rows[part], "decodes", "scores", decode_s=middle - begin, score_s=self._now() - middle)
+            self._note(rows[part], "checked", decode_s=middle - begin, score_s=self._now() - middle)
             for (place, candidate), picture, scores in zip(rows[part].tolist(), pixels, table, strict=True):
                 one = self.work[place]
                 # Pictures come first: a score without its picture could not be shown after an interruption.
@@ -494,12 +498,12 @@ class Searcher:
         before, self.lap_from = self.lap_from, self._now()
         return self.lap_from - before
 
-    def _note(self, rows: np.ndarray, *counted: str, **seconds: float) -> None:
-        """Add to the stages of the prompts of `rows` one of each `counted` a row, and their share of the seconds."""
+    def _note(self, rows: np.ndarray, count: str = "", **seconds: float) -> None:
+        """Note on the stages of the prompts of `rows`, a batch, what was done, and their share of the seconds."""
         for place, n in zip(*(each.tolist() for each in np.unique(rows[:, 0], return_counts=True)), strict=True):
             stage = self.work[place].record.stages[-1]
-            for name in counted:
-                setattr(stage, name, getattr(stage, name) + n)
+            if count:
+                getattr(stage, count)(n, len(rows))
             for name, value in seconds.items():
                 setattr(stage, name, getattr(stage, name) + value * (n / len(rows)))
 
