@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from peft import LoraConfig
 
 from tests import worlds
@@ -109,9 +110,29 @@ def test_a_folder_that_does_not_tell_is_found(tmp_path):
     generate(pipe, PROMPT, tmp_path, **OPTIONS)
     content = json.loads((tmp_path / MANIFEST).read_text())
     assert not {"lora", "freeu", "vae_in_parts", "dtypes"} & content["identity"].keys()
-    del content["identity"]["vae"]
+    del content["identity"]["vae"], content["identity"]["timesteps"]
     (tmp_path / MANIFEST).write_text(json.dumps(content))
     assert generate(pipe, PROMPT, tmp_path, **OPTIONS).found == 1
+
+
+def test_a_model_cache_is_told():
+    pipe = worlds.build("flux")
+    assert "cache" not in identity_of(Denoiser(pipe, SETTINGS))
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    assert "FirstBlockCacheConfig(threshold=0.5)" in identity_of(Denoiser(pipe, SETTINGS))["cache"]
+
+
+@pytest.mark.parametrize("which", ["sigmas", "timesteps"])
+def test_a_pool_of_a_version_with_another_schedule_is_refused(which, tmp_path):
+    """Diffusers changes how schedules are computed between versions."""
+    pipe = worlds.build("sdxl")
+    generate(pipe, PROMPT, tmp_path, **OPTIONS)
+    content = json.loads((tmp_path / MANIFEST).read_text())
+    assert content["identity"]["timesteps"] == Denoiser(pipe, SETTINGS).timesteps.tolist()
+    content["identity"][which][0] += 1
+    (tmp_path / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(TrajectoryError, match=rf"other settings: {which}: \["):
+        generate(pipe, PROMPT, tmp_path, **OPTIONS)
 
 
 def test_a_prompt_file_is_not_searched_with_two_lora_scales_in_one_folder(tmp_path):

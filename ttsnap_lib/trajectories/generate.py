@@ -192,6 +192,7 @@ def generate(
         if folder is not None:
             identity = identity_of(
                 denoiser,
+                timesteps=[float(f"{timestep:.7g}") for timestep in denoiser.timesteps],
                 seed=seed,
                 batch={"size": blocks.size, "images": blocks.images},
                 negtome=None if negtome is None else negtome.resolved(pipeline).to_dict(),

@@ -70,6 +70,7 @@ def run_time_changes(pipeline: Any) -> dict[str, Any]:
         "vae_in_parts": {key: _plain(value) for key, value in vars(vae).items() if key.startswith(("use_", "tile_"))}
         if in_parts
         else None,
+        "cache": _without_addresses(getattr(model, "_cache_config", None) or ""),
         "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items() if dtype != model.dtype},
     }
     return {key: value for key, value in found.items() if value}
