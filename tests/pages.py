@@ -96,7 +96,7 @@ def make_world(folder: Path, page: Path) -> dict[str, str]:
     for model in ("flux", "sdxl"):
         for short, seed in (("imr", 0), ("pic", 1)):
             _published(folder, f"{model}_{short}", synthetic_rewards(4, 120, 20, rng=seed))
-    prompts = ["a small red ring on a green background", "a large blue square", "a red cross", "a small white circle"]
+    prompts = ["a small red ring on a white background", "a large blue square", "a red cross", "a small white circle"]
     for name in ("validation.json", "prompts.json", "train.json"):
         (folder / name).write_text(json.dumps(prompts))
     tensor = synthetic_rewards(8, 120, 20)

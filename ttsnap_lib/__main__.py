@@ -10,6 +10,7 @@ import importlib
 import os
 import signal
 import sys
+import warnings
 
 from ttsnap_lib import __version__
 from ttsnap_lib.commands import COMMANDS
@@ -69,6 +70,8 @@ def _file_of(error: BaseException) -> str:
 
 def run() -> int:
     """Run the command of ``sys.argv`` as the whole of this process."""
+    # A user reads a warning of ours as a sentence, not as a place in our source.
+    warnings.formatwarning = lambda message, *place, **more: f"ttsnap: {message}\n"
     try:
         return main()
     except KeyboardInterrupt:  # while the message was being printed, or before the command began

@@ -38,6 +38,10 @@ def test_the_picture_carries_its_origin(whole, tmp_path):
     with Image.open(tmp_path / "image.png") as picture:
         notes = {key.removeprefix("ttsnap:"): value for key, value in picture.text.items()}
         np.testing.assert_array_equal(np.asarray(picture), np.asarray(whole.image))
+    with Image.open(tmp_path / "image_large.png") as large:  # for a person's eyes: pictures of 32 pixels are small
+        factor = large.width // whole.image.width
+        assert max(large.size) >= 256 and large.size == tuple(side * factor for side in whole.image.size)
+        np.testing.assert_array_equal(np.asarray(large)[::factor, ::factor], np.asarray(whole.image))
     assert notes["prompt"] == PROMPT and int(notes["seed"]) == whole.record.seeds[whole.winner]
     assert json.loads(notes["schedule"]) == SCHEDULE.to_dict() and json.loads(notes["rewards"]) == ["clip"]
     assert float(notes["clip"]) == pytest.approx(whole.scores["clip"])

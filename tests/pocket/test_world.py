@@ -28,6 +28,7 @@ from ttsnap_lib.pocket.world import (
     caption,
     hard_negative,
     mislabeled,
+    outside,
     parse_caption,
     pocket_prompts,
     random_scene,
@@ -242,3 +243,27 @@ def test_mislabeled_captions_are_wrong_at_the_rate():
     assert len(differs) > 300
     np.testing.assert_allclose(differs.mean(axis=0), 0.2, atol=0.08)  # 3.5 standard errors of each attribute
     assert mislabeled(scenes[0], rng, chance=0.0) == scenes[0]
+
+
+def test_what_the_world_does_not_have_is_named():
+    assert "a green background; there are black, gray, white, pink" in outside("a small red ring on a green background")
+    assert "'photo', 'fox', 'in', 'the', 'snow'; its words are small, large, red" in outside(
+        "a photo of a red fox in the snow"
+    )
+    assert [outside(text) for text in (*pocket_prompts("test"), "A small red ring.", "a large ring above a cross")] == [
+        ""
+    ] * 130
+
+
+def test_a_pocket_model_tells_once_what_is_outside_its_world(tmp_path):
+    from ttsnap_lib import generate, load_pipeline, search
+
+    flux = load_pipeline("pocket-flux")
+    quick = {"settings": {"n_steps": 1}}
+    with pytest.warns(UserWarning, match="pocket model does not know a green background") as told:
+        search(flux, "a red ring on a green background", "pocket-clip", candidates=1, **quick)
+    assert len(told) == 1
+    prompts = ["a red ring", "a fox", "a cat"]
+    with pytest.warns(UserWarning, match="does not know 'fox'.*, and 1 more prompt is outside its world") as told:
+        generate(flux, prompts, tmp_path / "pool", images_per_prompt=1, **quick)
+    assert len(told) == 1

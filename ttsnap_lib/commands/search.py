@@ -154,7 +154,8 @@ def _search(arguments: argparse.Namespace) -> int:
     for key, value in result.summary().items():
         if value not in (None, ""):  # no cost model, not cut short
             print(f"{key:>14}: {value}")
-    print(f"{arguments.out}: image.png, record.json, candidates.parquet, gallery.png")
+    large = " (image_large.png: the same, enlarged)" if (Path(arguments.out) / "image_large.png").exists() else ""
+    print(f"{arguments.out}: image.png{large}, record.json, candidates.parquet, gallery.png")
     return 130 if result.record.stopped == "interrupt" else 0
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from ttsnap_lib.diffusion.families import ADAPTERS, adapter_of
 from ttsnap_lib.diffusion.schedulers import schedulable
 from ttsnap_lib.errors import ConfigError, DeviceError, PipelineError
 from ttsnap_lib.files import as_path, failures_as, reason
-from ttsnap_lib.pocket import POCKET_DEFAULTS, pocket_folder
+from ttsnap_lib.pocket import POCKET_DEFAULTS, pocket_folder, world
 from ttsnap_lib.style import quiet_loading
 
 # The old name of the argument draws a warning since diffusers 0.42.
@@ -173,6 +174,17 @@ def pipeline_source(pipeline: Any) -> dict[str, str | None]:
     """Return ``{"model": ..., "revision": ...}`` of a pipeline, for a manifest."""
     found = getattr(pipeline, "ttsnap_source", None)
     return dict(found) if found else {"model": getattr(pipeline, "name_or_path", "") or "unnamed", "revision": None}
+
+
+def tell_outside(pipeline: Any, prompts: Sequence[str]) -> None:
+    """Warn once when a pocket pipeline gets prompts of which it has learned nothing."""
+    if str(pipeline_source(pipeline)["model"]) not in POCKET_PIPELINES:
+        return
+    told = [found for found in map(world.outside, prompts) if found]
+    if told:
+        others = len(told) - 1
+        more = f", and {others} more prompt{'s are' if others > 1 else ' is'} outside its world" if others else ""
+        warnings.warn(f"the pocket model {told[0]}{more}", stacklevel=3)
 
 
 def pipeline_facts(denoiser: Any) -> dict[str, Any]:

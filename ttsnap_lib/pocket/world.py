@@ -104,6 +104,17 @@ def parse_caption(text: str) -> Scene:
     return Scene(background, things, relation)
 
 
+def outside(text: str) -> str:
+    """Return what a text asks for that the pocket world does not have, and what there is, in words; else ""."""
+    words = dict.fromkeys(re.findall(r"\w+", text.lower()))
+    if strange := [word for word in words if word not in {"a", "of", "on", "background", *WORDS}]:
+        return f"does not know {', '.join(map(repr, strange))}; its words are {', '.join(WORDS)}"
+    background = re.search(r"(\w+) background", text.lower())
+    if background and background[1] not in BACKGROUNDS:
+        return f"does not know a {background[1]} background; there are {', '.join(BACKGROUNDS)}"
+    return ""
+
+
 def random_scene(rng: np.random.Generator, alone: float = 0.25) -> Scene:
     """Return a random scene; `alone` is the chance of a single thing."""
     pick = lambda options: str(rng.choice(list(options)))

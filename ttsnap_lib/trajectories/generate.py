@@ -24,7 +24,7 @@ import torch
 from ttsnap_lib.checks import FINITE_VAE, MAX_IMAGES, as_bytes, choice, integer
 from ttsnap_lib.diffusion.denoise import Conditioning, Denoiser, Settings, image_generator
 from ttsnap_lib.diffusion.negtome import NegToMe
-from ttsnap_lib.diffusion.pipelines import load_pipeline
+from ttsnap_lib.diffusion.pipelines import load_pipeline, tell_outside
 from ttsnap_lib.errors import ConfigError, DiskError, PipelineError, TrajectoryError
 from ttsnap_lib.files import parse_shard, require_space, shard_lock
 from ttsnap_lib.provenance import Clock
@@ -180,6 +180,7 @@ def generate(
     group = 1 if negtome is None else negtome.group_size
     blocks = blocks_for(batch_size, made_with.get("batch", _DEFAULTS["batch"]), len(prompts), images_per_prompt, group)
     denoiser = Denoiser(pipeline, settings)
+    tell_outside(pipeline, prompts)
     n_steps = denoiser.settings.n_steps
     chosen = {integer("steps", step, 0, n_steps - 1) for step in (range(n_steps) if steps is None else steps)}
     threads = model_threads(denoiser, cpu_threads, made_with.get("cpu_threads"))
