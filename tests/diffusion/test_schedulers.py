@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from diffusers import (
@@ -17,6 +19,7 @@ from diffusers import (
 from tests import worlds
 from tests.worlds import CAPTIONS, RELATIVE, STEPS, generators, in_parts, same_to, settings, stock
 from ttsnap_lib.diffusion.denoise import Denoiser
+from ttsnap_lib.diffusion.schedulers import set_at_run_time
 from ttsnap_lib.errors import PipelineError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,6 +107,49 @@ def test_a_shift_set_at_run_time_counts():
     denoiser = Denoiser(pipeline, settings())
     assert denoiser.sigmas != plain
     assert torch.equal(in_parts(denoiser, (1, 5))[0].latents, stock(pipeline))
+
+
+def without_corrector(scheduler):
+    scheduler.disable_corrector = [0, 1]
+
+
+def clean_end(scheduler):
+    scheduler.final_alpha_cumprod = torch.tensor(1.0)
+
+
+def other_levels(scheduler):
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod**1.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [("unipc", without_corrector), ("ddim", clean_end), ("ddim", other_levels), ("euler-linspace", other_levels)],
+)
+def test_an_attribute_set_at_run_time_counts(kind, change):
+    pipeline = with_scheduler("sd", SCHEDULERS[kind])
+    plain = stock(pipeline)
+    assert set_at_run_time(pipeline.scheduler) == {}  # also after a run
+    change(pipeline.scheduler)
+    changed = stock(pipeline)
+    assert not torch.equal(changed, plain)
+    assert len(set_at_run_time(pipeline.scheduler)) == 1
+    before = dict(vars(pipeline.scheduler))
+    assert torch.equal(in_parts(Denoiser(pipeline, settings()), (1, 5))[0].latents, changed)
+    assert all(vars(pipeline.scheduler)[name] is value for name, value in before.items())  # a copy did the work
+
+
+def test_a_subclass_of_a_scheduler_runs_and_a_replaced_method_is_refused():
+    class Halved(EulerDiscreteScheduler):
+        def set_timesteps(self, *args, **kwargs):
+            super().set_timesteps(*args, **kwargs)
+            self.sigmas = self.sigmas * 0.5
+
+    pipeline = with_scheduler("sd", Halved.from_config)
+    latents = stock(pipeline)
+    assert torch.equal(in_parts(Denoiser(pipeline, settings()), (1, 5))[0].latents, latents)
+    pipeline.scheduler.set_timesteps = functools.partial(pipeline.scheduler.set_timesteps)
+    with pytest.raises(PipelineError, match="set_timesteps was replaced"):
+        Denoiser(pipeline, settings())
 
 
 @pytest.mark.parametrize("solver", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])

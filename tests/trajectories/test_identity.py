@@ -46,6 +46,9 @@ CHANGES = {
     "another scale of latents": (
         lambda pipe: pipe.vae.register_to_config(scaling_factor=0.4), "vae.scaling_factor: 0.5 there, 0.4 now"
     ),
+    "an attribute of the scheduler": (
+        lambda pipe: vars(pipe.scheduler).update(my_strength=0.5), "scheduler_set.my_strength: None there, '0.5' now"
+    ),
     "a VAE of another precision": (lambda pipe: pipe.vae.bfloat16().float(), "weights"),
     "the same weights in another precision": (lambda pipe: pipe.vae.double(), "dtypes.vae: None there, 'float64' now"),
 }  # fmt: skip

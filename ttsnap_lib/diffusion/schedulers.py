@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -27,6 +28,11 @@ from ttsnap_lib.errors import PipelineError
 
 History = dict[str, Any]
 
+_LEFT_BY_A_RUN = {
+    "_internal_dict", "timesteps", "sigmas", "num_inference_steps", "_step_index", "_begin_index", "is_scale_input_called",
+    "model_outputs", "timestep_list", "lower_order_nums", "last_sample", "this_order",
+    "_shift",  # the sigmas tell it
+}  # fmt: skip
 _FRESH_NOISE = "noise drawn per image: it adds fresh noise at every step"
 
 
@@ -86,6 +92,12 @@ def schedulable(scheduler: Any) -> Schedulable:
         raise PipelineError(
             f"scheduler: got {name}, expected one that can be stopped and continued; this one lacks {lacks}. Load with "
             "load_pipeline(..., scheduler='euler'), 'ddim', 'dpm++' or 'unipc'."
+        )
+    replaced = [method for method in ("set_timesteps", "step") if method in vars(scheduler)]
+    if replaced:
+        raise PipelineError(
+            f"scheduler: got a {name} on which {' and '.join(replaced)} was replaced, expected the methods of its class. "
+            f"Make a subclass of {name} with yours."
         )
     if getattr(scheduler.config, "clip_sample", False):
         warnings.warn(
@@ -163,14 +175,29 @@ def _segment_class(base: Any) -> Any:
 
 
 def prepare(scheduler: Any) -> Any:
-    """Return a fresh segment scheduler with the configuration of `scheduler`."""
+    """Return a segment scheduler that is `scheduler` as it stands, with all that was set on it at run time."""
     known = schedulable(scheduler)
     base: Any = type(scheduler)
-    segment = _segment_class(base).from_config(scheduler.config)
-    if hasattr(scheduler, "set_shift"):
-        segment.set_shift(scheduler.shift)  # set at run time, it is not in the configuration
+    segment = copy.deepcopy(scheduler)
+    segment.__class__ = _segment_class(base)
     segment._known = known
     return segment
+
+
+def set_at_run_time(scheduler: Any) -> dict[str, Any]:
+    """Return the attributes of `scheduler` that its configuration alone does not give, without what a run leaves."""
+    plain = vars(type(scheduler).from_config(scheduler.config))
+    return {
+        name: value
+        for name, value in vars(scheduler).items()
+        if name not in _LEFT_BY_A_RUN and not (name in plain and _equal(value, plain[name]))
+    }
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and torch.equal(one.cpu(), other.cpu())
+    return np.array_equal(one, other)
 
 
 def make_segment(

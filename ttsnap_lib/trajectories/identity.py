@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ttsnap_lib.diffusion.denoise import Denoiser
 from ttsnap_lib.diffusion.families import adapter_of
 from ttsnap_lib.diffusion.pipelines import pipeline_source
+from ttsnap_lib.diffusion.schedulers import set_at_run_time
 from ttsnap_lib.files import digest
 from ttsnap_lib.provenance import git_state, now, versions
 
@@ -53,7 +54,7 @@ def _plain(value: Any) -> Any:
 
 
 def run_time_changes(pipeline: Any) -> dict[str, Any]:
-    """Return what was set on a loaded pipeline and decides the bytes: LoRA weights, FreeU, parts of another precision.
+    """Return what was set on a loaded pipeline and decides the bytes: LoRA, FreeU, caches, precisions, scheduler.
 
     Only what is not as it was loaded is named, so that older folders, which tell nothing of it, are still found.
     """
@@ -70,6 +71,10 @@ def run_time_changes(pipeline: Any) -> dict[str, Any]:
         "vae_in_parts": {key: _plain(value) for key, value in vars(vae).items() if key.startswith(("use_", "tile_"))}
         if in_parts
         else None,
+        "scheduler_set": {
+            name: digest(value.tolist()) if isinstance(value, torch.Tensor) else _without_addresses(_plain(value))
+            for name, value in set_at_run_time(pipeline.scheduler).items()
+        },
         "cache": _without_addresses(getattr(model, "_cache_config", None) or ""),
         "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items() if dtype != model.dtype},
     }
