@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from ttsnap_lib.diffusion.denoise import Settings
 from ttsnap_lib.errors import CheckpointError, ConfigError, DiskError, RewardError, TensorError, TrajectoryError
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.scoring.score import InlineScorer, generate_scores, open_scorer, score
+from ttsnap_lib.simulation.simulate import TinyChecksWarning
 from ttsnap_lib.tensors.tensor import drop_missing
 from ttsnap_lib.trajectories.generate import generate
 from ttsnap_lib.trajectories.read import Trajectories
@@ -409,6 +412,36 @@ def test_inline_scoring_goes_on_by_whole_prompts(pipeline, tmp_path):
 def test_inline_scoring_of_some_steps_decodes_no_others(pipeline, tmp_path):
     report = generate_scores(pipeline, TEXTS, tmp_path / "r.zarr", brightness, steps=[-1], **OPTIONS)
     assert report.pictures == 9 and open_rewards(tmp_path / "r.zarr")["step"].values.tolist() == [2]
+
+
+def test_a_tiny_decoder_records_what_a_search_with_it_sees(pipeline, clip, scored_folder, tmp_path):
+    from ttsnap_lib import CostModel, search
+
+    reward, tiny = load_reward(clip, device="cpu"), worlds.tiny_decoder()
+    generate_scores(pipeline, TEXTS[:1], tmp_path / "r.zarr", reward, decoder=tiny, **OPTIONS)
+    generate(pipeline, TEXTS[:1], tmp_path / "set", decoder=tiny, **OPTIONS)
+    score(tmp_path / "set", reward, tmp_path / "after.zarr")
+    ours, after = open_rewards(tmp_path / "r.zarr"), open_rewards(tmp_path / "after.zarr")
+    assert ours.attrs["decoder"] == after.attrs["decoder"] and ours.attrs["decoder"].startswith("AutoencoderTiny ")
+    np.testing.assert_allclose(ours["base"].values, after["base"].values, rtol=1e-4, atol=1e-4)
+    full = open_rewards(scored_folder / "r.zarr")["base"].values[0, 0]
+    np.testing.assert_allclose(ours["base"].values[0, 0, :, -1], full[:, -1], rtol=1e-3, atol=1e-3)
+    schedule = Schedule((1,), (0.67,))
+    live = search(
+        pipeline, TEXTS[0], reward, schedule, candidates=3, seed=7, settings=OPTIONS["settings"], decoder=tiny
+    ).record
+    seen = ours["base"].values[0, 0, :, 1]
+    np.testing.assert_allclose(live.scores[:, 0, 0], seen, rtol=1e-3, atol=1e-3)
+    assert np.abs(full[:, 1] - seen).max() > 0.01  # so the line before says something
+
+    cost = CostModel(step=1.0, verify=0.1, decode=0.5, preview_decode=0.1, n_steps=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        simulate(ours, "ttsp", n=3, cost=cost, schedule=schedule, iterations=2)
+    with pytest.warns(TinyChecksWarning, match="made through AutoencoderTiny .*charges the full decoder"):
+        simulate(ours, "ttsp", n=3, cost=replace(cost, preview_decode=None), schedule=schedule, iterations=2)
+    with pytest.raises(TensorError, match="other trajectories"):
+        generate_scores(pipeline, TEXTS[:1], tmp_path / "r.zarr", reward, **OPTIONS)
 
 
 def test_inline_scoring_refuses(pipeline, tmp_path):

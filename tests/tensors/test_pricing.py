@@ -61,6 +61,11 @@ def test_the_cost_of_a_tensor_has_its_steps():
         assert cost_for(open_rewards(shipped))[0] == f"{shipped}+pocket-clip"
 
 
+def test_checks_seen_through_a_tiny_decoder_are_charged_by_it():
+    seen = tensor(model="black-forest-labs/FLUX.1-dev", size=512, decoder="AutoencoderTiny 0123")
+    assert cost_for(seen)[0] == "flux-512-tiny+pickscore"
+
+
 def test_a_file_keeps_its_steps(tmp_path):
     file = CostModel(step=1, verify=1, n_steps=7).save(tmp_path / "cost.json")
     assert cost_for(tensor(28), file) == (str(file), CostModel.load(file))

@@ -55,6 +55,10 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
     generate.add_argument("--max-sequence-length", type=int, metavar="N", help="text tokens of the T5 encoder")
     add_negtome_argument(generate)
+    generate.add_argument(
+        "--tiny", metavar="MODEL",
+        help="AutoencoderTiny (or pocket-tiny) for the estimates before the last step, as a search with --tiny sees them",
+    )  # fmt: skip
     generate.add_argument("--seed", type=int, default=0, help="base seed")
     generate.add_argument(
         "--batch-size", type=int, metavar="N", help="images per batch (default: the folder's, else 8)"
@@ -110,6 +114,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         "batch_size": arguments.batch_size,
         "shard": arguments.shard,
         "negtome": merging,
+        "decoder": arguments.tiny,
         "cpu_threads": arguments.threads,
         "workers": arguments.workers,
         "source": arguments.prompts,
@@ -139,6 +144,7 @@ def _add_verify(commands: Any) -> None:
     )
     verify.add_argument("folder")
     verify.add_argument("--repair", action="store_true", help="make what is missing or damaged again")
+    verify.add_argument("--tiny", metavar="MODEL", help="the decoder of a folder that `ttsnap generate --tiny` made")
     _run_arguments(verify, None)
     verify.set_defaults(func=_verify)
 
@@ -161,6 +167,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         pipeline,
         arguments.folder,
         report=report,
+        decoder=arguments.tiny,
         workers=arguments.workers,
         progress=progress_bar(quiet=arguments.quiet),
     )

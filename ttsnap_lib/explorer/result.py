@@ -232,7 +232,8 @@ def _notes(state: State, pool: Pool, curves: dict[str, Curve]) -> list[str]:
     notes = []
     if pool.dataset.attrs.get("source") == "synthetic":
         notes.append("Statistical stand-in, not a diffusion model.")
-    tiny = tiny_checks(state.cost) if state.cost.preview_decode is not None and state.method != "best_of_n" else ""
+    charged = state.cost.preview_decode is not None and not pool.dataset.attrs.get("decoder")
+    tiny = tiny_checks(state.cost) if charged and state.method != "best_of_n" else ""
     notes += [f"{told[0].upper()}{told[1:]}." for told in (pool.repeats, tiny) if told]
     missing = len(state.budgets) - len(curves["current"].budgets)
     if missing:

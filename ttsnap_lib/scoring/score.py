@@ -188,25 +188,32 @@ def generate_scores(
     negtome: Any = None,
     shard: tuple[int, int] | str | None = None,
     noise_aware: NoiseAware = None,
+    decoder: Any = None,
     **generate_options: Any,
 ) -> ScoreReport:
     """Generate trajectories and keep their rewards alone (``ttsnap generate --score``).
 
-    Arguments are those of :func:`ttsnap_lib.generate`, without a folder, and of :func:`ttsnap_lib.score`. The tensor is
+    Arguments are those of :func:`ttsnap_lib.generate`, without a folder, and of :func:`ttsnap_lib.score`. With a tiny
+    `decoder` the scores before the last step are those that a search with it sees; the tensor's attribute ``decoder``
+    names it. The tensor is
     that of the two after each other, up to the last bits: pictures are rounded to 8 bits as files are, and only the
     composition of the reward's batches differs.
     """
     from ttsnap_lib.diffusion.denoise import Denoiser
+    from ttsnap_lib.diffusion.pipelines import load_decoder
     from ttsnap_lib.trajectories.generate import generate
-    from ttsnap_lib.trajectories.identity import identity_of
+    from ttsnap_lib.trajectories.identity import decoder_digest, identity_of
 
     if "folder" in generate_options:
         raise ConfigError("folder: images are not kept here. Generate into a folder first and score the folder.")
     prompts, part = read_prompts(prompts), parse_shard(shard)
     denoiser = Denoiser(pipeline, settings)
+    decoder = load_decoder(decoder, denoiser.pipeline)
     n_steps = denoiser.settings.n_steps
     chosen, models = chosen_steps(steps, n_steps), load_rewards(rewards, noise_aware, steps=n_steps)
     identity = {**identity_of(denoiser), "seed": seed, "negtome": None if negtome is None else negtome.to_dict()}
+    if decoder is not None:
+        identity["decoder"] = decoder_digest(decoder)
     begin = time.perf_counter()
     scoring = open_scorer(
         out, models, prompts, images_per_prompt, chosen, identity,
@@ -215,7 +222,7 @@ def generate_scores(
     with scoring as scorer:
         inline = InlineScorer(scorer)
         generate(
-            pipeline, prompts, on_batch=inline, only=inline.only, steps=chosen, shard=(0, 1),
+            pipeline, prompts, on_batch=inline, only=inline.only, steps=chosen, shard=(0, 1), decoder=decoder,
             images_per_prompt=images_per_prompt, settings=settings, seed=seed, negtome=negtome, **generate_options,
         )  # fmt: skip
     scorer.report.elapsed_s = time.perf_counter() - begin
@@ -438,6 +445,8 @@ def open_scorer(
     }  # fmt: skip
     if identity.get("height") == identity.get("width") is not None:
         attributes["size"] = int(identity["width"])  # with the model it says what a picture costs
+    if identity.get("decoder"):
+        attributes["decoder"] = identity["decoder"]  # what all pictures but the last step's were decoded by
     with open_store(out, plans, prompts, n_images, steps, shard=shard, attributes=attributes) as store:
         yield Scorer(store, plan_work(store, rewards, steps, n_images), prompts, where, skip)
 

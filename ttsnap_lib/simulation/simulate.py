@@ -327,7 +327,7 @@ def curves(
     values = read_steps(dataset["base"], [-1])[:, :, 0, :]
     tell_repeats(dataset, values)
     if positions and cost is not None:
-        tell_tiny_checks(cost)
+        tell_tiny_checks(dataset, cost)
     shape = candidates.shape
     per_prompt = np.empty((*shape, len(names), n_prompts))
     winners = np.empty((*shape, iterations, n_prompts), np.int64) if keep_winners else None
@@ -432,13 +432,21 @@ def repeats(dataset: Any, final: np.ndarray) -> str:
 
 
 class TinyChecksWarning(UserWarning):
-    """Checks are charged as if a tiny decoder made them, on scores that the full one made."""
+    """Checks are charged as if another decoder made them than the one that the scores were made through."""
 
 
-def tell_tiny_checks(cost: CostModel) -> None:
-    """Warn when `cost` charges checks by a tiny decoder: tensors are scored through the full one."""
-    if cost.preview_decode is not None:
+def tell_tiny_checks(dataset: xr.Dataset, cost: CostModel) -> None:
+    """Warn when `cost` charges checks by another decoder than the one in the tensor's attribute ``decoder``."""
+    seen = dataset.attrs.get("decoder")
+    if cost.preview_decode is not None and not seen:
         warnings.warn(tiny_checks(cost), TinyChecksWarning, stacklevel=3)
+    elif cost.preview_decode is None and seen:
+        warnings.warn(
+            f"the tensor's scores at the checks were made through {seen}, but the cost charges the full decoder: give a "
+            "cost whose checks are charged by the tiny one, such as flux-512-tiny+image_reward",
+            TinyChecksWarning,
+            stacklevel=3,
+        )
 
 
 def tiny_checks(cost: CostModel) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def tensor_preset(dataset: xr.Dataset, reward: str | None = None) -> str:
     """Return the name of the preset of a tensor: its model and size, and `reward`, its first one by default.
 
+    Of a tensor whose scores at the checks were made through a tiny decoder it is the preset that charges that one.
     A CostError that names the choices where the tensor does not say enough.
     """
     reward = str(dataset["reward"].values[0]) if reward is None else reward
@@ -24,7 +25,8 @@ def tensor_preset(dataset: xr.Dataset, reward: str | None = None) -> str:
         known = f"flux-512+{SAME_TOWER.get(reward, reward)}"
         return known if known in PRESETS else "flux-512+image_reward"
     size = 512 if dataset.attrs.get("source") == "published" else dataset.attrs.get("size")
-    return preset_for(str(dataset.attrs.get("model", "")), reward, size)
+    name = preset_for(str(dataset.attrs.get("model", "")), reward, size)
+    return name.replace("+", "-tiny+") if dataset.attrs.get("decoder") else name
 
 
 def cost_for(dataset: xr.Dataset, cost: str | Path = AUTO, reward: str | None = None) -> tuple[str, CostModel]:

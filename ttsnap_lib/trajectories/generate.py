@@ -24,7 +24,7 @@ import torch
 from ttsnap_lib.checks import FINITE_VAE, MAX_IMAGES, as_bytes, choice, integer
 from ttsnap_lib.diffusion.denoise import Conditioning, Denoiser, Settings, image_generator
 from ttsnap_lib.diffusion.negtome import NegToMe
-from ttsnap_lib.diffusion.pipelines import load_pipeline, tell_outside
+from ttsnap_lib.diffusion.pipelines import load_decoder, load_pipeline, tell_outside
 from ttsnap_lib.errors import ConfigError, DiskError, PipelineError, TrajectoryError
 from ttsnap_lib.files import parse_shard, require_space, shard_lock
 from ttsnap_lib.provenance import Clock
@@ -133,8 +133,8 @@ def generate(
         ``accelerate launch``, else everything.
     negtome : NegToMe or mapping, optional
         Negative Token Merging; couples the images of a group.
-    decoder : optional
-        A small autoencoder for the estimates; the last step is always decoded by the pipeline's own.
+    decoder : AutoencoderTiny, folder, hub id or ``"pocket-tiny"``, optional
+        Decodes the estimates; the last step is always decoded by the pipeline's own.
     image_format : {"png", "webp"}, optional
         Both lossless; what the folder was made with, else PNG.
     cpu_threads : int, optional
@@ -181,6 +181,7 @@ def generate(
     blocks = blocks_for(batch_size, made_with.get("batch", _DEFAULTS["batch"]), len(prompts), images_per_prompt, group)
     denoiser = Denoiser(pipeline, settings)
     tell_outside(pipeline, prompts)
+    decoder = load_decoder(decoder, denoiser.pipeline)
     n_steps = denoiser.settings.n_steps
     chosen = {integer("steps", step, 0, n_steps - 1) for step in (range(n_steps) if steps is None else steps)}
     threads = model_threads(denoiser, cpu_threads, made_with.get("cpu_threads"))

@@ -362,7 +362,7 @@ def make_setup(
     checks = read_steps(dataset[VARIABLE[method]], [scored.index(step) for step in wanted])
     final = read_steps(dataset["base"], [-1])[:, :, 0, :]
     tell_repeats(dataset, final)
-    tell_tiny_checks(cost)
+    tell_tiny_checks(dataset, cost)
     read = np.concatenate([tune_at, test_at])
     for name, values in (("final rewards", final[read]), (f"{method} rewards at the checks", checks[read])):
         if np.isnan(values).any():
