@@ -19,6 +19,7 @@ from ttsnap_lib.errors import BudgetError, ConfigError, DiskError, SearchError
 from ttsnap_lib.files import shard_lock
 from ttsnap_lib.live import run
 from ttsnap_lib.live.many import collect, compare, search_many
+from ttsnap_lib.live.plots import headline
 from ttsnap_lib.live.record import SearchRecord
 from ttsnap_lib.rewards.loading import load_reward
 
@@ -158,6 +159,8 @@ def test_compare_is_paired():
     row = table.loc["ttsnap"]
     assert row["low"] < 0.5 < row["high"] and row["high"] - row["low"] < 0.1  # the prompts' spread of 5 cancels
     assert row["candidates"] == 9 and row["prompts"] == 60
+    told = headline(table.reset_index(), "reward", 8)
+    assert told.startswith("At the price of 8 images, TTSnap tries 9 seeds on 60 prompts and gains +0.5")
     with pytest.raises(ConfigError, match="baseline"):
         compare({"ttsnap": base}, "reward")
 

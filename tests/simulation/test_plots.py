@@ -119,6 +119,39 @@ def test_what_best_of_n_needs_lies_on_its_own_curve(two_methods):
     assert told
 
 
+def test_the_headline_tells_the_budget_next_to_ten_images(two_methods):
+    cost, pool = CostModel.load(PRESET), synthetic_rewards(24, 120, 20)
+    found = curves(pool, ["ttsnap"], [m * cost.total(1) for m in (4, 9, 14)], cost, PUBLISHED_SCHEDULE, rng=0)
+    row, needs = (frame.query("method == 'ttsnap'").iloc[1] for frame in (found.frame(), found.needs()))
+    told = plots.headline(found, cost)
+    assert told.startswith(f"At the price of 9 images, TTSnap tries {row['n']} seeds and gains {row['gain']:+.3f} [+")
+    assert told.endswith(f"{needs['needs'] / row['budget']:.2f} x the compute.") and "ImageReward" in told
+    assert "may be chance: the interval includes 0" in plots.headline(two_methods, cost, reward="pickscore")
+    worse = CostModel(step=1, verify=30)  # each check costs more than an image
+    assert "loses -" in plots.headline(curves(pool, ["ttsnap"], [500], worse, PUBLISHED_SCHEDULE, rng=0), worse)
+    single = curves(pool.isel(prompt=[0]), ["ttsnap"], [8 * cost.total(1)], cost, PUBLISHED_SCHEDULE, rng=0)
+    assert plots.headline(single, cost).endswith("One prompt tells no interval.")
+
+
+def test_speed_up_is_what_best_of_n_needs_over_the_budget(two_methods):
+    cost = CostModel.load(PRESET)
+    ax = plots.speed_up(two_methods, cost, "image_reward")
+    needs = two_methods.needs().query("reward == 'image_reward'")
+    drawn = ax.get_lines()[0]
+    assert drawn.get_xdata() == pytest.approx([2, 4, 8])
+    known = needs["needs"].to_numpy() <= two_methods.ladder_spent[-1]
+    assert drawn.get_ydata()[known] == pytest.approx((needs["needs"] / needs["budget"]).to_numpy()[known])
+    assert np.isnan(drawn.get_ydata()[~known]).all()
+    assert {text.get_text() for text in ax.texts} == {"TTSnap", "Best-of-N"}
+
+
+def test_what_the_noise_aware_reward_adds_is_paired(result):
+    snap, plain = result.methods.index("ttsnap"), result.methods.index("ttsp")
+    at = int(np.abs(result.budgets / COST.total(1) - 10).argmin())
+    value = (result.per_prompt[snap, at, 1] - result.per_prompt[plain, at, 1]).mean()
+    assert f": {value:+.3f} [" in plots.over_ttsp(result, COST, "pickscore")
+
+
 def test_the_notebook_answers_for_one_budget(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TTSNAP_DATA_CACHE", str(tmp_path))
     given = {"multiples": "[4]", "iterations": "20", "trials": "20"}

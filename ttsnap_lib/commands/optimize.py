@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def _optimize(arguments: argparse.Namespace) -> int:
 
     from ttsnap_lib.files import atomic_write
     from ttsnap_lib.schedule import Schedule
-    from ttsnap_lib.simulation.plots import flatness_table, search_command
+    from ttsnap_lib.simulation.plots import flatness_table, headline, search_command
+    from ttsnap_lib.simulation.simulate import curves
     from ttsnap_lib.style import progress_bar
     from ttsnap_lib.tensors.pricing import cost_for
     from ttsnap_lib.tensors.tensor import open_rewards, select_rewards
@@ -90,15 +92,16 @@ def _optimize(arguments: argparse.Namespace) -> int:
         distinct=arguments.distinct,
         progress=progress_bar("schedules", quiet=arguments.quiet),
     )
+    shared: dict[str, Any] = {"combine": arguments.combine, "report": report, "distinct": arguments.distinct}
+    if result.objective != "frontier":
+        budgets = [multiple * cost.total(1) for multiple in multiples]
+        rows = dataset.isel(prompt=list(result.test))
+        with warnings.catch_warnings(action="ignore"):  # said by the optimiser
+            told = curves(rows, [arguments.method], budgets, cost, result.schedule, rng=arguments.seed, **shared)
+        print(f"On the test prompts: {headline(told, cost, arguments.method, names[0])}\n")
     print(_summary(result, multiples, cost.unit))
     if arguments.flatness is not None:
-        shared = {
-            "combine": arguments.combine,
-            "report": report,
-            "seed": arguments.seed,
-            "distinct": arguments.distinct,
-        }
-        tried = result.flatness(dataset, top=arguments.flatness, **shared)
+        tried = result.flatness(dataset, top=arguments.flatness, seed=arguments.seed, **shared)
         as_good = f"{int(tried['within'].sum())} of {len(tried)} schedules are as good as the chosen one"
         print(f"\n{as_good}, within the paired interval")
         print(f"\n{flatness_table(tried).to_string(index=False)}")

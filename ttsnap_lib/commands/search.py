@@ -69,14 +69,17 @@ def add(commands: Any) -> None:
     cost = commands.add_parser(
         "cost",
         help="measure FLOPs and seconds of a step, a decode and a check on this machine",
-        description="Measure FLOPs and seconds of a step, a decode and a check, and write a cost file that search, "
-        "simulate and optimize read as --cost.",
+        description="Measure FLOPs and seconds of a step, a decode and a check, by batch size, and write a cost file that "
+        "search, simulate and optimize read as --cost, and beside it a picture of the seconds.",
         formatter_class=Defaults,
     )
     cost.add_argument("--reward", **several, help="reward models of a check (default: pocket-clip)")
     cost.add_argument("--tiny", metavar="MODEL", help="AutoencoderTiny for the checks (or pocket-tiny)")
     cost.add_argument("--unit", default="TFLOPs", choices=("TFLOPs", "seconds"), help="of the written model")
-    cost.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="the largest gives the seconds")
+    cost.add_argument(
+        "--batch-sizes", type=int, nargs="+", metavar="N",
+        help="at which seconds are measured (default: 1, 2, 4, ... to 16 on a CPU and 64 elsewhere, as memory allows)",
+    )  # fmt: skip
     cost.add_argument("--repeats", type=int, default=3, help="runs per number; medians are taken")
     cost.add_argument("-o", "--out", metavar="FILE", required=True, help="JSON file to write")
     _run_arguments(cost)
@@ -151,6 +154,9 @@ def _search(arguments: argparse.Namespace) -> int:
         result = search(pipeline, arguments.prompt, rewards, progress=bar, **options)
         result.save(arguments.out)
         _picture(result, Path(arguments.out))
+    if plan["cost"] is not None:
+        images = result.cost / plan["cost"].total(1)
+        print(f"{len(result.record.seeds)} seeds tried, at the price of {images:.3g} finished images")
     for key, value in result.summary().items():
         if value not in (None, ""):  # no cost model, not cut short
             print(f"{key:>14}: {value}")
@@ -218,7 +224,9 @@ def _picture(result: Any, folder: Path) -> None:
 
 def _cost(arguments: argparse.Namespace) -> int:
     say_loading(arguments, _LIBRARIES)
+    from ttsnap_lib.files import atomic_write
     from ttsnap_lib.live.measure import measure_costs
+    from ttsnap_lib.live.plots import batch_curve
 
     rewards = _rewards(arguments, arguments.reward or ["pocket-clip"])
     measured = measure_costs(
@@ -226,8 +234,16 @@ def _cost(arguments: argparse.Namespace) -> int:
         batch_sizes=arguments.batch_sizes, repeats=arguments.repeats,
     )  # fmt: skip
     measured.save(arguments.out, arguments.unit)
+    curve = Path(arguments.out).with_suffix(".png")
+    figure = batch_curve(measured.by_batch)
+    with atomic_write(curve) as file:
+        figure.savefig(file, format="png", dpi=110)
     print(measured.by_batch.to_string(index=False))
     for model in (measured.tflops, measured.seconds):
-        print(f"one Best-of-N candidate: {model.total(1):.6g} {model.unit}")
-    print(f"{arguments.out}: cost model in {arguments.unit}; use it as --cost {arguments.out}")
+        size = model.batch_size
+        many = "" if size is None else f", {model.total(size) / size:.6g} each of {size} together"
+        print(f"one Best-of-N candidate: {model.total(1):.6g} {model.unit}{many}")
+    print(
+        f"{arguments.out}: cost model in {arguments.unit}; use it as --cost {arguments.out}. {curve}: seconds by batch size"
+    )
     return 0

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ttsnap_lib.style import COLORS, METHOD_LABELS, axes_or_new, method_style, reward_label
+from ttsnap_lib.style import COLORS, METHOD_LABELS, axes_or_new, method_style, reward_label, tidy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ttsnap_lib.live.record import SearchRecord, SearchResult
+
+_PARTS = {"step": "step", "decode": "decode", "preview_decode": "decode, tiny", "verify": "score"}
 
 
 def gallery(record: SearchRecord, *, columns: int = 16) -> Figure:
@@ -102,6 +104,42 @@ def winners(results: Mapping[str, SearchResult]) -> Figure:
         count = len(result.record.seeds)
         ax.set_title(f"{METHOD_LABELS.get(method, method)}\n{name} {score:.3f}, {count} candidates", fontsize=8)
         ax.set_axis_off()
+    return figure
+
+
+def headline(table: pd.DataFrame, reward: str, images: float) -> str:
+    """Return in words what the last method of :func:`ttsnap_lib.live.many.compare` gains at the price of `images`."""
+    row = table.iloc[-1]
+    value, low, high = row["difference"], row["low"], row["high"]
+    told = (
+        f"At the price of {images:.3g} images, {METHOD_LABELS[row['method']]} tries {row['candidates']:.0f} seeds on "
+        f"{row['prompts']} prompts and {'gains' if value >= 0 else 'loses'} {value:+.3f} [{low:+.3f}, {high:+.3f}] "
+        f"{reward_label(reward)} against Best-of-N."
+    )
+    return told if low > 0 or high < 0 else f"{told} That may be chance; more prompts tell more."
+
+
+def batch_curve(by_batch: pd.DataFrame) -> Figure:
+    """Plot the milliseconds of a candidate by batch size on the left, those of its whole batch on the right.
+
+    `by_batch` is that of a :class:`ttsnap_lib.live.measure.Measurement`. Larger batches pay as far as the left lines fall;
+    where the right ones are flat, one more candidate costs nothing.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, (each, whole) = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
+    for (part, rows), color, marker in zip(by_batch.groupby("part", sort=False), COLORS, "os^D", strict=False):
+        size = rows["batch_size"]
+        for ax, factor in ((each, 1e3), (whole, 1e3 * size)):
+            ax.fill_between(size, rows["low"] * factor, rows["high"] * factor, color=color, alpha=0.18, linewidth=0)
+            ax.plot(size, rows["seconds"] * factor, label=_PARTS[str(part)], color=color, marker=marker, markersize=4)
+    for ax, what in ((each, "a candidate"), (whole, "the whole batch")):
+        sizes = sorted(set(by_batch["batch_size"]))
+        ax.set(xscale="log", yscale="log", xlabel="candidates in a batch", ylabel=f"ms for {what}")
+        ax.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+        ax.minorticks_off()
+        tidy(ax)
+    each.legend(frameon=False, fontsize=8)
     return figure
 
 

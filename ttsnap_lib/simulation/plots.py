@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_PRICE = 10  # finished images whose price the headline tells about
 # The models of the published tensors, by the short name that those carry.
 _PUBLISHED = {"flux": "black-forest-labs/FLUX.1-dev", "sdxl": "SG161222/RealVisXL_V4.0"}
 
@@ -63,6 +65,112 @@ def reward_panels(frame: pd.DataFrame, *, unit: str = "TFLOPs", title: str | Non
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
+
+
+def headline(curves: Curves, cost: CostModel, method: str = "ttsnap", reward: str | None = None) -> str:
+    """Return in words what a method gains over Best-of-N at one budget, that next to the price of ten finished images.
+
+    The first reward is told by default; the curves need their reach (:func:`ttsnap_lib.simulation.simulate.curves`).
+    """
+    reward = choice("reward", curves.rewards[0] if reward is None else reward, curves.rewards)
+    one = cost.total(1)
+    rows = curves.frame().merge(curves.needs(), on=["method", "reward", "budget"])
+    rows = rows[(rows["method"] == method) & (rows["reward"] == reward)]
+    row = rows.iloc[_told_budget(curves, cost)]
+    gain = _interval(row["gain"], row["gain_low"], row["gain_high"], "+.3f")
+    seeds = f"{row['n']} seed{'s' if row['n'] > 1 else ''}"
+    told = f"At the price of {_images(row['budget'] / one)}, {METHOD_LABELS[method]} tries {seeds}"
+    if row["gain_low"] <= 0 <= row["gain_high"]:
+        return f"{told}; its difference to Best-of-N, {gain} {reward_label(reward)}, may be chance: the interval includes 0."
+    told = f"{told} and {'gains' if row['gain'] >= 0 else 'loses'} {gain} {reward_label(reward)}"
+    if np.isnan(row["gain_low"]):
+        return f"{told}. One prompt tells no interval."
+    if np.isinf(row["needs"]):
+        return f"{told}; Best-of-N does not get there with all {_images(curves.ladder_spent[-1] / one)} of the pool."
+    if not row["needs"]:
+        return f"{told}; a single image of Best-of-N is better."
+    ratio = f"{row['needs'] / row['budget']:.2f}"
+    return f"{told}; Best-of-N needs {_images(row['needs'] / one)} for that: {ratio} x the compute."
+
+
+def over_ttsp(curves: Curves, cost: CostModel, reward: str | None = None) -> str:
+    """Return in words what the noise-aware reward adds at the budget of :func:`headline`: TTSnap minus TTSp, paired."""
+    reward = choice("reward", curves.rewards[0] if reward is None else reward, curves.rewards)
+    at, r = _told_budget(curves, cost), curves.rewards.index(reward)
+    snap, plain = (curves.methods.index(method) for method in ("ttsnap", "ttsp"))
+    value = (curves.per_prompt[snap, at, r] - curves.per_prompt[plain, at, r]).mean()
+    low, high = curves.interval(value, curves.boot[:, snap, at, r] - curves.boot[:, plain, at, r])
+    told = f"TTSnap minus TTSp there, prompt by prompt: {_interval(value, low, high, '+.3f')} {reward_label(reward)}."
+    return f"{told} The interval includes 0: the difference may be chance." if low <= 0 <= high else told
+
+
+def _told_budget(curves: Curves, cost: CostModel) -> int:
+    return int(np.abs(curves.budgets / cost.total(1) - _PRICE).argmin())
+
+
+def _images(count: float) -> str:
+    return f"{count:.3g} image{'' if f'{count:.3g}' == '1' else 's'}"
+
+
+def speed_up(curves: Curves, cost: CostModel, reward: str | None = None, *, ax: Axes | None = None) -> Axes:
+    """Draw how many times the compute of a budget Best-of-N needs for the reward that each method has there.
+
+    A band is the 95% interval. Bands and lines end where the pool of recorded images does.
+    """
+    reward = choice("reward", curves.rewards[0] if reward is None else reward, curves.rewards)
+    ax = axes_or_new(ax, (5.2, 3.6))
+    needs, most = curves.needs(), curves.ladder_spent[-1]
+    ends = []
+    for method, rows in needs[needs["reward"] == reward].groupby("method", sort=False):
+        low, value, high = (
+            (np.clip(rows[name], 0, most) / rows["budget"]).to_numpy() for name in ("needs_low", "needs", "needs_high")
+        )
+        value = np.where(rows["needs"] > most, np.nan, value)
+        style, images = method_style(method), rows["budget"].to_numpy() / cost.total(1)
+        ax.fill_between(images, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        ax.plot(images, value, markersize=4, linewidth=1.6, **style)
+        ends.append((images, value, METHOD_LABELS[method], style["color"]))
+    baseline = method_style("best_of_n")["color"]
+    ax.axhline(1, color=baseline, linestyle="--", linewidth=1)
+    ends.append((ends[0][0], np.ones(len(ends[0][0])), METHOD_LABELS["best_of_n"], baseline))
+    ax.set_ylabel(f"compute of Best-of-N\nfor the same {reward_label(reward)} (times)")
+    _in_images(ax, curves.budgets, cost)
+    _name_lines(ax, ends)
+    return tidy(ax)
+
+
+def _in_images(ax: Axes, budgets: np.ndarray, cost: CostModel) -> None:
+    """Give a logarithmic axis of budgets in finished images, with the compute on a second one above."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    one = cost.total(1)
+    first, last = budgets[0] / one, budgets[-1] / one
+    ax.set_xscale("log")
+    above = ax.secondary_xaxis("top", functions=(lambda x: np.multiply(x, one), lambda x: np.divide(x, one)))
+    for axis in (ax, above):
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, place: f"{x:g}"))
+    ax.set_xlim(first / 1.08, last * 1.08)
+    ax.set_xlabel("budget per prompt, in finished images")
+    above.set_xlabel(f"compute per prompt ({cost.unit})")
+
+
+def _name_lines(ax: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray, str, str]]) -> None:
+    """Write the name of each line (x, y, name, color) beside its end, so that no two names overlap."""
+    ends = [
+        (x[known[-1]], y[known[-1]], *look) for x, y, *look in lines if len(known := np.flatnonzero(np.isfinite(y)))
+    ]
+    ax.autoscale_view()
+    place = ax.transData.transform([end[:2] for end in ends])[:, 1] * 72 / ax.figure.dpi  # in points
+    order = np.argsort(place)
+    wanted = place.copy()
+    for below, above in itertools.pairwise(order):
+        wanted[above] = max(wanted[above], wanted[below] + 11)
+    wanted += (place - wanted).mean()
+    for (x, y, name, color), shift in zip(ends, wanted - place, strict=True):
+        ax.annotate(name, (x, y), (7, shift), textcoords="offset points", va="center", fontsize=9, color=color,
+                    annotation_clip=False)  # fmt: skip
 
 
 def gain_bars(gains: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
