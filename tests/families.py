@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -250,3 +251,19 @@ FAMILIES: dict[str, Family] = {
     "hidream": Family(hidream, **_CFG, more={"max_sequence_length": worlds.TOKENS}),
 }
 """The families by a short name."""
+
+
+def write_lora(name: str, folder: Path, seed: int = 0) -> Path:
+    """Write a LoRA of random weights for the pipeline `name` as diffusers saves it."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline = FAMILIES[name].build()
+    part = "unet" if hasattr(pipeline, "unet") else "transformer"
+    model = getattr(pipeline, part)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        model.add_adapter(config)
+    pipeline.save_lora_weights(folder, **{f"{part}_lora_layers": get_peft_model_state_dict(model)})
+    return folder / "pytorch_lora_weights.safetensors"

@@ -11,6 +11,7 @@ import pytest
 
 from tests import worlds
 from tests.conftest import ROOT
+from tests.families import write_lora
 from tests.worlds import fill, save_clip, write_adapters
 from ttsnap_lib import open_rewards
 from ttsnap_lib.__main__ import main
@@ -49,6 +50,21 @@ def test_generate_verify_repair(call, tmp_path, capsys):
     assert "missing" in capsys.readouterr().out
     assert main(["verify", str(folder), "--quiet", "--repair"]) == 0
     assert (folder / "p0001" / "id000" / "s01.png").read_bytes() == kept
+
+
+def test_a_lora_reaches_the_pictures_and_their_repair(call, tmp_path, capsys):
+    file = write_lora("flux", tmp_path / "lora")
+    assert call("--lora", f"{file}:0.5") == 0
+    folder = tmp_path / "set"
+    assert Manifest.read(folder).identity["lora_from"] == [f"{file}:0.5"]
+    kept = (folder / "p0001" / "id000" / "s01.png").read_bytes()
+    shutil.rmtree(folder / "p0001")
+    assert main(["verify", str(folder), "--quiet", "--repair"]) == 0
+    assert (folder / "p0001" / "id000" / "s01.png").read_bytes() == kept
+    capsys.readouterr()
+    assert call() == 1 and "made with other settings" in capsys.readouterr().err
+    assert call(out="plain") == 0
+    assert (tmp_path / "plain" / "p0001" / "id000" / "s01.png").read_bytes() != kept
 
 
 def test_settings_reach_the_manifest(call, tmp_path):

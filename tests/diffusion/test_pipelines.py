@@ -137,9 +137,9 @@ def test_unknown_names(model, error, match):
 def test_broken_folders(folders, tmp_path):
     with pytest.raises(PipelineError, match="no model_index.json"):
         load_pipeline(tmp_path, **CPU)
-    (tmp_path / "file.safetensors").write_text("x")
-    with pytest.raises(PipelineError, match="a file, not a folder"):
-        load_pipeline(tmp_path / "file.safetensors", **CPU)
+    (tmp_path / "file.bin").write_text("x")
+    with pytest.raises(PipelineError, match=r"a file of another kind.*or a \.safetensors file"):
+        load_pipeline(tmp_path / "file.bin", **CPU)
     broken = shutil.copytree(folders["sd"], tmp_path / "broken")
     (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(PipelineError, match="missing or broken"):

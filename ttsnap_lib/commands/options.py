@@ -23,7 +23,15 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
 def add_model_arguments(parser: argparse.ArgumentParser, model: str | None, *, threads: str) -> None:
     """Add the arguments that say which pipeline is loaded and how."""
     shown = "" if model else ", for --repair (default: the folder's)"
-    parser.add_argument("--model", default=model, help=f"pocket-flux, pocket-sdxl, a folder or a hub id{shown}")
+    parser.add_argument(
+        "--model", default=model, help=f"pocket-flux, pocket-sdxl, a folder, a hub id or a .safetensors file{shown}"
+    )
+    parser.add_argument(
+        "--base", help="folder or hub id that gives what a .safetensors file lacks (default: by its kind)"
+    )
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="PATH_OR_ID[:SCALE]", help="LoRA adapter; several add up"
+    )
     parser.add_argument("--revision", help="commit, branch or tag of a hub id")
     parser.add_argument("--variant", help="file variant of a hub id, such as fp16")
     parser.add_argument("--scheduler", help="flow-euler, euler, ddim, dpm++ or unipc (default: the model's)")
@@ -51,7 +59,7 @@ def loading(arguments: argparse.Namespace) -> dict[str, Any]:
 
         if torch.cuda.is_available():
             device = f"cuda:{int(rank) % torch.cuda.device_count()}"
-    names = ("revision", "variant", "scheduler", "dtype", "offload", "fp8")
+    names = ("revision", "variant", "scheduler", "dtype", "offload", "fp8", "base", "lora")
     return {**{name: getattr(arguments, name) for name in names}, "device": device}
 
 

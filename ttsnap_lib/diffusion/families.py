@@ -46,6 +46,7 @@ class Adapter:
     fixed: Mapping[str, Any] = field(default_factory=dict)  # arguments of the call that the engine needs as they are
     resizes: bool = False  # brings every size to the area of its default one
     video: bool = False  # its VAE takes a frame axis
+    single_files: tuple[str, ...] = ()  # what diffusers calls single files of its weights
     no_prompt: str = ""  # the negative prompt of guidance when none is given, where the pipeline has no rule for it
 
     def component(self, pipeline: Any) -> Any:
@@ -246,14 +247,21 @@ ADAPTERS: dict[str, Adapter] = {
     for adapter in (
         Adapter(
             "FluxPipeline", "transformer", ("prompt_embeds", "pooled_prompt_embeds", None), layout="packed",
-            guidance="true_cfg_scale", embeddable=True, tokenizer="tokenizer_2",
+            guidance="true_cfg_scale", embeddable=True, tokenizer="tokenizer_2", single_files=("flux-dev", "flux-schnell"),
         ),
-        Adapter("StableDiffusionXLPipeline", "unet", _GUIDED_POOLED),
-        Adapter("StableDiffusionPipeline", "unet", _GUIDED),
-        Adapter("StableDiffusion3Pipeline", "transformer", _GUIDED_POOLED, tokenizer="tokenizer_3"),
-        Adapter("ZImagePipeline", "transformer", _GUIDED, unguided=0.0, listed=True, float32=True),
+        Adapter("StableDiffusionXLPipeline", "unet", _GUIDED_POOLED, single_files=("xl_base", "playground-v2-5")),
+        Adapter("StableDiffusionPipeline", "unet", _GUIDED, single_files=("v1", "v2")),
         Adapter(
-            "Flux2Pipeline", "transformer", ("prompt_embeds", None), layout="patched", guidance=None, embeddable=True
+            "StableDiffusion3Pipeline", "transformer", _GUIDED_POOLED, tokenizer="tokenizer_3",
+            single_files=("sd3", "sd35_medium", "sd35_large"),
+        ),
+        Adapter(
+            "ZImagePipeline", "transformer", _GUIDED, unguided=0.0, listed=True, float32=True,
+            single_files=("z-image-turbo",),
+        ),
+        Adapter(
+            "Flux2Pipeline", "transformer", ("prompt_embeds", None), layout="patched", guidance=None, embeddable=True,
+            single_files=("flux-2-dev",),
         ),
         Adapter(
             "Flux2KleinPipeline", "transformer", ("prompt_embeds", None), layout="patched", unless="is_distilled"
@@ -262,12 +270,12 @@ ADAPTERS: dict[str, Adapter] = {
             "QwenImagePipeline", "transformer", ("prompt_embeds", "prompt_embeds_mask"), layout="packed",
             guidance="true_cfg_scale", embeddable=True, video=True, no_prompt=" ",
         ),
-        Adapter("SanaPipeline", "transformer", _GUIDED_MASKED, float32=True, fixed=_PLAIN),
-        Adapter("Lumina2Pipeline", "transformer", _GUIDED_MASKED),
+        Adapter("SanaPipeline", "transformer", _GUIDED_MASKED, float32=True, fixed=_PLAIN, single_files=("sana",)),
+        Adapter("Lumina2Pipeline", "transformer", _GUIDED_MASKED, single_files=("lumina2",)),
         Adapter(
             "ChromaPipeline", "transformer",
             ("prompt_embeds", None, "prompt_attention_mask", "negative_prompt_embeds", None, "negative_prompt_attention_mask"),
-            layout="packed",
+            layout="packed", single_files=("chroma",),
         ),
         Adapter("PixArtSigmaPipeline", "transformer", _GUIDED_MASKED, fixed=_PLAIN),
         Adapter(
@@ -276,7 +284,7 @@ ADAPTERS: dict[str, Adapter] = {
                 "prompt_embeds_t5", "negative_prompt_embeds_t5", "prompt_embeds_llama3", "negative_prompt_embeds_llama3",
                 "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
             ),
-            tokenizer="tokenizer_3", resizes=True, rows={"prompt_embeds_llama3": 1, "negative_prompt_embeds_llama3": 1},
+            tokenizer="tokenizer_3", resizes=True, single_files=("hidream",), rows={"prompt_embeds_llama3": 1, "negative_prompt_embeds_llama3": 1},
         ),
     )
 }  # fmt: skip

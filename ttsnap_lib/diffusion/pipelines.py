@@ -29,6 +29,7 @@ from packaging.version import Version
 from ttsnap_lib.checks import as_device, as_dtype, choice
 from ttsnap_lib.diffusion.families import ADAPTERS, adapter_of
 from ttsnap_lib.diffusion.schedulers import schedulable
+from ttsnap_lib.diffusion.weights import SINGLE_FILE, load_loras, load_single_file
 from ttsnap_lib.errors import ConfigError, DeviceError, PipelineError
 from ttsnap_lib.files import as_path, failures_as, reason
 from ttsnap_lib.pocket import POCKET_DEFAULTS, pocket_folder, world
@@ -51,6 +52,10 @@ _KNOWN_IDS = (  # what a misspelt name is compared with
     *POCKET_PIPELINES, "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell",
     "SG161222/RealVisXL_V4.0", "stabilityai/stable-diffusion-xl-base-1.0",
     "stabilityai/stable-diffusion-3.5-medium", "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "black-forest-labs/FLUX.1-Krea-dev", "black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-klein-4B",
+    "Qwen/Qwen-Image", "Tongyi-MAI/Z-Image", "Tongyi-MAI/Z-Image-Turbo", "Alpha-VLLM/Lumina-Image-2.0",
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers", "lodestones/Chroma1-HD", "HiDream-ai/HiDream-I1-Full",
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
 )  # fmt: skip
 _DEFAULT_KEYS = ("guidance", "height", "width", "max_sequence_length")
 _OFFLINE = {
@@ -69,13 +74,16 @@ def load_pipeline(
     offload: str = "none",
     fp8: bool = False,
     scheduler: str | Any | None = None,
+    base: str | None = None,
+    lora: str | Sequence[str] = (),
 ) -> DiffusionPipeline:
-    """Load a pipeline with ``from_pretrained``, whatever `model` is.
+    """Load a pipeline, whatever `model` is.
 
     Parameters
     ----------
     model : str or Path
-        ``"pocket-flux"`` or ``"pocket-sdxl"``, a folder written by ``save_pretrained``, or a hub id.
+        ``"pocket-flux"`` or ``"pocket-sdxl"``, a folder written by ``save_pretrained``, a hub id, or one file of
+        weights (``.safetensors``).
     device : str
         ``"auto"`` (cuda, else mps, else cpu) or a torch device.
     dtype : str or torch.dtype
@@ -88,6 +96,11 @@ def load_pipeline(
         Keep the denoising model's weights in 8-bit floats and compute in `dtype`: half the memory of bf16.
     scheduler : str or diffusers scheduler, optional
         A name of :data:`SCHEDULERS`, built with the configuration of the pipeline's own; or a scheduler.
+    base : str, optional
+        For one file of weights: the folder or hub id that gives what the file lacks; by default the repository that
+        diffusers names for its kind.
+    lora : str or sequence of str
+        LoRA adapters: file, folder or hub id, with ``:scale`` behind it where that is not 1.
 
     Returns
     -------
@@ -114,14 +127,23 @@ def load_pipeline(
     bar = diffusers_logging.is_progress_bar_enabled()
     if is_folder:  # nothing is fetched: a bar would only be in the way
         diffusers_logging.disable_progress_bar()
+    single = source.endswith(SINGLE_FILE) and not is_folder
+    if base is not None and not single:
+        raise ConfigError(f"base: got {base!r} for a model that is not one {SINGLE_FILE} file. Leave it out.")
     try:
         # The index names the class before any weights are fetched. (A list would name code of the folder: not run.)
-        kind = str(DiffusionPipeline.load_config(source, **options).get("_class_name", "pipeline without a class name"))
-        if kind in ADAPTERS:
+        index = {} if single else DiffusionPipeline.load_config(source, **options)
+        kind = str(index.get("_class_name", "pipeline without a class name"))
+        if single:
+            pipeline = load_single_file(Path(source), base, **{_DTYPE: number})
+            kind = type(pipeline).__name__
+        elif kind in ADAPTERS:
             with quiet_loading() if is_folder else contextlib.nullcontext():
                 pipeline = DiffusionPipeline.from_pretrained(source, variant=variant, **{_DTYPE: number}, **options)
+    except PipelineError:
+        raise
     except Exception as error:  # many libraries below, each with its own errors
-        raise _explained(source, is_folder, error) from error
+        raise _explained(base or source, is_folder, error) from error
     finally:
         if bar:
             diffusers_logging.enable_progress_bar()
@@ -131,6 +153,8 @@ def load_pipeline(
     if scheduler is not None:
         pipeline.scheduler = _scheduler(scheduler, pipeline.scheduler)
     schedulable(pipeline.scheduler)
+    if lora:
+        load_loras(pipeline, lora)
     if fp8:
         adapter.component(pipeline).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=number)
     if offload == "model":
@@ -140,7 +164,10 @@ def load_pipeline(
     elif place.type != "cpu":  # where it is already; `to` would warn of fp16 there, once for every part
         pipeline.to(place)
     pipeline.ttsnap_defaults = _defaults(source) if is_folder else {}
-    pipeline.ttsnap_source = {"model": str(model), "revision": None if is_folder else _commit(source, revision)}
+    commit = None if is_folder or single else _commit(source, revision)
+    more = {"base": base, "lora_from": [lora] if isinstance(lora, str) else list(lora)}
+    told = {key: value for key, value in more.items() if value}
+    pipeline.ttsnap_source = {"model": str(model), "revision": commit, **told}
     return pipeline
 
 
@@ -170,8 +197,8 @@ def load_decoder(source: Any, pipeline: Any) -> Any:
     return decoder
 
 
-def pipeline_source(pipeline: Any) -> dict[str, str | None]:
-    """Return ``{"model": ..., "revision": ...}`` of a pipeline, for a manifest."""
+def pipeline_source(pipeline: Any) -> dict[str, Any]:
+    """Return ``{"model": ..., "revision": ...}`` of a pipeline, for a manifest, with base and LoRA where it has them."""
     found = getattr(pipeline, "ttsnap_source", None)
     return dict(found) if found else {"model": getattr(pipeline, "name_or_path", "") or "unnamed", "revision": None}
 
@@ -216,12 +243,15 @@ def _source(model: Any) -> tuple[str, bool]:
     path = as_path("model", model).expanduser()
     if path.is_dir():
         return str(path), True
+    if path.is_file() and path.suffix == SINGLE_FILE:
+        return str(path), False
     named = str(model)
     looks_like_id = named.count("/") == 1 and not named.startswith((".", "/", "~")) and not isinstance(model, Path)
     if not looks_like_id or path.exists():
         raise PipelineError(
-            f"{'unknown model' if not path.exists() else 'model is a file, not a folder'}: got {named!r}, expected one "
-            f"of {list(POCKET_PIPELINES)}, a folder written by save_pretrained, or a hub id (owner/name). "
+            f"{'unknown model' if not path.exists() else 'model is a file of another kind'}: got {named!r}, expected one "
+            f"of {list(POCKET_PIPELINES)}, a folder written by save_pretrained, a hub id (owner/name), or a "
+            f"{SINGLE_FILE} file. "
             f"{_did_you_mean(named) or 'Check the spelling and the folder.'}"
         )
     return named, False

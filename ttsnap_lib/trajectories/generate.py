@@ -273,7 +273,7 @@ def repair(
 
 
 def pipeline_of(folder: str | Path, model: str | None = None, **options: Any) -> Any:
-    """Load the pipeline that `folder` was made with: model, revision, precision and scheduler of its manifest.
+    """Load the pipeline that `folder` was made with: model, revision, precision, scheduler and LoRA of its manifest.
 
     `model` says where the model is now, when its name in the manifest does not; `options` are those of `load_pipeline`,
     where None and ``dtype="auto"`` mean the manifest's.
@@ -287,6 +287,8 @@ def pipeline_of(folder: str | Path, model: str | None = None, **options: Any) ->
         options["dtype"] = identity["dtype"]
     if model is None and options.get("revision") is None:
         options["revision"] = identity["revision"]
+    options["lora"] = options.get("lora") or identity.get("lora_from") or ()
+    options["base"] = options.get("base") or (identity.get("base") if model is None else None)
     kind = getattr(diffusers, identity["scheduler"]["class"], None)
     if options.get("scheduler") is None and kind is not None:
         options["scheduler"] = kind.from_config(identity["scheduler"]["config"])

@@ -329,13 +329,17 @@ def extend(
     return manifest
 
 
+_NAMES = ("model", "revision", "base", "lora_from")  # of weights, which a digest tells better
+
+
 def comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return two identities without what does not count between them.
 
     An unknown digest of the weights (they are not in memory) is not compared, nor how the VAE scales latents and the
-    timesteps where an older folder does not tell; when both digests are known and equal, the model's name and revision do not count.
+    timesteps where an older folder does not tell; when both digests are known and equal, names do not count: a model
+    may have moved.
     """
     digests = [old.get("weights"), new.get("weights")]
-    skip = ["weights"] if None in digests else ["model", "revision"] if digests[0] == digests[1] else []
+    skip = ["weights"] if None in digests else list(_NAMES) if digests[0] == digests[1] else []
     skip += [key for key in ("vae", "timesteps") if key not in old or key not in new]
     return {key: old[key] for key in old if key not in skip}, {key: new[key] for key in new if key not in skip}
