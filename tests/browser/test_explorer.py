@@ -19,6 +19,11 @@ def slider(page, name: str):
     return row.locator(".noUi-handle")
 
 
+def heading(page, title: str):
+    """Return the button that opens a section of the controls."""
+    return page.locator("button.jupyter-button", has_text=re.compile(f"^{title}$"))
+
+
 def numbers(page) -> str:
     return page.locator(".ttsnap-numbers").inner_text()
 
@@ -113,16 +118,17 @@ def test_sliders_change_plot_and_numbers(lab):
     settle(lab)
     lab.screenshot(path=ARTIFACTS / "lab-1-start.png")
     before, image = numbers(lab), picture(lab)
-    assert "+0.000 [+0.000, +0.000] (paired)" in before
+    assert "minus A: +0.0 [+0.0, +0.0] points" in before
     press(lab, "step 1", "ArrowRight")
     settle(lab)
     after = numbers(lab)
     assert after != before and picture(lab) != image
-    assert "+0.000 [+0.000, +0.000] (paired)" not in after  # the change against the pinned schedule
+    assert "minus A: +0.0 [+0.0, +0.0] points" not in after  # the change against the pinned schedule
     press(lab, "keep ratio (alpha) 1", "ArrowRight")
-    press(lab, "budget (× one image)", "ArrowLeft")
+    heading(lab, "Budget and cost").click()
+    press(lab, "budget in images", "ArrowLeft")
     settle(lab)
-    assert numbers(lab) != after and "9.5 × one image" in numbers(lab)
+    assert numbers(lab) != after and "At the price of 9.5 images" in numbers(lab)
     lab.screenshot(path=ARTIFACTS / "lab-2-moved.png")
     assert lab.problems == []
 
@@ -140,7 +146,7 @@ def test_step_sliders_stop_at_their_neighbours(lab):
 
 
 def test_a_bad_state_is_told_in_place(lab):
-    handle = slider(lab, "budget (× one image)")
+    handle = slider(lab, "budget in images")
     handle.focus()
     lab.keyboard.press("Home")
     lab.wait_for_selector(".ttsnap-message")
@@ -155,9 +161,12 @@ def test_a_bad_state_is_told_in_place(lab):
 
 
 def test_every_control_is_reached_by_the_tab_key(lab):
+    for title in ("Data", "Optimise", "Export"):
+        heading(lab, title).click()
+    lab.get_by_text("export as", exact=True).wait_for()
     lab.locator(".widget-dropdown", has=lab.get_by_text("method", exact=True)).locator("select").focus()
     reached = set()
-    for _ in range(40):
+    for _ in range(50):
         name = lab.evaluate(
             """() => {
                 const at = document.activeElement;
@@ -172,15 +181,16 @@ def test_every_control_is_reached_by_the_tab_key(lab):
         lab.keyboard.press("Tab")
     wanted = {
         "method", "stages", "step 1", "keep ratio (alpha) 1", "step 2", "keep ratio (alpha) 2", "step 3",
-        "keep ratio (alpha) 3", "Pin this schedule", "Back to the pinned", "budget (× one image)", "cost", "or a cost file", "accounting",
-        "tensor", "or its folder", "reward(s) that select", "several select by", "reward shown", "for", "seconds at most",
-        "Optimise from here", "as", "Copy", "Save figure",
+        "keep ratio (alpha) 3", "Pin this schedule", "Set", "×", "Budget and cost", "budget in images", "cost",
+        "or a cost file", "accounting", "Data", "tensor", "or its folder", "reward(s) that select", "combine rewards by",
+        "reward shown", "Optimise", "optimise for", "seconds at most", "Optimise from here", "Export", "export as", "Copy",
+        "Save figure",
     }  # fmt: skip
     assert wanted <= reached, wanted - reached
 
 
 def test_copy_reaches_the_clipboard(lab):
-    lab.locator(".widget-dropdown", has=lab.get_by_text("as", exact=True)).locator("select").select_option(
+    lab.locator(".widget-dropdown", has=lab.get_by_text("export as", exact=True)).locator("select").select_option(
         "schedule YAML"
     )
     lab.get_by_role("button", name="Copy", exact=True).click()
@@ -194,6 +204,7 @@ def test_copy_reaches_the_clipboard(lab):
 
 def test_optimise_in_the_background(lab):
     lab.get_by_role("button", name="Pin this schedule").click()
+    lab.wait_for_function("() => document.body.innerText.includes('minus B: +0.0 [+0.0, +0.0] points')")
     field = lab.locator(".widget-text", has=lab.get_by_text("seconds at most")).locator("input")
     field.fill("8")
     field.press("Enter")
@@ -201,14 +212,32 @@ def test_optimise_in_the_background(lab):
     lab.wait_for_function("() => document.body.innerText.includes('Found and set')", timeout=180_000)
     # The old numbers stand for a moment longer.
     lab.wait_for_function(
-        "() => !document.querySelector('.ttsnap-numbers').innerText.includes('+0.0 [+0.0, +0.0] points')"
+        "() => !document.querySelector('.ttsnap-numbers').innerText.includes('minus B: +0.0 [+0.0, +0.0] points')"
     )
     settle(lab)
-    match = re.search(r"against the pinned schedule ([+-][\d.]+)", numbers(lab))
+    match = re.search(r"minus B: ([+-][\d.]+)", numbers(lab))
     assert float(match.group(1)) > 0  # from a poor schedule there is much to gain
     lab.screenshot(path=ARTIFACTS / "lab-4-optimised.png")
     keep_picture(lab, "lab-4-optimised-picture")
     assert lab.problems == []
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
+def test_controls_and_picture_stand_side_by_side_on_a_laptop(lab, theme):
+    before = lab.viewport_size
+    lab.evaluate("(theme) => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
+    lab.set_viewport_size({"width": 1280, "height": 720})
+    lab.wait_for_timeout(1500)
+    lab.locator(".ttsnap-controls").evaluate("(controls) => controls.scrollIntoView()")
+    controls, image = (lab.locator(name).bounding_box() for name in (".ttsnap-controls", ".ttsnap-picture"))
+    assert controls["width"] <= 300 and image["x"] >= controls["x"] + controls["width"]
+    assert image["x"] + image["width"] < 1280 and image["width"] > 440
+    clipped = "(rows) => rows.filter((row) => row.scrollWidth > row.clientWidth + 1).map((row) => row.innerText)"
+    assert lab.locator(".ttsnap-controls label.widget-label, .ttsnap-numbers").evaluate_all(clipped) == []
+    turned = lab.locator(".ttsnap-picture").evaluate("(image) => getComputedStyle(image).filter")
+    assert ("invert" in turned) == (theme == "JupyterLab Dark")
+    lab.screenshot(path=ARTIFACTS / f"lab-5-{theme.split()[1].lower()}.png")
+    lab.set_viewport_size(before)
 
 
 def test_latency_of_a_slider_move(lab):

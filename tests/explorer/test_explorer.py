@@ -6,10 +6,12 @@ import heapq
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,16 +129,41 @@ def test_stages_appear_in_order_and_with_room(explorer):
     assert explorer.result.over["best_of_n"].value == 0
 
 
-def test_pin_and_back(explorer):
-    controls = explorer.controls
+def test_three_pins_stand_side_by_side_and_can_be_set_and_removed(explorer):
+    controls, over = explorer.controls, lambda: explorer.result.over
+    first = controls.schedule
     controls.steps[0].index = 4
-    assert explorer.result.over["pinned"].value != 0
-    explorer.controls.pin.click()
-    assert explorer.result.over["pinned"].value == 0
-    pinned = controls.schedule
+    assert set(over()) == {"best_of_n", "A"} and over()["A"].value != 0
+    controls.pin.click()
+    assert over()["B"].value == 0 and over()["A"].value != 0
+    second = controls.schedule
     controls.keeps[0].value = 0.8
-    controls.unpin.click()
-    assert controls.schedule == pinned and explorer.result.over["pinned"].value == 0
+    controls.pin.click()
+    assert controls.pin.disabled and [row.box.layout.display for row in controls.pins.values()] == [None] * 3
+    assert "at 4, 6, 11, keeps 0.8, 0.4, 0.5" in controls.pins["C"].text.value
+    controls.pins["B"].back.click()
+    assert controls.schedule == second and over()["B"].value == 0
+    controls.pins["A"].back.click()
+    assert controls.schedule == first and over()["A"].value == 0
+    controls.pins["B"].remove.click()
+    assert set(over()) == {"best_of_n", "A", "C"} and controls.pins["B"].box.layout.display == "none"
+    assert "minus C" in explorer.numbers.value and "minus B" not in explorer.numbers.value
+    controls.pin.click()  # the first letter that is free
+    assert explorer.pins["B"] == ("ttsnap", first) and controls.pin.disabled
+    for pin in "ABC":
+        controls.pins[pin].remove.click()
+    assert set(over()) == {"best_of_n"} and explorer.message.value == ""
+
+
+def test_sections_open_and_close(explorer):
+    shown = {title: box.layout.display for title, (_, box) in explorer.controls.sections.items()}
+    assert list(shown) == ["Schedule", "Budget and cost", "Data", "Optimise", "Export"]
+    assert [title for title, display in shown.items() if display is None] == ["Schedule"]
+    heading, box = explorer.controls.sections["Optimise"]
+    heading.click()
+    assert box.layout.display is None and heading.icon == "caret-down"
+    heading.click()
+    assert box.layout.display == "none"
 
 
 def test_a_bad_state_is_a_message_and_goes_away(explorer):
@@ -231,32 +258,37 @@ def test_a_drag_that_goes_on_is_followed(timed, clock):
     assert len(images) > 10  # not only when the hand stops
 
 
-def test_optimise_sets_the_schedule_and_pins_the_old_one(explorer):
+def test_optimise_sets_the_schedule_keeps_the_pins_and_can_be_undone(explorer):
     controls = explorer.controls
     controls.stages.value = 1
     controls.steps[0].index = 17
     poor = controls.schedule
+    controls.pin.click()
+    pins = dict(explorer.pins)
     controls.seconds.value = 6
     explorer.optimise()
     explorer.thread.join(300)
-    assert explorer.pinned == ("ttsnap", poor)
-    assert explorer.result.gains["change"].value > 5
-    assert "Found and set" in explorer.progress.value
+    assert explorer.pins == pins and controls.schedule != poor
+    assert explorer.result.gain_changes["B"].value > 5
+    text = controls.optimised.value
+    assert "Found and set: TTSnap at" in text and re.search(r"did not see is \+\d+\.\d % \[", text)
     assert not controls.optimise.disabled and controls.cancel.disabled
+    controls.undo.click()
+    assert controls.schedule == poor and controls.undo.disabled and explorer.pins == pins
 
 
 def test_optimise_can_be_cancelled_and_tells_what_it_cannot(explorer):
     controls = explorer.controls
     controls.method.value = "best_of_n"
     controls.optimise.click()
-    assert "Best-of-N has no schedule" in explorer.message.value
+    assert "Best-of-N has no schedule" in controls.optimised.value and explorer.message.value == ""
     controls.method.value = "ttsnap"
     controls.seconds.value = 600
     controls.optimise.click()
     controls.cancel.click()
     explorer.thread.join(300)
     assert not explorer.thread.is_alive() and not controls.optimise.disabled
-    assert "search cut short" in explorer.progress.value or "Cancelled" in explorer.message.value
+    assert "The search was cut short" in controls.optimised.value or "Cancelled" in controls.optimised.value
 
 
 def test_copied_text_leads_back_to_the_state(dataset, tmp_path):
@@ -268,7 +300,8 @@ def test_copied_text_leads_back_to_the_state(dataset, tmp_path):
     first.controls.copy_as.value = "papermill parameters"
     parameters = yaml.safe_load(first.copy())
     assert first.controls.copied.value and first.controls.copied.layout.display is None
-    first.pin()  # the pinned schedule begins as the one that is given
+    first.unpin("A")
+    first.pin()  # pin A begins as the schedule that is given
     second = Explorer(**parameters)
     assert second.state == first.state
     assert second.numbers.value == first.numbers.value
@@ -293,7 +326,7 @@ def test_copied_text_leads_back_to_the_state(dataset, tmp_path):
 
 def test_what_is_given_in_memory_cannot_be_copied(explorer):
     assert explorer.copy() == ""
-    assert "in memory" in explorer.message.value
+    assert "in memory" in explorer.controls.exported.value
 
 
 def _declared() -> set[str]:
@@ -308,7 +341,13 @@ def test_save(explorer, tmp_path, capsys):
     assert path.with_suffix(".pdf").exists()
     text = (tmp_path / "results.csv").read_text()
     assert text.startswith("curve,method,reward,budget,n,spent,mean,low,high") and len(text.splitlines()) == 13
-    assert str(path) in explorer.progress.value and capsys.readouterr().out == ""
+    assert str(path) in explorer.controls.exported.value and capsys.readouterr().out == ""
+
+
+def test_every_label_has_a_tooltip(explorer):
+    rows = [row for _, box in explorer.controls.sections.values() for row in box.children]
+    labels = [row for row in rows if getattr(row, "description", "")]
+    assert len(labels) > 20 and all(row.tooltip for row in labels)
 
 
 def test_a_figure_stands_in_where_no_widgets_can_be_shown(explorer):
@@ -344,15 +383,22 @@ def test_explore_saves_when_nobody_watches(dataset, tmp_path, monkeypatch, headl
 
 
 @pytest.mark.parametrize(
-    ("request_", "server", "alone"),
+    ("asks", "python", "server", "alone"),
     [
-        ({"allow_stdin": True}, "", False),  # JupyterLab, VS Code, Colab
-        ({"allow_stdin": False}, "", True),  # papermill, nbclient
-        ({"allow_stdin": False}, "voila/0.5", False),
+        (True, False, "", False),  # JupyterLab
+        (True, True, "", False),  # jupyter console, Spyder
+        (False, False, "", False),  # front ends that cannot ask a person for input: VS Code for long, Colab
+        (False, True, "", True),  # papermill, nbclient
+        (False, True, "voila/0.5", False),
     ],
 )
-def test_who_watches_is_told_by_the_request(monkeypatch, tmp_path, request_, server, alone):
-    shell = SimpleNamespace(parent_header={"content": request_})
+def test_who_watches_is_told_by_the_request(monkeypatch, tmp_path, asks, python, server, alone):
+    from jupyter_client.session import Session
+
+    header = Session().msg("execute_request")["header"]
+    if not python:
+        header |= {"session": str(uuid.uuid4()), "msg_id": str(uuid.uuid4())}
+    shell = SimpleNamespace(parent_header={"header": header, "content": {"allow_stdin": asks}})
     monkeypatch.setattr("ttsnap_lib.explorer.explorer.get_ipython", lambda: shell)
     monkeypatch.setenv("SERVER_SOFTWARE", server)
     assert nobody_watches(Run(tmp_path)) == alone

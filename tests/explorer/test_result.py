@@ -65,15 +65,15 @@ def test_best_of_n_by_one_reward_is_exact_and_also_told_for_another_reward(datas
 
 def test_changes_are_paired_and_vanish_for_the_pinned_schedule_itself(pool):
     same = compute(state(), pool, 10)
-    over = same.over["pinned"]
+    over = same.over["A"]
     assert (over.value, over.low, over.high) == (0, 0, 0)
-    assert not np.any(same.change.value) and same.gains["change"].value == 0
+    assert not np.any(same.changes["A"][1].value) and same.gain_changes["A"].value == 0
     other = compute(state(schedule=LATER), pool)
-    at, pinned = other.at["current"].reward, other.at["pinned"].reward
-    assert other.over["pinned"].value == pytest.approx(at.value[0] - pinned.value[0], abs=1e-12)
-    paired = other.over["pinned"].high - other.over["pinned"].low
+    at, pinned = other.at["current"].reward, other.at["A"].reward
+    assert other.over["A"].value == pytest.approx(at.value[0] - pinned.value[0], abs=1e-12)
+    paired = other.over["A"].high - other.over["A"].low
     assert paired < 0.7 * np.hypot(at.high[0] - at.low[0], pinned.high[0] - pinned.low[0])
-    assert other.gains["change"].value == pytest.approx(other.gains["current"].value - other.gains["pinned"].value)
+    assert other.gain_changes["A"].value == pytest.approx(other.gains["current"].value - other.gains["A"].value)
     assert other.gains["current"].low < other.gains["current"].value < other.gains["current"].high
 
 
@@ -123,9 +123,25 @@ def test_budgets_that_cannot_run_are_left_out_and_told(pool):
     result = compute(state(schedule=costly, budget=2 * ONE), pool, 10)
     assert len(result.curves["current"].n) < len(BUDGETS) == len(result.curves["best_of_n"].n)
     assert any("left out" in note for note in result.notes)
-    beside = compute(state(pinned=("ttsnap", costly), budget=12 * ONE), pool, 10)
-    assert "pinned" not in beside.curves and set(beside.over) == {"best_of_n"} and beside.change is None
-    assert set(beside.gains) == {"current"} and any("pinned schedule cannot run" in note for note in beside.notes)
+    pins = (("A", "ttsnap", Schedule((4,), (0.5,))), ("B", "ttsnap", costly))
+    beside = compute(state(pins=pins, budget=12 * ONE), pool, 10)
+    assert set(beside.over) == {"best_of_n", "A"} and set(beside.changes) == {"A"}
+    assert set(beside.gains) == {"current", "A"} and any("B cannot run" in note for note in beside.notes)
+    known = [multiple * ONE for multiple in (2, 4, 6, 8, 12)]
+    narrow = compute(state(pins=pins, budget=4 * ONE, budgets=known), pool, 10)
+    assert set(narrow.changes) == {"A", "B"} and len(narrow.above["B"][0]) < len(narrow.above["A"][0])
+    assert any("the 3 budgets that all schedules can run" in note for note in narrow.notes)
+
+
+def test_gains_over_best_of_n_are_paired(pool):
+    result = compute(state(schedule=LATER), pool)
+    assert set(result.above) == {"current", "A"}
+    for name, (budgets, gain) in result.above.items():
+        curve, base = result.curves[name], result.curves["best_of_n"]
+        np.testing.assert_array_equal(budgets, curve.budgets)
+        np.testing.assert_allclose(gain.value, curve.reward.value - base.reward.value, atol=1e-12)
+        alone = np.hypot(curve.reward.high - curve.reward.low, base.reward.high - base.reward.low)
+        assert (gain.high - gain.low < 0.7 * alone).all()
 
 
 def test_copied_steps_are_told(dataset):

@@ -37,19 +37,28 @@ def test_moving_gives_the_picture_of_a_full_drawing(pool):  # noqa: F811
 
 def test_a_saved_figure_shows_what_moves(pool, tmp_path):  # noqa: F811
     figure = draw(compute(state(schedule=LATER), pool, 10))
-    reward, _, funnel, *_ = figure.axes
-    labels = [text.get_text() for text in reward.get_legend().get_texts()]
-    assert labels == ["this schedule (TTSnap)", "pinned TTSnap", "Best-of-N"]
+    above, funnel = figure.axes[0], figure.axes[-1]
+    labels = [text.get_text() for text in above.get_legend().get_texts()]
+    assert labels == ["this schedule (TTSnap)", "A (TTSnap)"]
     assert any("keep ratio (alpha) 0.5" in text.get_text() for text in funnel.texts)
     figure.savefig(tmp_path / "with.png", dpi=60)
-    for line in reward.lines:
+    for line in above.lines:
         line.set_visible(False)
     figure.savefig(tmp_path / "without.png", dpi=60)
     shown, hidden = (pixels((tmp_path / name).read_bytes()) for name in ("with.png", "without.png"))
     assert np.abs(shown - hidden).max() > 100  # animated artists are in a saved figure
 
 
-@pytest.mark.parametrize("changes", [{}, {"method": "best_of_n"}, {"pinned": ("ttsnap", Schedule((0,), (0.05,)))}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": "best_of_n"},
+        {"pins": (("A", "ttsnap", Schedule((0,), (0.05,))),)},
+        {"pins": ()},
+        {"pins": (("A", "ttsp", LATER), ("B", "best_of_n", LATER), ("C", "ttsnap", EARLY))},
+    ],
+)
 def test_every_state_can_be_drawn(dataset, pool, changes):  # noqa: F811
     one = Pool(dataset.isel(prompt=[0]), iterations=4)
     for tensor in (pool, one):

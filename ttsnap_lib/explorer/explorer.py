@@ -14,10 +14,12 @@ import functools
 import io
 import json
 import os
+import re
 import shlex
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,8 +30,17 @@ from ttsnap_lib.checks import choice, real
 from ttsnap_lib.costs import AUTO, PRESETS, CostModel
 from ttsnap_lib.errors import ConfigError, CostError, ScheduleError, TTSnapError
 from ttsnap_lib.explorer.pool import Pool
-from ttsnap_lib.explorer.result import Result, State, compute, lacking
-from ttsnap_lib.explorer.view import MAX_STAGES, STYLE, Panels, draw, message_html, numbers_html
+from ttsnap_lib.explorer.result import PINS, Result, State, compute, lacking
+from ttsnap_lib.explorer.view import (
+    MAX_STAGES,
+    STYLE,
+    Panels,
+    draw,
+    message_html,
+    numbers_html,
+    plan_label,
+    told_html,
+)
 from ttsnap_lib.files import SHIPPED_TENSORS, data_cache, reason, shipped_tensor
 from ttsnap_lib.runs.run import Run, current_run
 from ttsnap_lib.schedule import METHODS, PUBLISHED_SCHEDULE, Schedule
@@ -52,7 +63,7 @@ _OFFERED = 50  # tensors of the data cache in the list, at most
 _TOGETHER_S, _REST_S = 0.01, 0.15  # moves that come within the first are drawn together; a rest
 _AT_ONCE = 4  # numbers of candidates pruned before a move that has come in is looked at
 _TOLD_EVERY_S = 0.3
-_WIDTH = "392px"
+_SHORT = 88  # pixels of a label, where what is chosen is long
 # Jupyter binds arrow keys to moves between cells and headings; while a slider's handle has the focus they are its own.
 # The attribute is Lumino's; it is set when the focus comes, since the page may build a slider anew.
 _KEEP_KEYS = """
@@ -100,9 +111,13 @@ def nobody_watches(run: Run) -> bool:
     if run.headless:
         return True
     request = getattr(get_ipython(), "parent_header", None) or {}  # the message that asked for this cell
-    # Front ends can ask a person for input. Voila's executor cannot, and yet has somebody to look on.
     asks = request.get("content", {}).get("allow_stdin", True)
-    return not asks and not os.environ.get("SERVER_SOFTWARE", "").startswith("voila")
+    # Not every front end lets a cell ask for input (VS Code for long, Colab). Those are written in JavaScript, though:
+    # only Python's client numbers its messages <session>_<process>_<count>. Voila's executor is such a client, too, and
+    # yet has somebody to look on.
+    header = request.get("header", {})
+    by_python = re.fullmatch(rf"{re.escape(header.get('session', ''))}_\d+_\d+", header.get("msg_id", ""))
+    return not asks and by_python is not None and not os.environ.get("SERVER_SOFTWARE", "").startswith("voila")
 
 
 class Explorer(ipw.VBox):
@@ -116,7 +131,7 @@ class Explorer(ipw.VBox):
         Rewards that select; all when empty.
     method : {"ttsnap", "ttsp", "best_of_n"}
     steps, keep_ratios
-        The schedule to begin with, also the first pinned one.
+        The schedule to begin with, also pinned as A.
     cost : str or CostModel
         A preset, a cost file, or a model; ``"auto"`` for the preset of the tensor's model, size and reward.
     accounting : {"exact", "published"}, optional
@@ -161,7 +176,8 @@ class Explorer(ipw.VBox):
         self._fixed: dict[str, Any] = {"iterations": iterations, "seed": seed, "distinct": distinct}
         self.state: State | None = None
         self.result: Result | None = None
-        self.pinned = (method, schedule)
+        self.pins = {PINS[0]: (method, schedule)}
+        self._undo: tuple[str, Schedule] | None = None  # what stood there before the optimiser's
         self._timer: asyncio.TimerHandle | None = None
         self._moved = False
         self._panels = Panels()
@@ -198,10 +214,13 @@ class Explorer(ipw.VBox):
             controls.multiple.max = max(*self._multiples, multiple)
             controls.multiple.value = multiple
         for button, action in (
-            (controls.pin, self.pin), (controls.unpin, self.back_to_pinned), (controls.optimise, self.optimise),
-            (controls.cancel, self._stop.set), (controls.copy, self.copy), (controls.save, self.save),
+            (controls.pin, self.pin), (controls.optimise, self.optimise), (controls.cancel, self._stop.set),
+            (controls.undo, self.undo), (controls.copy, self.copy), (controls.save, self.save),
+            *((row.back, functools.partial(self.back_to, pin)) for pin, row in controls.pins.items()),
+            *((row.remove, functools.partial(self.unpin, pin)) for pin, row in controls.pins.items()),
         ):  # fmt: skip
             button.on_click(lambda button, action=action: action())
+        controls.show_pins(self.pins)
         for control, handler in (
             (controls.tensor, self._tensor_chosen), (controls.cost, self._cost_chosen),
             (controls.tensor_path, functools.partial(self._typed, controls.tensor, open_rewards)),
@@ -210,13 +229,14 @@ class Explorer(ipw.VBox):
             control.observe(handler, names="value")
 
         # No tooltip: on an Image it makes the view fail in the browser (ipywidgets 8.1 looks for a description).
-        self.image = ipw.Image(format="png", layout=ipw.Layout(width="100%", max_width="920px"))
-        self.numbers, self.message, self.progress = ipw.HTML(), ipw.HTML(), ipw.HTML()
+        self.image = ipw.Image(format="png", layout=ipw.Layout(width="100%", max_width="760px"))
+        self.image.add_class("ttsnap-picture")
+        self.numbers, self.message = ipw.HTML(), ipw.HTML()
         self.script = ipw.Output(outputs=_javascript(_KEEP_KEYS), layout=ipw.Layout(height="0", overflow="hidden"))
-        right = ipw.VBox(
-            [self.message, self.numbers, self.image, self.progress], layout=ipw.Layout(flex="1 1 560px", min_width="0")
-        )
-        body = ipw.Box([controls.box, right], layout=ipw.Layout(flex_flow="row wrap", align_items="flex-start"))
+        # Side by side from 760 px: 300 for the controls, 440 for the picture.
+        right = ipw.VBox([self.message, self.numbers, self.image], layout=ipw.Layout(flex="1 1 440px", min_width="0"))
+        layout = ipw.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="0 16px")
+        body = ipw.Box([controls.box, right], layout=layout)
         super().__init__([ipw.HTML(STYLE, layout=ipw.Layout(height="0")), body, self.script])
         self._preview()
 
@@ -239,12 +259,12 @@ class Explorer(ipw.VBox):
         self.message.value = message_html(text)
 
     @contextlib.contextmanager
-    def _errors_said(self, *, of_state: bool = False) -> Iterator[None]:
+    def _errors_said(self, beside: ipw.HTML | None = None, *, of_state: bool = False) -> Iterator[None]:
         """Say errors in place; a state that cannot run leaves no result, and the old picture pale."""
         try:
             yield
         except TTSnapError as error:
-            self.say(str(error))
+            (beside or self.message).value = message_html(str(error))
             if of_state:
                 self.image.add_class("ttsnap-stale")
                 self.numbers.value, self.result = "", None
@@ -261,7 +281,7 @@ class Explorer(ipw.VBox):
             budget=controls.multiple.value * one,
             method=controls.method.value,
             schedule=controls.schedule,
-            pinned=self.pinned,
+            pins=tuple((pin, *plan) for pin, plan in sorted(self.pins.items())),
             combine=controls.combine.value,
         )
 
@@ -305,7 +325,8 @@ class Explorer(ipw.VBox):
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         """Add the picture, for where no widgets can be shown (a notebook run headless, read on the web)."""
         bundle = super()._repr_mimebundle_(**kwargs)
-        if isinstance(bundle, dict) and self.image.value:
+        # Which of the two Colab would choose is nowhere written.
+        if isinstance(bundle, dict) and self.image.value and "google.colab" not in sys.modules:
             bundle["image/png"] = base64.b64encode(self.image.value).decode()
         return bundle
 
@@ -328,8 +349,10 @@ class Explorer(ipw.VBox):
         try:
             with controls.quiet():
                 pool = self._open(controls.tensor.value)
-            if not set(self.pinned[1].steps) <= set(pool.steps[:-1]):  # it has no meaning on these steps
-                self.pinned = (self.pinned[0], controls.schedule)
+            for pin, (method, schedule) in self.pins.items():
+                if not set(schedule.steps) <= set(pool.steps[:-1]):  # it has no meaning on these steps
+                    self.pins[pin] = method, controls.schedule
+            controls.show_pins(self.pins)
             if controls.cost.value in PRESETS:  # a file of the user's own stays
                 with contextlib.suppress(CostError):  # so does any cost where the tensor does not say
                     controls.cost.value = tensor_preset(pool.dataset, controls.rewards.value[0])
@@ -367,13 +390,24 @@ class Explorer(ipw.VBox):
     # Pinning and optimising
 
     def pin(self) -> None:
-        """Measure changes against the schedule as it stands."""
-        self.pinned = (self.controls.method.value, self.controls.schedule)
-        self.changed()
+        """Measure changes against the schedule as it stands, too."""
+        free = [pin for pin in PINS if pin not in self.pins]
+        self._pinned(
+            {**self.pins, free[0]: (self.controls.method.value, self.controls.schedule)} if free else self.pins
+        )
 
-    def back_to_pinned(self) -> None:
-        """Set the controls to the pinned schedule."""
-        self._set(*self.pinned)
+    def unpin(self, pin: str) -> None:
+        """Measure changes against a pinned schedule no longer."""
+        self._pinned({name: plan for name, plan in self.pins.items() if name != pin})
+
+    def back_to(self, pin: str) -> None:
+        """Set the controls to a pinned schedule."""
+        self._set(*self.pins[pin])
+
+    def _pinned(self, pins: dict[str, tuple[str, Schedule]]) -> None:
+        self.pins = pins
+        self.controls.show_pins(pins)
+        self.changed()
 
     def _set(self, method: str, schedule: Schedule) -> None:
         with self.controls.quiet():
@@ -381,11 +415,11 @@ class Explorer(ipw.VBox):
         self.changed()
 
     def optimise(self) -> None:
-        """Search for a better schedule in a thread; the one at hand is pinned, so that the gain shows."""
+        """Search for a better schedule in a thread."""
         controls, objective = self.controls, self.controls.objective.value
         if self.thread is not None and self.thread.is_alive():
             return
-        with self._errors_said():
+        with self._errors_said(controls.optimised):
             state, pool = self.read(), self._opened()
             if state.method == "best_of_n":
                 raise ConfigError("method: Best-of-N has no schedule to optimise. Choose TTSp or TTSnap.")
@@ -422,28 +456,43 @@ class Explorer(ipw.VBox):
                 report=[name for name in pool.names if name not in state.rewards],
                 progress=progress,
             )
-            then = functools.partial(self._found, found, state)
+            then = functools.partial(self._found, found)
         except KeyboardInterrupt:
-            then = functools.partial(self.say, "Cancelled before a schedule was found.")
+            then = functools.partial(self._tell, "Cancelled before a schedule was found.")
         except Exception as error:  # noqa: BLE001 - the traceback of a thread would be lost: say it in place
             words = str(error) if isinstance(error, TTSnapError) else f"The optimiser failed: {reason(error)}"
-            then = functools.partial(self.say, words)
+            then = functools.partial(self._fail, words)
         self._post(self._ended, then)
 
     def _ended(self, then: Callable[[], None]) -> None:
         self.controls.optimise.disabled, self.controls.cancel.disabled = False, True
-        self._tell("")
         then()
 
-    def _found(self, found: OptimizedSchedule, state: State) -> None:
-        self.pinned = (state.method, state.schedule)
-        self._set(state.method, found.schedule)
+    def _found(self, found: OptimizedSchedule) -> None:
+        self._undo = self.controls.method.value, self.controls.schedule
+        self.controls.undo.disabled = False
+        self._set(found.method, found.schedule)
+        low, high = found.test_interval
+        what = "relative gain" if found.objective == "area" else "gain at this budget, in percent of Best-of-N's own,"
+        cut = "" if found.complete else " The search was cut short."
         self._tell(
-            f"Found and set; the schedule before it is pinned. {found}. Tuned on even prompts, tested on odd ones."
+            f"Found and set: {plan_label(found.method, found.schedule)}. Its {what} on the half of the prompts that the "
+            f"search did not see is {found.test_gain:+.1f} % [{low:+.1f}, {high:+.1f}]: this is the number to believe, "
+            f"the curves show all prompts.{cut}"
         )
 
+    def undo(self) -> None:
+        """Set the schedule again that stood there before the optimiser's."""
+        if self._undo is not None:
+            self._set(*self._undo)
+            self._undo, self.controls.undo.disabled = None, True
+            self._tell("The schedule from before is back.")
+
     def _tell(self, text: str) -> None:
-        self.progress.value = message_html(text)
+        self.controls.optimised.value = told_html(text)
+
+    def _fail(self, text: str) -> None:
+        self.controls.optimised.value = message_html(text)
 
     def _post(self, callback: Any, *arguments: Any) -> None:
         """Call on the thread of the widgets."""
@@ -452,12 +501,13 @@ class Explorer(ipw.VBox):
         else:
             callback(*arguments)
 
-    # Taking it along
+    # Export
 
     def copy(self) -> str:
         """Write the state in the chosen format into the field and, where the browser lets it, to the clipboard."""
         text, field = "", self.controls.copied
-        with self._errors_said():
+        self.controls.exported.value = ""
+        with self._errors_said(self.controls.exported):
             text = self._text(self.controls.copy_as.value, self.parameters())
             field.layout.display, field.value = None, text
             self.script.outputs = ()  # the same script again would not run
@@ -508,16 +558,29 @@ class Explorer(ipw.VBox):
         """Save figure and table with all iterations done; return the PNG's path."""
         self.finish()
         if self.result is None:
-            self.say("Nothing to save: set a schedule and a budget that can run first.")
+            text = "Nothing to save: set a schedule and a budget that can run first."
+            self.controls.exported.value = message_html(text)
             return None
-        with self._errors_said():
+        with self._errors_said(self.controls.exported):
             run = self.run or current_run("explore")
             with contextlib.redirect_stdout(io.StringIO()):
                 path = run.save_figure(draw(self.result), "explore")
                 run.save_table(self.result.frame())
-            self._tell(f"Saved {path}, the same as PDF, and the table results.csv beside it.")
+            text = f"Saved {path}, the same as PDF, and the table results.csv beside it."
+            self.controls.exported.value = told_html(text)
             return path
         return None
+
+
+class PinRow:
+    """A pinned schedule in words, with what can be done with it."""
+
+    def __init__(self, pin: str) -> None:
+        self.text = ipw.HTML(layout=ipw.Layout(flex="1 1 0", min_width="0", width="auto"))
+        self.text.add_class("ttsnap-pin")
+        self.back = _button("Set", f"Set the controls to schedule {pin}")
+        self.remove = _button("\u00d7", f"Remove pin {pin}")
+        self.box = ipw.HBox([self.text, self.back, self.remove], layout=ipw.Layout(align_items="center"))
 
 
 class Controls:
@@ -525,57 +588,78 @@ class Controls:
 
     def __init__(self, changed: Callable[[], None]) -> None:
         self._changed, self._quiet = changed, False
-        self._rows: list[ipw.Widget] = []  # in the order in which they are shown
+        self._rows: list[ipw.Widget] = []  # of the section at hand, in the order in which they are shown
+        self.sections: dict[str, tuple[ipw.Button, ipw.VBox]] = {}
 
-        self._head("Schedule")
         methods = [(label, name) for name, label in METHOD_LABELS.items()]
-        self.method = self._row(ipw.Dropdown, "method", options=methods)
-        self.stages = self._row(ipw.IntSlider, "stages", min=0, max=MAX_STAGES)
+        help_ = "TTSnap prunes by the noise-aware reward, TTSp by the plain one; Best-of-N does not prune."
+        self.method = self._row(ipw.Dropdown, "method", help_, options=methods)
+        self.stages = self._row(ipw.IntSlider, "stages", "How often candidates are pruned", min=0, max=MAX_STAGES)
         ratio: dict[str, Any] = {"min": 0.01, "max": 1.0, "value": 0.5, "step": 0.01, "readout_format": ".2f"}
         self.steps: list[ipw.SelectionSlider] = []
         self.keeps: list[ipw.FloatSlider] = []
         for k in range(1, MAX_STAGES + 1):
-            self.steps.append(self._row(ipw.SelectionSlider, f"step {k}", options=[0, 1]))
-            self.keeps.append(self._row(ipw.FloatSlider, f"keep ratio (alpha) {k}", **ratio))
-        self.pin = _button("Pin this schedule", "Measure every change against it")
-        self.unpin = _button("Back to the pinned", "Set the pinned schedule again")
-        self._beside(self.pin, self.unpin)
+            help_ = f"Denoising step, counted from 0, after which candidates are pruned for time {k}"
+            self.steps.append(self._row(ipw.SelectionSlider, f"step {k}", help_, options=[0, 1]))
+            help_ = f"Fraction of the candidates that is kept at step {k} (the paper's alpha)"
+            self.keeps.append(self._row(ipw.FloatSlider, f"keep ratio (alpha) {k}", help_, **ratio))
+        self.pin = _button("Pin this schedule", "Measure every change against it: up to three stay as A, B and C")
+        self._beside(self.pin)
+        self.pins = {pin: PinRow(pin) for pin in PINS}
+        self._rows += [row.box for row in self.pins.values()]
+        self._section("Schedule")
 
-        self._head("Budget and cost")
         multiple: dict[str, Any] = {"min": 0.5, "max": 20, "step": 0.5, "readout_format": ".1f"}
-        self.multiple = self._row(ipw.FloatSlider, "budget (× one image)", **multiple)
-        self.cost = self._row(ipw.Dropdown, "cost")
-        self.cost_path = self._path("or a cost file", "JSON or YAML, then Enter")
-        self.accounting = self._row(ipw.Dropdown, "accounting", options=["exact", "published"])
+        help_ = "Compute per prompt: the price of so many finished images of Best-of-N"
+        self.multiple = self._row(ipw.FloatSlider, "budget in images", help_, **multiple)
+        help_ = "What a denoising step and a check of an estimate cost: for a model, a size and a reward"
+        self.cost = self._row(ipw.Dropdown, "cost", help_, label=_SHORT)
+        help_ = "A file of `ttsnap cost`, of your own machine"
+        self.cost_path = self._path("or a cost file", help_, "JSON or YAML, then Enter")
+        help_ = "exact: with decoding and whole candidates; published: the formula of the released code"
+        self.accounting = self._row(ipw.Dropdown, "accounting", help_, label=_SHORT, options=["exact", "published"])
+        self._section("Budget and cost")
 
-        self._head("Data")
-        self.tensor = self._row(ipw.Dropdown, "tensor")
-        self.tensor_path = self._path("or its folder", "path of a .zarr, then Enter")
-        self.rewards = self._row(ipw.SelectMultiple, "reward(s) that select", rows=3)
-        self.combine = self._row(ipw.Dropdown, "several select by", options=list(_COMBINE.items()))
-        self.shown = self._row(ipw.Dropdown, "reward shown")
+        help_ = "Recorded rewards of every prompt, image and step (a reward tensor)"
+        self.tensor = self._row(ipw.Dropdown, "tensor", help_, label=_SHORT)
+        help_ = "A folder that `ttsnap score` or `ttsnap import` wrote"
+        self.tensor_path = self._path("or its folder", help_, "path of a .zarr, then Enter")
+        self.rewards = self._row(ipw.SelectMultiple, "reward(s) that select", "They choose the image together", rows=3)
+        help_ = "How several rewards choose together"
+        self.combine = self._row(ipw.Dropdown, "combine rewards by", help_, options=list(_COMBINE.items()))
+        help_ = "The reward that is drawn; it need not be one that selects"
+        self.shown = self._row(ipw.Dropdown, "reward shown", help_)
+        self._section("Data")
 
-        self._head("Optimise")
         objectives = [("all budgets shown", "area"), ("this budget", "single")]
-        self.objective = self._row(ipw.Dropdown, "for", options=objectives)
-        self.seconds = self._row(ipw.BoundedIntText, "seconds at most", min=1, max=3600, value=15)
-        self.optimise = _button("Optimise from here", "Search for a better schedule for this tensor and cost")
+        help_ = "Tuned on every second prompt, and reported on the others"
+        self.objective = self._row(ipw.Dropdown, "optimise for", help_, options=objectives)
+        help_ = "The search ends then, with the best so far"
+        self.seconds = self._row(ipw.BoundedIntText, "seconds at most", help_, min=1, max=3600, value=15)
+        self.optimise = _button(
+            "Optimise from here", "Search for a better schedule for this tensor and cost, and set it"
+        )
         self.cancel = _button("Cancel", "Keep the best found so far", disabled=True)
-        self._beside(self.optimise, self.cancel)
+        self.undo = _button("Undo", "Set the schedule from before again", disabled=True)
+        self._beside(self.optimise, self.cancel, self.undo)
+        self.optimised = self._told()
+        self._section("Optimise")
 
-        self._head("Take it along")
-        layout = ipw.Layout(width="250px")
-        style = {"description_width": "20px"}
-        self.copy_as = ipw.Dropdown(description="as", options=_COPY_FORMATS, layout=layout, style=style)
+        help_ = "The state as text: a command, a file, parameters of this notebook"
+        self.copy_as = self._row(ipw.Dropdown, "export as", help_, label=_SHORT, options=_COPY_FORMATS)
         self.copy = _button("Copy", "To the clipboard, and into the field below")
-        self._beside(self.copy_as, self.copy)
-        hidden = ipw.Layout(width=_WIDTH, display="none")
+        self.save = _button("Save figure", "PNG, PDF and the table of the curves")
+        self._beside(self.copy, self.save)
+        hidden = ipw.Layout(width="auto", display="none")
         self.copied = ipw.Textarea(placeholder="What is copied also stands here", rows=4, layout=hidden)
         self._rows.append(self.copied)
-        self.save = _button("Save figure", "PNG, PDF and the table of the curves")
-        self._beside(self.save)
+        self.exported = self._told()
+        self._section("Export")
 
-        self.box = ipw.VBox(self._rows, layout=ipw.Layout(width="412px", flex="0 0 auto"))
+        boxes = [part for section in self.sections.values() for part in section]
+        self.box = ipw.VBox(boxes, layout=ipw.Layout(width="300px", flex="0 0 auto"))
+        self.box.add_class("ttsnap-controls")
+        self.open("Schedule")
         for k, slider in enumerate(self.steps):
             slider.observe(lambda change, k=k: self._moved(k), names="index")
         self.stages.observe(lambda change: self._moved(None), names="value")
@@ -583,20 +667,43 @@ class Controls:
         for control in free:
             control.observe(lambda change: self._tell(), names="value")
 
-    def _head(self, title: str) -> None:
-        html = f"<div class='ttsnap-head'>{title}</div>"
-        self._rows.append(ipw.HTML(html, layout=ipw.Layout(width=_WIDTH)))
-
-    def _row(self, kind: Any, description: str, **options: Any) -> Any:
-        style, layout = {"description_width": "145px"}, ipw.Layout(width=_WIDTH)
-        self._rows.append(kind(description=description, style=style, layout=layout, **options))
+    def _row(self, kind: Any, description: str, tooltip: str, *, label: int = 140, **options: Any) -> Any:
+        style, layout = {"description_width": f"{label}px"}, ipw.Layout(width="auto")
+        self._rows.append(kind(description=description, tooltip=tooltip, style=style, layout=layout, **options))
         return self._rows[-1]
 
-    def _path(self, description: str, placeholder: str) -> ipw.Text:
-        return self._row(ipw.Text, description, placeholder=placeholder, continuous_update=False)
+    def _path(self, description: str, tooltip: str, placeholder: str) -> ipw.Text:
+        options = {"placeholder": placeholder, "continuous_update": False}
+        return self._row(ipw.Text, description, tooltip, label=_SHORT, **options)
 
     def _beside(self, *controls: ipw.Widget) -> None:
-        self._rows.append(ipw.Box(controls, layout=ipw.Layout(flex_flow="row wrap", width=_WIDTH)))
+        self._rows.append(ipw.Box(controls, layout=ipw.Layout(flex_flow="row wrap")))
+
+    def _told(self) -> ipw.HTML:
+        """Add a place for what becomes of a button."""
+        self._rows.append(ipw.HTML(layout=ipw.Layout(width="auto")))
+        return self._rows[-1]
+
+    def _section(self, title: str) -> None:
+        """Put the rows so far under a heading that opens and closes them: a button, which the Tab key reaches."""
+        layout = ipw.Layout(width="auto", display="flex", justify_content="flex-start", align_items="center")
+        heading = ipw.Button(description=title, icon="caret-right", style={"font_weight": "bold"}, layout=layout)
+        heading.on_click(lambda button: self.open(title))
+        self.sections[title] = heading, ipw.VBox(self._rows, layout=ipw.Layout(display="none"))
+        self._rows = []
+
+    def open(self, title: str) -> None:
+        """Open a section, or close it where it is open."""
+        heading, box = self.sections[title]
+        closed = box.layout.display == "none"
+        box.layout.display, heading.icon = (None, "caret-down") if closed else ("none", "caret-right")
+
+    def show_pins(self, pins: Mapping[str, tuple[str, Schedule]]) -> None:
+        """Show what is pinned."""
+        for pin, row in self.pins.items():
+            row.box.layout.display = None if pin in pins else "none"
+            row.text.value = f"<b>{pin}</b> {plan_label(*pins[pin])}" if pin in pins else ""
+        self.pin.disabled = len(pins) == len(PINS)
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _VARIABLE = {"best_of_n": "base", "ttsp": "base", "ttsnap": "noise_aware"}
+PINS = ("A", "B", "C")  # there is room for three
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,16 @@ class State:
     budget: float  # the one that the numbers are told for
     method: str = "ttsnap"
     schedule: Schedule = PUBLISHED_SCHEDULE
-    pinned: tuple[str, Schedule] = ("ttsnap", PUBLISHED_SCHEDULE)  # what the effect of a change is measured against
+    # Pin, method and schedule: what the effect of a change is measured against.
+    pins: tuple[tuple[str, str, Schedule], ...] = (("A", "ttsnap", PUBLISHED_SCHEDULE),)
     combine: str = "rank_sum"
 
     @property
     def plans(self) -> dict[str, tuple[str, Schedule | None]]:
         """Method and schedule of each curve; Best-of-N has none (published accounting tells that from an empty one)."""
-        wanted = {"best_of_n": ("best_of_n", None), "current": (self.method, self.schedule), "pinned": self.pinned}
+        wanted: dict[str, tuple[str, Schedule | None]] = {"best_of_n": ("best_of_n", None)}
+        wanted["current"] = self.method, self.schedule
+        wanted |= {pin: (method, plan) for pin, method, plan in self.pins}
         return {name: (method, None if method == "best_of_n" else plan) for name, (method, plan) in wanted.items()}
 
 
@@ -88,13 +92,14 @@ class Result:
     """What is drawn and told."""
 
     state: State
-    # best_of_n, current and pinned; the last is missing where it cannot run at the chosen budget.
-    curves: dict[str, Curve]
+    curves: dict[str, Curve]  # best_of_n, current and those pins that can run at the chosen budget
     at: dict[str, Curve]  # the same at the chosen budget alone
-    over: dict[str, Interval]  # paired differences at the chosen budget to best_of_n and pinned, in reward
-    change_budgets: np.ndarray  # where both can run, and the paired difference to the pinned schedule there
-    change: Interval | None
-    gains: dict[str, Interval]  # relative gains of current and pinned, percent, and their paired "change"; may be empty
+    over: dict[str, Interval]  # paired differences of the schedule to the others at the chosen budget, in reward
+    # Budgets that both can run, and the paired difference there: of each curve to Best-of-N, of the schedule to each pin.
+    above: dict[str, tuple[np.ndarray, Interval]]
+    changes: dict[str, tuple[np.ndarray, Interval]]
+    gains: dict[str, Interval]  # relative gains of the schedule and of the pins, percent; may be empty
+    gain_changes: dict[str, Interval]  # paired differences of the schedule's relative gain to that of each pin, points
     stages: tuple[StageCost, ...]  # of the chosen budget
     tau: tuple[Estimate, Estimate]  # Kendall tau per step of the base and the noise-aware reward
     steps: tuple[int, ...]
@@ -128,15 +133,17 @@ def compute(state: State, pool: Pool, iterations: int | None = None) -> Result:
     shown = pool.names.index(choice("reward shown", state.shown, pool.names))
     _check(state, pool)
     at, curves = _curves(state, pool, shown, iterations)
-    change_budgets, change = curves["current"].minus(curves["pinned"]) if "pinned" in curves else (np.empty(0), None)
+    gains, gain_changes = _gains(curves)
+    current, best_of_n = curves["current"], curves["best_of_n"]
     return Result(
         state=state,
         curves=curves,
         at=at,
         over={name: _over(at["current"], other) for name, other in at.items() if name != "current"},
-        change_budgets=change_budgets,
-        change=change if len(change_budgets) else None,
-        gains=_gains(curves),
+        above={name: curve.minus(best_of_n) for name, curve in curves.items() if curve is not best_of_n},
+        changes={name: current.minus(curve) for name, curve in curves.items() if name in PINS},
+        gains=gains,
+        gain_changes=gain_changes,
         stages=state.cost.stages(int(at["current"].n[0]), state.plans["current"][1]),
         tau=pool.tau(shown),
         steps=pool.steps,
@@ -181,8 +188,7 @@ def _curves(state: State, pool: Pool, shown: int, iterations: int) -> tuple[dict
     """Return the curves at the chosen budget and over the range; all are resampled together, so they pair."""
     at, curves = dict[str, Curve](), dict[str, Curve]()
     points = {name: _affordable(state, pool, name) for name in state.plans}
-    if not points["pinned"] or points["pinned"][0][0] != state.budget:
-        del points["pinned"]
+    points = {name: found for name, found in points.items() if found and found[0][0] == state.budget}
     rewards = {
         name: pool.per_prompt(_job(state, pool, name), [n for _, n in found], iterations)[:, :, shown]
         for name, found in points.items()
@@ -206,11 +212,15 @@ def _over(one: Curve, other: Curve) -> Interval:
     return Interval(float(found.value[0]), float(found.low[0]), float(found.high[0]))
 
 
-def _gains(curves: dict[str, Curve]) -> dict[str, Interval]:
-    """Return the relative gains of the schedule and of the pinned one, and their difference, on common budgets."""
-    budgets = functools.reduce(np.intersect1d, [curve.budgets for curve in curves.values()])
+def _common(curves: dict[str, Curve]) -> np.ndarray:
+    return functools.reduce(np.intersect1d, [curve.budgets for curve in curves.values()])
+
+
+def _gains(curves: dict[str, Curve]) -> tuple[dict[str, Interval], dict[str, Interval]]:
+    """Return the relative gains of the schedule and of the pins on common budgets, and what it has over each pin."""
+    budgets = _common(curves)
     if len(budgets) < 3:
-        return {}
+        return {}, {}
     rows = {name: np.searchsorted(curve.budgets, budgets) for name, curve in curves.items()}
     means = {name: curve.reward.value[rows[name]] for name, curve in curves.items()}
     without = {name: leave_one_out(curve.per_prompt[rows[name]].T) for name, curve in curves.items()}
@@ -222,10 +232,17 @@ def _gains(curves: dict[str, Curve]) -> dict[str, Interval]:
         if name != "best_of_n"
     }
     if any(np.isnan(value) for value, _ in found.values()):
-        return {}
-    if "pinned" in found:
-        found["change"] = tuple(a - b for a, b in zip(found["current"], found["pinned"], strict=True))
-    return {name: Interval(float(value), *jackknife_interval(value, others)) for name, (value, others) in found.items()}
+        return {}, {}
+    changes = {
+        name: tuple(a - b for a, b in zip(found["current"], found[name], strict=True))
+        for name in found
+        if name != "current"
+    }
+    gains, over = (
+        {name: Interval(float(value), *jackknife_interval(value, others)) for name, (value, others) in told.items()}
+        for told in (found, changes)
+    )
+    return gains, over
 
 
 def _notes(state: State, pool: Pool, curves: dict[str, Curve]) -> list[str]:
@@ -241,8 +258,10 @@ def _notes(state: State, pool: Pool, curves: dict[str, Curve]) -> list[str]:
             f"{missing} of the {len(state.budgets)} budgets of the range buy this schedule no candidate, or more than "
             f"the pool's {pool.n_images}: they are left out of the curve and of the relative gain."
         )
-    if "pinned" not in curves:
-        notes.append("The pinned schedule cannot run at this budget.")
+    notes += [f"{pin} cannot run at this budget." for pin, _, _ in state.pins if pin not in curves]
+    common = len(_common(curves))
+    if common < len(np.intersect1d(curves["current"].budgets, curves["best_of_n"].budgets)):
+        notes.append(f"The relative gains are over the {common} budgets that all schedules can run.")
     if state.method == "ttsnap":
         selecting = [pool.names.index(name) for name in state.rewards]
         for step in state.schedule.steps:

@@ -1,4 +1,4 @@
-"""Draws what the explorer shows: five panels whose artists are made once and then follow the result."""
+"""Draws what the explorer shows: six panels whose artists are made once and then follow the result."""
 
 from __future__ import annotations
 
@@ -9,75 +9,117 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ttsnap_lib.explorer.result import Interval, Result, State
-from ttsnap_lib.style import METHOD_LABELS, method_style, reward_label, tidy
+from ttsnap_lib.explorer.result import PINS, Interval, Result, State
+from ttsnap_lib.schedule import Schedule
+from ttsnap_lib.style import COLORS, METHOD_LABELS, method_style, reward_label, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Dark themes turn the picture over: a new one from the kernel would come late, and the kernel does not know the theme.
 STYLE = """<style>
-.ttsnap-numbers table {border-collapse: collapse; font-size: 13px; line-height: 1.45}
-.ttsnap-numbers th, .ttsnap-numbers td {padding: 1px 14px 1px 0; text-align: right; white-space: nowrap}
-.ttsnap-numbers th:first-child, .ttsnap-numbers td:first-child {text-align: left; white-space: normal}
-.ttsnap-numbers thead th {border-bottom: 1px solid #999; font-weight: 600}
-.ttsnap-numbers p {margin: 4px 0; font-size: 13px; line-height: 1.45; white-space: normal}
-.ttsnap-note {color: #595959}
-.ttsnap-message {border-left: 4px solid #d55e00; padding: 4px 10px; font-size: 13px; line-height: 1.4;
-  white-space: normal}
+.ttsnap-numbers table {border-collapse: collapse; font-size: 12px; line-height: 1.5}
+.ttsnap-numbers th, .ttsnap-numbers td {padding: 1px 12px 1px 0; text-align: right; white-space: nowrap}
+.ttsnap-numbers th:first-child, .ttsnap-numbers td:first-child {text-align: left}
+.ttsnap-numbers th {font-weight: 600; vertical-align: bottom; white-space: normal}
+.ttsnap-numbers thead th {border-bottom: 1px solid #999}
+.ttsnap-numbers p {margin: 4px 0; font-size: 13px; line-height: 1.4; white-space: normal}
+.ttsnap-numbers .ttsnap-note {font-size: 12px; opacity: 0.75}
+.ttsnap-message, .ttsnap-told {padding: 4px 10px; font-size: 13px; line-height: 1.4; white-space: normal;
+  overflow-wrap: anywhere}
+.ttsnap-message {border-left: 4px solid #d55e00}
+.ttsnap-told {border-left: 4px solid #029e73}
+.ttsnap-pin .widget-html-content {font-size: 12px; line-height: 1.3; white-space: normal}
 .ttsnap-stale {opacity: 0.35}
-.ttsnap-head {font-weight: 600; font-size: 13px; border-bottom: 1px solid #ccc; line-height: 1.6}
+.ttsnap-controls .widget-readout {min-width: 34px}
+[data-jp-theme-light="false"] .ttsnap-picture, .vscode-dark .ttsnap-picture, [theme="dark"] .ttsnap-picture {
+  filter: invert(0.93) hue-rotate(180deg)}
 </style>"""
-# Of each panel: the axes (left, bottom, width, height), and the tile of the picture (left, bottom, right, top) with its
-# title, ticks and labels; in parts of the figure.
+_SIZE = 6.2, 7.4  # inches: to be read beside the controls on a laptop
+_ROWS = ((0.0, 2.5), (2.5, 4.15), (4.15, 6.2), (6.2, 7.4))  # inches from the top
+
+
+def _place(row: int, left: float, width: float, tile: tuple[float, float], *, below: float = 0.42) -> tuple:
+    """Return the axes (left, bottom, width, height) of a panel and its tile (left, bottom, right, top), in parts."""
+    (top, bottom), (across, down) = _ROWS[row], _SIZE
+    height = bottom - top - 0.3 - below
+    axes = left / across, 1 - (bottom - below) / down, width / across, height / down
+    return axes, (tile[0] / across, 1 - bottom / down, tile[1] / across, 1 - top / down)
+
+
+# Of each panel: the axes, and the tile of the picture with its title, ticks and labels.
 _PANELS = {
-    "reward": ((0.075, 0.565, 0.515, 0.375), (0.0, 0.49, 0.605, 1.0)),
-    "tau": ((0.665, 0.565, 0.32, 0.375), (0.605, 0.49, 1.0, 1.0)),
-    "funnel": ((0.02, 0.295, 0.965, 0.175), (0.0, 0.255, 1.0, 0.49)),
-    "gain": ((0.12, 0.075, 0.30, 0.135), (0.0, 0.0, 0.46, 0.255)),
-    "change": ((0.55, 0.075, 0.435, 0.145), (0.46, 0.0, 1.0, 0.255)),
+    "above": _place(0, 0.7, 5.35, (0, 6.2)),
+    "gain": _place(1, 1.0, 1.75, (0, 2.95)),
+    "change": _place(1, 3.7, 2.35, (2.95, 6.2)),
+    "reward": _place(2, 0.7, 2.65, (0, 3.5)),
+    "tau": _place(2, 4.1, 1.95, (3.5, 6.2)),
+    "funnel": _place(3, 0.1, 5.95, (0, 6.2), below=0.02),
 }
 MAX_STAGES = 4  # stages that prune, for which there is room
+_PIN_LOOKS = {"A": (4, "D"), "B": (2, "v"), "C": (3, "P")}  # colour and marker
 _GREY, _INK = "0.35", "0.15"
 
 
 def numbers_html(result: Result) -> str:
     """Return the numbers at the chosen budget as a small table, and what follows from them in words."""
-    state, unit = result.state, html.escape(result.state.cost.unit)
-    head = f"<th>at {_number(state.budget)} {unit} ({state.budget / state.cost.total(1):.3g} &times; one image)</th>"
-    head += f"<th>candidates</th><th>spent ({unit})</th><th>mean {html.escape(reward_label(state.shown))}</th>"
-    head += "<th>95% interval</th>"
+    state, unit, shown = (
+        result.state,
+        html.escape(result.state.cost.unit),
+        html.escape(reward_label(result.state.shown)),
+    )
+    head = f"<th></th><th>candidates</th><th>spent ({unit})</th><th>mean {shown}</th>"
+    head += "<th>this schedule minus it, paired [95%]</th>"
     body = ""
-    for name, label in (("current", "this schedule"), ("pinned", "pinned schedule"), ("best_of_n", "Best-of-N")):
+    for name in ("current", *PINS, "best_of_n"):
         if name in result.at:
             at = result.at[name]
-            low, high = at.reward.low[0], at.reward.high[0]
-            interval = "unknown" if np.isnan(low) else f"{low:.3f} to {high:.3f}"
-            body += f"<tr><td>{label}</td><td>{at.n[0]}</td><td>{_number(at.spent[0])}</td>"
-            body += f"<td>{at.reward.value[0]:.3f}</td><td>{interval}</td></tr>"
-    over, gains = result.over, result.gains
-    words = f"<b>Over Best-of-N</b> at this budget: {_told(over['best_of_n'], '.3f')}"
-    if "pinned" in over:
-        words += f"; <b>over the pinned schedule</b>: {_told(over['pinned'], '.3f')} (paired)."
-    gain = "<b>Relative gain</b>: not defined over these budgets"
-    if gains:
+            over = _told(result.over[name], ".3f") if name in result.over else ""
+            body += f"<tr><td>{_name(name)}</td><td>{at.n[0]}</td><td>{_number(at.spent[0])}</td>"
+            body += f"<td>{at.reward.value[0]:.3f}</td><td>{over}</td></tr>"
+    images = f"{state.budget / state.cost.total(1):.3g}"
+    words = f"At the price of {images} images ({_number(state.budget)} {unit}), {METHOD_LABELS[state.method]} tries "
+    words += f"{result.at['current'].n[0]} candidates, Best-of-N {result.at['best_of_n'].n[0]}; it gains "
+    words += f"<b>{_told(result.over['best_of_n'], '.3f')}</b> {shown} over Best-of-N."
+    gain = "Relative gain: not defined over these budgets."
+    if result.gains:
         low, high = _number(state.budgets[0]), _number(state.budgets[-1])
-        gain = f"<b>Relative gain</b> over {low} to {high} {unit}: {_told(gains['current'], '.1f')} %"
-    if "change" in gains:
-        gain += f"; against the pinned schedule {_told(gains['change'], '.1f')} points"
-    method, plan = state.plans["pinned"]
-    pinned = f"<b>Pinned</b>: {METHOD_LABELS[method]}{'' if plan is None else html.escape(f', {plan}')}."
+        gain = f"Relative gain from {low} to {high} {unit}: <b>{_told(result.gains['current'], '.1f')} %</b>"
+        gain += "".join(f"; minus {pin}: {_told(over, '.1f')} points" for pin, over in result.gain_changes.items())
+        gain += "."
     done = f"{result.iterations} of {result.iterations_wanted} random subsets per prompt"
     done += "." if result.complete else ": a preview, the rest follows."
     note = f"<span class='ttsnap-note'>{' '.join([done, *map(html.escape, result.notes)])}</span>"
-    paragraphs = "".join(f"<p>{line}</p>" for line in (words, f"{gain}.", pinned, note))
+    paragraphs = "".join(f"<p>{line}</p>" for line in (gain, note))
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<div class='ttsnap-numbers'>{table}{paragraphs}</div>"
+    return f"<div class='ttsnap-numbers'><p>{words}</p>{table}{paragraphs}</div>"
 
 
 def message_html(text: str) -> str:
     """Return a plain message that screen readers announce; nothing for an empty one."""
-    return f"<div class='ttsnap-message' role='status'>{html.escape(text)}</div>" if text else ""
+    return _announced("ttsnap-message", text)
+
+
+def told_html(text: str) -> str:
+    """Return the same for good news beside a button."""
+    return _announced("ttsnap-told", text)
+
+
+def plan_label(method: str, schedule: Schedule) -> str:
+    """Return a method and its schedule in one short line."""
+    if method == "best_of_n" or not schedule.steps:
+        return METHOD_LABELS[method]
+    steps, keeps = ", ".join(map(str, schedule.steps)), ", ".join(f"{keep:g}" for keep in schedule.keep_ratios)
+    return f"{METHOD_LABELS[method]} at {steps}, keeps {keeps}"
+
+
+def _announced(kind: str, text: str) -> str:
+    return f"<div class='{kind}' role='status'>{html.escape(text)}</div>" if text else ""
+
+
+def _name(curve: str) -> str:
+    return {"current": "this schedule", "best_of_n": "Best-of-N"}.get(curve, curve)
 
 
 def draw(result: Result) -> Figure:
@@ -91,17 +133,17 @@ def draw(result: Result) -> Figure:
 
 
 class Panels:
-    """Five axes on a figure outside pyplot that follow a result.
+    """Six axes on a figure outside pyplot that follow a result.
 
     What moves with every slider is drawn over a picture of the rest, which is kept: a full drawing takes several times
     as long. A panel whose limits have changed is stale, and drawn anew in its tile of that picture.
     """
 
-    def __init__(self, dpi: float = 100) -> None:
+    def __init__(self, dpi: float = 110) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        self.figure = Figure(figsize=(9.2, 7.4), dpi=dpi, facecolor="white")
+        self.figure = Figure(figsize=_SIZE, dpi=dpi, facecolor="white")
         FigureCanvasAgg(self.figure)
         self.axes = {name: self.figure.add_axes(place) for name, (place, _) in _PANELS.items()}
         self._context: tuple = ()
@@ -111,7 +153,14 @@ class Panels:
     def update(self, result: Result) -> None:
         """Move the artists to `result`; axes, ticks and labels are made anew only where they have to change."""
         state = result.state
-        context = (state.method, state.pinned[0], state.shown, state.cost.unit, state.budgets, id(result.tau))
+        context = (
+            state.method,
+            [pin[:2] for pin in state.pins],
+            state.shown,
+            state.cost.unit,
+            state.budgets,
+            id(result.tau),
+        )
         if context != self._context:
             self._build(result)
             self._context = context
@@ -155,68 +204,90 @@ class Panels:
         state = result.state
         first, last = state.budgets[0], state.budgets[-1]
         margin = 0.03 * (last - first)
-        for name in ("reward", "change"):
+        for name in ("above", "reward", "change"):
             self.axes[name].set_xlim(first - margin, last + margin)
             self.axes[name].set_xlabel(f"budget per prompt ({state.cost.unit})", fontsize=9)
-        own, pinned = method_style(state.method), method_style("pinned") | {"linestyle": ":", "marker": "D"}
+        looks = {"current": method_style(state.method)}
+        for pin, _, _ in state.pins:
+            color, marker = _PIN_LOOKS[pin]
+            looks[pin] = {"color": COLORS[color], "marker": marker, "linestyle": ":"}
         self._followers = [
-            self._reward(state, own, pinned),
-            self._tau(result, own, pinned),
-            self._funnel(own),
-            self._gain(own, pinned),
-            self._change(state, own),
+            self._above(state, looks),
+            self._gain(looks),
+            self._change(state, looks),
+            self._reward(state, looks),
+            self._tau(result, looks),
+            self._funnel(looks["current"]),
         ]
 
     # Each panel: what stays is drawn, and a function returned that moves the rest
 
-    def _reward(self, state: State, own: dict, pinned: dict) -> Callable[[Result], None]:
+    def _above(self, state: State, looks: dict[str, dict]) -> Callable[[Result], None]:
+        ax = self.axes["above"]
+        ax.axhline(0, color=_GREY, linewidth=0.9)
+        labels = {"current": f"this schedule ({METHOD_LABELS[state.method]})"}
+        labels |= {pin: f"{pin} ({METHOD_LABELS[method]})" for pin, method, _ in state.pins}
+        curves = {
+            name: self._line(ax, looks[name], label, width=2.2 if name == "current" else 1.5)
+            for name, label in reversed(labels.items())  # the schedule at hand on top
+        }
+        handles = [curves[name][1] for name in labels]
+        ax.legend(handles=handles, frameon=False, fontsize=8.5, loc="upper left", ncols=4, columnspacing=1.2)
+        ax.set_ylabel(f"gain in {reward_label(state.shown)}", fontsize=9)
+        _title(ax, "Gain over Best-of-N at equal budget, paired")
+        at = self._moves(ax.axvline(state.budget, 0, 0.86, color=_GREY, linewidth=1, linestyle=(0, (2, 2))))
+
+        def follow(result: Result) -> None:
+            shown = [Interval(0.0, 0.0, 0.0)]
+            for name, artists in curves.items():
+                budgets, gain = result.above.get(name, ((), None))
+                _set_line(artists, budgets, gain)
+                shown += [gain] if gain is not None and len(budgets) else []
+            at.set_xdata([result.state.budget] * 2)
+            self._fit("above", shown, margin=0.18)
+
+        return follow
+
+    def _reward(self, state: State, looks: dict[str, dict]) -> Callable[[Result], None]:
         ax = self.axes["reward"]
         curves = {
-            "best_of_n": self._line(ax, method_style("best_of_n"), "Best-of-N"),
-            "pinned": self._line(ax, pinned, f"pinned {METHOD_LABELS[state.pinned[0]]}"),
-            "current": self._line(ax, own, f"this schedule ({METHOD_LABELS[state.method]})", width=2.2),
+            name: self._line(ax, style, "Best-of-N", width=2.0 if name == "current" else 1.3, size=3, band=0.1)
+            for name, style in {"best_of_n": method_style("best_of_n"), **looks}.items()
         }
-        handles = [curves[name][1] for name in ("current", "pinned", "best_of_n")]
-        ax.legend(handles=handles, frameon=False, fontsize=8.5, loc="lower right")
+        ax.legend(handles=[curves["best_of_n"][1]], frameon=False, fontsize=8.5, loc="lower right")
         ax.set_ylabel(f"mean {reward_label(state.shown)}", fontsize=9)
-        _title(ax, "Reward of the chosen image against budget")
-        at = self._moves(ax.axvline(state.budget, color=_GREY, linewidth=1, linestyle=(0, (2, 2))))
+        _title(ax, "Reward of the chosen image", x=-0.2)
 
         def follow(result: Result) -> None:
             for name, artists in curves.items():
                 curve = result.curves.get(name)
                 _set_line(artists, curve.budgets if curve else (), curve.reward if curve else None)
-            at.set_xdata([result.state.budget] * 2)
             self._fit("reward", [curve.reward for curve in result.curves.values()])
 
         return follow
 
-    def _tau(self, result: Result, own: dict, pinned: dict) -> Callable[[Result], None]:
+    def _tau(self, result: Result, looks: dict[str, dict]) -> Callable[[Result], None]:
         ax = self.axes["tau"]
-        labels = {"base reward": "ttsp", "noise-aware reward": "ttsnap"}
+        labels = {"base": "ttsp", "noise-aware": "ttsnap"}
         for estimate, (label, like) in zip(result.tau, labels.items(), strict=True):
             style = method_style(like)
             ax.fill_between(result.steps, estimate.low, estimate.high, color=style["color"], alpha=0.18, linewidth=0)
             ax.plot(result.steps, estimate.mean, label=label, markersize=3.5, linewidth=1.4, **style)
         lowest = float(np.nanmin([0.0, *result.tau[0].low, *result.tau[1].low]))
         ax.set(ylim=(lowest, 1.03), xlim=(result.steps[0] - 0.5, result.steps[-1] + 0.5))
-        ax.set_xlabel("step (lines: pruning; dotted: pinned)", fontsize=9)
+        ax.set_xlabel("step (lines: where it prunes)", fontsize=9)
         ax.set_ylabel("Kendall tau", fontsize=9)
         ax.locator_params(axis="x", integer=True)
         ax.legend(frameon=False, fontsize=8.5, loc="lower right")
-        _title(ax, "Agreement with the final reward")
-        looks = {
-            "current": {"color": own["color"], "linewidth": 1.6, "alpha": 0.8},
-            "pinned": {"color": pinned["color"], "linewidth": 1.4, "linestyle": ":"},
-        }
-        lines = {
-            name: [self._moves(ax.axvline(0, 0.2, 1, **look)) for _ in range(MAX_STAGES)]
-            for name, look in looks.items()
-        }
+        _title(ax, "Agreement with the final reward", x=-0.22)
+        lines = {}
+        for name, look in reversed(looks.items()):
+            line = {"linewidth": 1.6} if name == "current" else {"linewidth": 1.4, "linestyle": ":"}
+            lines[name] = [self._moves(ax.axvline(0, 0.3, 1, color=look["color"], **line)) for _ in range(MAX_STAGES)]
 
         def follow(result: Result) -> None:
             for name, found in lines.items():
-                plan = result.state.plans[name][1]
+                plan = result.state.plans[name][1] if name in result.curves else None
                 steps = plan.steps if plan else ()
                 for k, line in enumerate(found):
                     line.set_visible(k < len(steps))
@@ -236,7 +307,7 @@ class Panels:
         for row in range(MAX_STAGES + 1):
             look = {"color": own["color"], "alpha": 0.9 - 0.13 * row, "linewidth": 0}
             bar = self._moves(ax.add_patch(Rectangle((0, row - 0.36), 0, 0.72, **look)))
-            rows.append((bar, self._moves(ax.text(0.45, row, "", fontsize=9, va="center", color=_INK))))
+            rows.append((bar, self._moves(ax.text(0.31, row, "", fontsize=8.5, va="center", color=_INK))))
 
         def follow(result: Result) -> None:
             unit, stages, keeps = result.state.cost.unit, result.stages, result.state.schedule.keep_ratios
@@ -246,8 +317,8 @@ class Panels:
                 bar.set_visible(row < len(stages))
                 text.set_visible(row < len(stages))
             for row, (stage, (bar, text)) in enumerate(zip(stages, rows, strict=False)):
-                width = 0.42 * stage.candidates / most
-                bar.set(x=0.21 - width / 2, width=width)
+                width = 0.29 * stage.candidates / most
+                bar.set(x=0.145 - width / 2, width=width)
                 last = row == len(stages) - 1
                 then = "the best is chosen" if last else f"keep ratio (alpha) {keeps[row]:g}"
                 steps = f"step {stage.first_step}"
@@ -258,20 +329,20 @@ class Panels:
 
         return follow
 
-    def _gain(self, own: dict, pinned: dict) -> Callable[[Result], None]:
+    def _gain(self, looks: dict[str, dict]) -> Callable[[Result], None]:
         ax = self.axes["gain"]
         ax.grid(visible=False)
         ax.axvline(0, color=_GREY, linewidth=0.9)
-        ax.set_ylim(1.6, -0.6)
-        ax.set_yticks([0, 1], ["this schedule", "pinned"], fontsize=9)
+        ax.set_ylim(len(looks) - 0.5, -0.7)
+        ax.set_yticks(range(len(looks)), [_name(name) for name in looks], fontsize=9)
         ax.tick_params(axis="y", length=0)
         ax.set_xlabel("percent of Best-of-N's own gain", fontsize=9)
-        _title(ax, "Relative gain over Best-of-N", x=-0.33)
+        _title(ax, "Relative gain over Best-of-N", x=-0.52)
         rows = {}
-        for row, (name, style) in enumerate((("current", own), ("pinned", pinned))):
+        for row, (name, style) in enumerate(looks.items()):
             (bar,) = ax.plot([0, 0], [row, row], color=style["color"], linewidth=2.2, solid_capstyle="butt")
-            (dot,) = ax.plot([0], [row], color=style["color"], marker=style["marker"], markersize=7)
-            text = ax.text(0, row - 0.2, "", fontsize=8.5, ha="center", va="bottom", color=_INK)
+            (dot,) = ax.plot([0], [row], color=style["color"], marker=style["marker"], markersize=6)
+            text = ax.text(0, row - 0.16, "", fontsize=8, ha="center", va="bottom", color=_INK)
             rows[name] = [self._moves(artist) for artist in (bar, dot, text)]
 
         def follow(result: Result) -> None:
@@ -289,31 +360,37 @@ class Panels:
 
         return follow
 
-    def _change(self, state: State, own: dict) -> Callable[[Result], None]:
+    def _change(self, state: State, looks: dict[str, dict]) -> Callable[[Result], None]:
         ax = self.axes["change"]
         ax.axhline(0, color=_GREY, linewidth=0.9)
-        difference = self._line(ax, own, "")
+        differences = {pin: self._line(ax, looks[pin], "", size=3) for pin, _, _ in state.pins}
         ax.set_ylabel(reward_label(state.shown), fontsize=9)
-        _title(ax, "This schedule minus the pinned one, paired")
-        words = ax.text(0.5, 0.5, "", fontsize=9, ha="center", va="bottom", color=_GREY, transform=ax.transAxes)
+        pins = " and ".join(differences) if len(differences) < 3 else "A, B and C"
+        _title(ax, f"This schedule minus {pins}, paired" if differences else "Nothing is pinned", x=-0.3)
+        words = ax.text(0.5, 0.6, "", fontsize=9, ha="center", va="bottom", color=_GREY, transform=ax.transAxes)
         self._moves(words)
 
         def follow(result: Result) -> None:
-            change = result.change
-            _set_line(difference, result.change_budgets, change)
-            if change is None:
+            known = []
+            for pin, artists in differences.items():
+                budgets, change = result.changes.get(pin, ((), None))
+                _set_line(artists, budgets, change)
+                known += [change] if change is not None and len(budgets) else []
+            if not known:
                 words.set_text("nothing to compare")
                 return
-            reach = np.nanmax(np.abs([change.value, change.low, change.high]))
+            reach = max(np.nanmax(np.abs([change.value, change.low, change.high])) for change in known)
             words.set_text("" if reach else "the same schedule")
             self._fit("change", [Interval(0.0, -max(reach, 1e-3), max(reach, 1e-3))])
 
         return follow
 
-    def _line(self, ax: Axes, style: dict, label: str, width: float = 1.5) -> tuple[Any, Any]:
-        band = ax.fill_between([0, 1], [0, 0], [0, 0], color=style["color"], alpha=0.18, linewidth=0)
-        (line,) = ax.plot([], [], label=label, markersize=4, linewidth=width, **style)
-        return self._moves(band), self._moves(line)
+    def _line(
+        self, ax: Axes, style: dict, label: str, width: float = 1.5, size: float = 4, band: float = 0.18
+    ) -> tuple[Any, Any]:
+        area = ax.fill_between([0, 1], [0, 0], [0, 0], color=style["color"], alpha=band, linewidth=0)
+        (line,) = ax.plot([], [], label=label, markersize=size, linewidth=width, **style)
+        return self._moves(area), self._moves(line)
 
     def _moves(self, artist: Any) -> Any:
         artist.set_animated(True)
