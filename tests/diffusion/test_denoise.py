@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FirstBlockCacheConfig, StableDiffusionImg2ImgPipeline, UniPCMultistepScheduler
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
 
 from tests import worlds
 from tests.worlds import CAPTIONS, RELATIVE, STEPS, generators, in_parts, same_to, settings, stock
@@ -359,7 +361,9 @@ def test_settings_that_this_pipeline_cannot_take(pipelines, name, changes, match
 
 def test_pipelines_that_are_not_supported():
     other = StableDiffusionImg2ImgPipeline(**worlds.sd().components, requires_safety_checker=False)
-    with pytest.raises(PipelineError, match="StableDiffusionImg2ImgPipeline.*ADAPTERS"):
+    with pytest.raises(
+        PipelineError, match="StableDiffusionImg2ImgPipeline is not supported: it works on a picture.*ADAPTERS"
+    ):
         Denoiser(other)
     inpainting = worlds.sdxl()
     inpainting.vae.register_to_config(latent_channels=8)
@@ -369,6 +373,31 @@ def test_pipelines_that_are_not_supported():
     headless.transformer = None
     with pytest.raises(PipelineError, match="has no transformer"):
         Denoiser(headless)
+    for name, why in {
+        "WanPipeline": "makes videos", "LTXPipeline": "makes videos", "HunyuanVideoPipeline": "makes videos",
+        "QwenImageEditPipeline": "works on a picture that is given", "FluxKontextPipeline": "works on a picture",
+        "Cosmos2TextToImagePipeline": "reads its scheduler by the index", "SanaSprintPipeline": "adds fresh noise",
+        "AuraFlowPipeline": "has no entry",
+    }.items():  # fmt: skip
+        kind = getattr(diffusers, name)
+        with pytest.raises(PipelineError, match=f"{name} is not supported: it {why}"):
+            Denoiser(kind.__new__(kind))
+
+
+@pytest.mark.parametrize("name", ["flux", "sd"])
+def test_a_text_encoder_that_is_missing(name):
+    pipeline = worlds.build(name)
+    pipeline.text_encoder = None
+    denoiser = Denoiser(pipeline, settings())
+    with pytest.raises(PipelineError, match="has no text_encoder, which prompts need"):
+        denoiser.encode(CAPTIONS)
+
+
+def test_an_ip_adapter_wants_a_picture():
+    pipeline = worlds.build("sd")
+    pipeline.unet.encoder_hid_proj = MultiIPAdapterImageProjection([torch.nn.Identity()])
+    with pytest.raises(PipelineError, match="IP-Adapter.*unload_ip_adapter"):
+        Denoiser(pipeline, settings())
 
 
 def test_bad_calls(pipelines):

@@ -146,7 +146,7 @@ def test_broken_folders(folders, tmp_path):
         load_pipeline(broken, **CPU)
     # Another class is told from the index, before any weights are read.
     (broken / "model_index.json").write_text('{"_class_name": "StableDiffusionImg2ImgPipeline"}')
-    with pytest.raises(PipelineError, match="is a StableDiffusionImg2ImgPipeline, which is not supported"):
+    with pytest.raises(PipelineError, match="a StableDiffusionImg2ImgPipeline is not supported: it works on"):
         load_pipeline(broken, **CPU)
 
 

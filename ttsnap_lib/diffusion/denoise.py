@@ -330,8 +330,17 @@ class Denoiser:
         """Encode `prompts` once, one row each, together with the negative prompt where guidance needs it."""
         if isinstance(prompts, str) or not prompts:
             raise ConfigError(f"prompts: got {prompts!r}, expected a list of at least one text.")
-        with memory_errors(len(prompts), remedy=_SMALLER):
-            found = self._adapter.encode(self.pipeline, list(prompts), self.settings)
+        try:
+            with memory_errors(len(prompts), remedy=_SMALLER):
+                found = self._adapter.encode(self.pipeline, list(prompts), self.settings)
+        except (AttributeError, TypeError) as error:  # some pipelines can do without some of them
+            parts = self.pipeline.components.items()
+            missing = [name for name, part in parts if part is None and name.startswith(("text_encoder", "tokenizer"))]
+            if not missing:
+                raise
+            raise PipelineError(
+                f"{type(self.pipeline).__name__} has no {' and '.join(missing)}, which prompts need. Load it whole."
+            ) from error
         return Conditioning(MappingProxyType(found), self._adapter.rows)
 
     def noise(self, generators: Sequence[torch.Generator]) -> Candidates:

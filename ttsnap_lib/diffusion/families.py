@@ -291,19 +291,42 @@ ADAPTERS: dict[str, Adapter] = {
 """The supported pipelines by the name of their class."""
 
 
+_REASONS = {
+    "Cosmos2TextToImagePipeline": "reads its scheduler by the index of its own loop, which begins anew in each part",
+    "Ideogram4Pipeline": "takes no embeddings, and its guidance goes by the index of its own loop",
+    "SanaSprintPipeline": "adds fresh noise at every step",
+}
+_PICTURE = ("Img2Img", "Image2Image", "Inpaint", "Edit", "Upscale", "Pix2Pix", "Control", "Fill", "Kontext", "Layered")
+_VIDEO = ("Video", "Wan", "LTX", "AnimateDiff", "Mochi")
+
+
+def unsupported(what: str, name: str) -> str:
+    """Return the sentence that refuses a pipeline class, with the reason where it is known."""
+    picture, video = (any(word in name for word in words) for words in (_PICTURE, _VIDEO))
+    kind = "makes videos" if video else "works on a picture that is given" if picture else "has no entry here"
+    found = _REASONS.get(name, kind)
+    return (
+        f"{what}: a {name} is not supported: it {found}. Use the text-to-image pipeline of one of these families: "
+        f"{list(ADAPTERS)} (ttsnap_lib.diffusion.families.ADAPTERS)."
+    )
+
+
 def adapter_of(pipeline: Any) -> Adapter:
     """Return the entry of `pipeline`'s class (or of the nearest base class), or say what is missing."""
     name = type(pipeline).__name__
     found = next((ADAPTERS[cls.__name__] for cls in type(pipeline).__mro__ if cls.__name__ in ADAPTERS), None)
     if found is None:
-        raise PipelineError(
-            f"pipeline: got a {name}, expected one of {list(ADAPTERS)}. Use the text-to-image pipeline of one of these "
-            "model families; another one needs an entry in ttsnap_lib.diffusion.families.ADAPTERS."
-        )
+        raise PipelineError(unsupported("pipeline", name))
     component = found.component(pipeline)
     if component is None or pipeline.vae is None:
         raise PipelineError(
             f"pipeline {name} has no {found.model if component is None else 'vae'}. Load it whole, with load_pipeline()."
+        )
+    if getattr(component, "encoder_hid_proj", None) is not None and hasattr(
+        component.encoder_hid_proj, "num_ip_adapters"
+    ):
+        raise PipelineError(
+            f"pipeline {name} has an IP-Adapter, which wants a picture beside the prompt. Call its unload_ip_adapter()."
         )
     config = pipeline.vae.config
     channels, latent = found.channels(pipeline), getattr(config, "latent_channels", getattr(config, "z_dim", None))

@@ -27,7 +27,7 @@ from diffusers.utils import logging as diffusers_logging
 from packaging.version import Version
 
 from ttsnap_lib.checks import as_device, as_dtype, choice
-from ttsnap_lib.diffusion.families import ADAPTERS, adapter_of
+from ttsnap_lib.diffusion.families import ADAPTERS, adapter_of, unsupported
 from ttsnap_lib.diffusion.schedulers import schedulable
 from ttsnap_lib.diffusion.weights import SINGLE_FILE, load_loras, load_single_file
 from ttsnap_lib.errors import ConfigError, DeviceError, PipelineError
@@ -148,7 +148,7 @@ def load_pipeline(
         if bar:
             diffusers_logging.enable_progress_bar()
     if kind not in ADAPTERS:
-        raise PipelineError(f"model {model} is a {kind}, which is not supported. Use one of {list(ADAPTERS)}.")
+        raise PipelineError(unsupported(f"model {model}", kind))
     adapter = adapter_of(pipeline)
     if scheduler is not None:
         pipeline.scheduler = _scheduler(scheduler, pipeline.scheduler)

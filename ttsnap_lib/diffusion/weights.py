@@ -16,7 +16,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors import safe_open
 
-from ttsnap_lib.diffusion.families import ADAPTERS
+from ttsnap_lib.diffusion.families import ADAPTERS, unsupported
 from ttsnap_lib.errors import ConfigError, PipelineError
 from ttsnap_lib.files import failures_as
 
@@ -42,7 +42,7 @@ def load_single_file(path: Path, base: str | None, **options: Any) -> Any:
     index = diffusers.DiffusionPipeline.load_config(base)
     kind = str(index.get("_class_name"))
     if kind not in ADAPTERS:
-        raise PipelineError(f"base {base} is a {kind}, which is not supported. Use one of {list(ADAPTERS)}.")
+        raise PipelineError(unsupported(f"base {base}", kind))
     message = f"model {path} is not in one of the layouts of {kind}. Use a file made for {base}, or name its own base."
     with failures_as(PipelineError, message):
         if any(key.startswith(_WHOLE) for key in shapes):
