@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import papermill
 import pytest
 
 from tests.conftest import ROOT
 from ttsnap_lib.errors import ConfigError
-from ttsnap_lib.runs.parameters import declared_parameters, from_text, parameter_hash, read_notebook, resolve
+from ttsnap_lib.runs.parameters import declared_parameters, from_text, parameter_hash, read_notebook, resolve, settle
 
 TYPES = ROOT / "tests/notebooks/types.ipynb"
 
@@ -103,3 +105,50 @@ def test_values_of_the_command_line_follow_the_declared_type():
         ("count", "__import__('os')", "__import__('os')"),
     ]:
         assert from_text(text, declared[name]) == value
+
+
+SHIPPED = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_papermill_sees_every_parameter_and_its_texts_are_read(path):
+    declared = declared_parameters(read_notebook(path))
+    seen = papermill.inspect_notebook(str(path))
+    assert list(seen) == list(declared)
+    assert {name: one["inferred_type_name"] for name, one in seen.items()} == {
+        name: one.annotation.removesuffix(" | None") for name, one in declared.items()
+    }
+    source = next(cell["source"] for cell in read_notebook(path)["cells"] if "parameters" in cell["metadata"]["tags"])
+    variables = {"In": ["", source, "# Parameters\nsteps = '[1, 2]'", "import numpy"], "other": "[1]"}
+    variables |= {name: one.default for name, one in declared.items()}
+    before = dict(variables)
+    settle(variables, path.stem)
+    assert variables == before  # defaults are of their types
+    for name, one in declared.items():
+        if one.annotation == "list":
+            given = variables | {name: "[1, 2.5, three]"}
+            settle(given, path.stem)
+            assert given[name] == [1, 2.5, "three"]
+        if one.annotation != "str" and one.annotation != "str | None":
+            with pytest.raises(ConfigError, match=f"parameter {name} of {path.stem}: got 'many', expected"):
+                settle(variables | {name: "many"}, path.stem)
+
+
+def test_what_is_no_parameter_or_no_plain_value_is_left_as_it_is():
+    cells = ["", "import numpy", "n: int = 1\nfolder: str = ''", "n = '3'", "folder = Path('x')", "x = 1"]
+    variables = {"In": cells, "n": "3", "folder": Path("x"), "x": "5"}
+    settle(variables)
+    assert variables == {"In": cells, "n": 3, "folder": Path("x"), "x": "5"}
+    for nothing in ({}, {"In": ["", "x = 1"], "x": "2"}):
+        before = dict(nothing)
+        settle(nothing)
+        assert nothing == before
+    with pytest.raises(ConfigError, match="parameter n of notebook: got 2.5, expected int"):
+        settle(variables | {"n": 2.5})
+
+
+def test_a_default_of_none_may_stay_none():
+    declared = declared_parameters(notebook("n: int = None  # all when None"))
+    assert declared["n"].annotation == "int | None"
+    assert resolve(declared, {}) == {"n": None} and resolve(declared, {"n": 2}) == {"n": 2}
+    assert from_text("None", declared["n"]) is None

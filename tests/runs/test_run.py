@@ -10,7 +10,6 @@ import sys
 
 import nbformat
 import pytest
-import yaml
 
 from tests.conftest import ROOT
 from tests.faults.drill import alive, wait_for
@@ -137,7 +136,7 @@ def test_a_failed_cell_keeps_its_notebook_and_names_notebook_cell_and_last_line(
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "code cell 4 .import os.*kernel died"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "code cell 4 .import os.*kernel died .out of mem"),
         ("import time\ntime.sleep(60)", "code cell 4 .import time.*longer than 1 s"),
     ],
 )
@@ -145,6 +144,18 @@ def test_a_kernel_that_dies_and_a_cell_that_takes_too_long_are_failures(source, 
     with pytest.raises(RunError, match=said) as caught:
         run(tiny_with(tmp_path / "mine.ipynb", source), timeout_s=0.5)
     assert json.loads((caught.value.folder / "manifest.json").read_text())["status"] == "failed"
+
+
+def test_a_kernel_that_cannot_start_says_why(tmp_path, monkeypatch, capfd):
+    (tmp_path / ".ipython").symlink_to(tmp_path / "nowhere")  # a home in which IPython cannot make its folder
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("IPYTHONDIR", raising=False)
+    with pytest.raises(
+        RunError, match=r"start of the kernel failed: the kernel died \(.*Error: .*ipython.*\)\. See"
+    ) as caught:
+        run(TINY)
+    assert str(caught.value).count("\n") == 0 and "Traceback" not in capfd.readouterr().err
+    assert json.loads((caught.value.folder / "manifest.json").read_text())["error"]["cell"] == "the start of the kernel"
 
 
 def test_the_kernel_is_of_this_interpreter_whatever_kernelspec_is_installed(tmp_path, monkeypatch):
@@ -239,12 +250,17 @@ GIVEN = {
 }  # fmt: skip
 
 
+def as_words(given: dict) -> dict:
+    """Return the parameters as papermill's command line takes them: lists and mappings as text."""
+    return {name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in given.items()}
+
+
 def papermill(path, given: dict, folder) -> subprocess.CompletedProcess:
-    """Run papermill's command with a parameters file, in `folder`."""
-    (folder / "params.yaml").write_text(yaml.safe_dump(given))
+    """Run papermill's command with ``-p``, in `folder`."""
+    words = [word for name, value in as_words(given).items() for word in ("-p", name, str(value))]
     environment = {key: value for key, value in os.environ.items() if key not in ("MPLBACKEND", "TTSNAP_RUN_FOLDER")}
     return subprocess.run(
-        [sys.executable, "-m", "papermill", path, "out.ipynb", "-f", "params.yaml"],
+        [sys.executable, "-m", "papermill", path, "out.ipynb", *words],
         cwd=folder, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -256,6 +272,18 @@ def test_papermill_runs_a_notebook_and_reports_a_failed_cell(tmp_path, cache):
     assert saved.read_text() == "value,label\n9.0,from a file\n"
     done = papermill(FAILS, {"message": "told"}, tmp_path)
     assert done.returncode == 1 and "told" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"steps": "[2, "}, "parameter steps of simulate: got '[2, ', expected list"),
+        ({"multiples": "[2, many]"}, "multiples: got 'many', expected a finite number"),
+    ],
+)
+def test_a_parameter_of_the_wrong_type_ends_in_one_sentence(given, said, tmp_path):
+    done = papermill(ROOT / "notebooks" / "simulate.ipynb", given, tmp_path)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(f"ConfigError: {said}")
 
 
 def test_no_notebook_is_left_out():
@@ -270,6 +298,6 @@ def test_papermill_runs_every_shipped_notebook(name, tmp_path, cache):
     done = papermill(ROOT / "notebooks" / f"{name}.ipynb", parameters, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
-    assert executed.metadata["papermill"]["parameters"] == parameters
+    assert executed.metadata["papermill"]["parameters"] == as_words(parameters)
     assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code" and cell.source)
     assert (cache / "runs" / name / "interactive" / wanted).stat().st_size

@@ -60,6 +60,9 @@ def declared_parameters(content: Mapping[str, Any], name: str = "notebook") -> d
             match node:
                 case ast.AnnAssign(target=ast.Name(id=key), annotation=kind, value=ast.expr() as value):
                     annotation = ast.unparse(kind)
+                    # `n: int = None` may be None: papermill's --help-notebook does not see `n: int | None`.
+                    if isinstance(value, ast.Constant) and value.value is None and "None" not in annotation:
+                        annotation += " | None"
                 case ast.Assign(targets=[ast.Name(id=key)], value=value):
                     annotation = ""
                 case _:
@@ -102,6 +105,27 @@ def resolve(declared: Mapping[str, Parameter], given: Mapping[str, Any], name: s
                 f"false, null, lists and mappings by text. Its default is {default!r}; give a value of that kind."
             ) from error
     return resolved
+
+
+def settle(variables: dict[str, Any], name: str = "notebook") -> None:
+    """Bring the parameters among a notebook's ``globals()`` to their declared types, in place.
+
+    Plain papermill hands over what its command line says: a list as text. IPython keeps the cells that have run in
+    ``In``: the parameters are the latest that declares types and nothing else. Objects are left as they are.
+    """
+    for source in reversed(variables.get("In", ())):
+        with contextlib.suppress(ConfigError):
+            cell = {"source": source, "metadata": {"tags": ["parameters"]}}
+            declared = declared_parameters({"cells": [cell]}, name)
+            if declared and all(one.annotation for one in declared.values()):
+                break
+    else:
+        return
+    plain = (*_PLAIN.values(),)
+    given = {key: variables[key] for key in declared if isinstance(variables.get(key), plain)}
+    given = {key: from_text(value, declared[key]) if isinstance(value, str) else value for key, value in given.items()}
+    settled = resolve(declared, given, name)
+    variables.update({key: settled[key] for key in given})
 
 
 def parameter_hash(resolved: Mapping[str, Any]) -> str:

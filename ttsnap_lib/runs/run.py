@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ttsnap_lib.checks import plain_name, real
 from ttsnap_lib.errors import ConfigError, RunError
@@ -35,7 +35,7 @@ from ttsnap_lib.files import (
     write_json,
 )
 from ttsnap_lib.provenance import code_hash, device, git_state, inputs, now, versions
-from ttsnap_lib.runs.parameters import declared_parameters, parameter_hash, read_notebook, resolve
+from ttsnap_lib.runs.parameters import declared_parameters, parameter_hash, read_notebook, resolve, settle
 from ttsnap_lib.style import progress_bar
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FOLDER_VARIABLE, TOKEN_VARIABLE = "TTSNAP_RUN_FOLDER", "TTSNAP_RUN_TOKEN"
-KERNEL_DIED = "the kernel died (out of memory, or a crash of a native library)"
+KERNEL_DIED = "the kernel died"
 _STARTUP_S = 300  # a laptop under load may take a minute; a kernel that dies is noticed at once
 
 
@@ -123,7 +123,7 @@ def write_figure(figure: matplotlib.figure.Figure, path: Path) -> Path:
     return path
 
 
-def current_run(name: str | None = None) -> Run:
+def current_run(name: str | None = None, variables: dict[str, Any] | None = None) -> Run:
     """Return the run this notebook is part of.
 
     Under :func:`run` that is its run folder. In JupyterLab (or plain papermill) it is
@@ -133,6 +133,9 @@ def current_run(name: str | None = None) -> Run:
     ----------
     name : str, optional
         Name of the notebook for interactive use; else JupyterLab's own, else ``"notebook"``.
+    variables : dict, optional
+        The notebook's ``globals()``: its parameters are brought to their declared types in place, for plain papermill
+        gives ``-p multiples "[2, 4]"`` as text. :func:`run` has done that before.
 
     Returns
     -------
@@ -140,6 +143,8 @@ def current_run(name: str | None = None) -> Run:
 
     Raises
     ------
+    ConfigError
+        A parameter is not of its declared type.
     DiskError
         The interactive folder cannot be made.
     """
@@ -147,6 +152,7 @@ def current_run(name: str | None = None) -> Run:
     if given:
         return Run(Path(given), headless=True, _token=os.environ.get(TOKEN_VARIABLE, ""))
     stem = name or Path(os.environ.get("JPY_SESSION_NAME", "notebook")).stem
+    settle({} if variables is None else variables, stem)
     folder = data_cache() / "runs" / stem / "interactive"
     with typed_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -325,15 +331,16 @@ def _execute(planned: Plan, token: str, progress: bool, echo: bool, timeout_s: f
     if repository_root() is not None:  # the kernel imports the package that runs it, installed or not
         paths = [str(repository_root()), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    try:
-        with tempfile.TemporaryDirectory(prefix="ttsnap-", ignore_cleanup_errors=True) as scratch:
+    scratch = tempfile.TemporaryDirectory(prefix="ttsnap-", ignore_cleanup_errors=True)
+    with scratch as folder, tempfile.TemporaryFile() as stderr:
+        try:
             papermill.execute_notebook(
                 source,
                 target,
                 planned.parameters,
                 kernel_name="python3",
                 language="python",
-                kernel_manager_class=_kernel_manager(scratch, environment),
+                kernel_manager_class=_kernel_manager(folder, environment, stderr),
                 start_timeout=_STARTUP_S,
                 execution_timeout=timeout_s,
                 coalesce_streams=True,  # of a progress bar the last state stays
@@ -341,18 +348,25 @@ def _execute(planned: Plan, token: str, progress: bool, echo: bool, timeout_s: f
                 stdout_file=sys.stdout if echo else None,
                 stderr_file=sys.stderr if echo else None,
             )
-    except PapermillExecutionError as error:
-        last = (error.evalue.strip().splitlines() or ["without a message"])[-1].strip()
-        return _failure(planned, output, last if last.startswith(error.ename) else f"{error.ename}: {last}")
-    except CellTimeoutError:
-        return _failure(planned, output, f"the cell ran longer than {timeout_s:g} s")
-    except (DeadKernelError, RuntimeError) as error:  # nbclient's RuntimeError: it died before its first answer
-        return _failure(planned, output, KERNEL_DIED if "died" in str(error) else f"{type(error).__name__}: {error}")
+        except PapermillExecutionError as error:
+            last = (error.evalue.strip().splitlines() or ["without a message"])[-1].strip()
+            return _failure(planned, output, last if last.startswith(error.ename) else f"{error.ename}: {last}")
+        except CellTimeoutError:
+            return _failure(planned, output, f"the cell ran longer than {timeout_s:g} s")
+        except (DeadKernelError, RuntimeError) as error:  # nbclient's RuntimeError: it died before its first answer
+            what = KERNEL_DIED if "died" in str(error) else f"{type(error).__name__}: {error}"
+            stderr.seek(0)
+            lines = [line.strip() for line in stderr.read().decode("utf-8", "replace").splitlines() if line.strip()]
+            why = " / ".join(lines[-2:])[-400:] or "out of memory, or a crash of a native library"
+            return _failure(planned, output, f"{what} ({why})")
     return None
 
 
-def _kernel_manager(scratch: str, environment: Mapping[str, str]) -> type:
-    """Return a kernel manager whose kernels are of this interpreter, whatever kernelspecs are installed."""
+def _kernel_manager(scratch: str, environment: Mapping[str, str], stderr: IO[bytes]) -> type:
+    """Return a kernel manager whose kernels are of this interpreter, whatever kernelspecs are installed.
+
+    What a kernel itself says (a notebook's own output goes another way) is written to `stderr`.
+    """
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
@@ -365,6 +379,9 @@ def _kernel_manager(scratch: str, environment: Mapping[str, str]) -> type:
             # and nothing listens on the network.
             sockets = {"transport": "ipc", "ip": f"{scratch}/s", "connection_file": f"{scratch}/c.json"}
             super().__init__(**options, **sockets)
+
+        async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]  # async there too
+            await super().start_kernel(**options, stderr=stderr)
 
         @property
         def kernel_spec(self) -> KernelSpec:

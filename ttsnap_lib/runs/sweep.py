@@ -251,7 +251,7 @@ def _run_one(planned: Plan, timeout_s: float | None) -> tuple[str, str] | None:
         run(planned.notebook, planned.parameters, folder=planned.folder.parent.parent, timeout_s=timeout_s)
     except TTSnapError as error:
         line = getattr(error, "last_line", "") or str(error)
-        if line == KERNEL_DIED:
+        if line.startswith(KERNEL_DIED):
             raise
         return getattr(error, "cell", ""), line
     return None
