@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,10 +48,10 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
     return plt.subplots(figsize=size, layout="constrained")[1]
 
 
-def tidy(ax: Axes) -> Axes:
-    """Return `ax` with a light grid and without a frame above and on the right."""
+def tidy(ax: Axes, grid: Literal["x", "y"] = "y") -> Axes:
+    """Return `ax` with a light grid along one axis and without a frame above and on the right."""
     ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="0.9", linewidth=0.8)
+    ax.grid(axis=grid, color="0.9", linewidth=0.8)
     ax.set_axisbelow(True)
     return ax
 

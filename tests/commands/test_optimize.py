@@ -1,7 +1,9 @@
 """``ttsnap optimize``: what it prints and writes."""
 
+import pandas as pd
 import pytest
 import yaml
+from PIL import Image
 
 from tests.tuning.world import COST, world
 from ttsnap_lib import Schedule, save_rewards
@@ -53,3 +55,17 @@ def test_ranges():
     for text in ("", "a", "5:2", "1:2:0"):
         with pytest.raises(ConfigError):
             parse_range("x", text, int)
+
+
+def test_compare_sets_the_best_first(arguments, tmp_path, capsys):
+    (tmp_path / "late.yaml").write_text(Schedule((6,), (0.9,)).to_yaml())
+    early, nowhere = "{steps: [2], keep_ratios: [0.3]}", "{steps: [9], keep_ratios: [0.5]}"
+    tensor, cost = arguments[1], arguments[3]
+    words = ["compare", str(tmp_path / "late.yaml"), early, early, nowhere, "--tensor", tensor, "--cost", cost]
+    assert main([*words, "--budgets", "2:5", "--reward", "r0", "-o", str(tmp_path / "out")]) == 0
+    rows = pd.read_csv(tmp_path / "out" / "compared.csv")
+    assert rows["schedule"].tolist() == ["step 2 keep 0.3", "step 6 keep 0.9", "step 9 keep 0.5"]
+    assert rows["behind"][0] == 0 and 0 < rows["behind"][1] == pytest.approx(rows["gain"][0] - rows["gain"][1])
+    assert rows["as_good"].fillna("").tolist() == ["yes", "no", ""] and "cannot run" in capsys.readouterr().out
+    with Image.open(tmp_path / "out" / "compared.png") as picture:
+        picture.verify()

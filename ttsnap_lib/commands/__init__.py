@@ -2,7 +2,7 @@
 
 COMMANDS = {
     "notebooks": ("demo", "run", "sweep", "report"),
-    "optimize": ("optimize",),
+    "optimize": ("optimize", "compare"),
     "search": ("search", "cost"),
     "models": ("generate", "verify", "score", "import", "import-published", "import-trajectories", "export"),
     "finetune": ("finetune", "import-checkpoints"),

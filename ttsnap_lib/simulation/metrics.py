@@ -20,6 +20,8 @@ from ttsnap_lib.simulation.pruning import best_of_n, run_threads
 
 # 0.05 to 0.95, the ratios that the released evaluation averages over.
 TOP_SELECT_RATIOS = tuple(round(0.05 * k, 2) for k in range(1, 20))
+AS_GOOD = 0.5
+"""Points of relative gain for which nobody would change a schedule: the margin of practical equivalence."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ttsnap_lib.checks import choice
 from ttsnap_lib.costs import CostModel
 from ttsnap_lib.errors import ConfigError
 from ttsnap_lib.schedule import Schedule
-from ttsnap_lib.simulation.metrics import kendall_tau
+from ttsnap_lib.simulation.metrics import AS_GOOD, kendall_tau
 from ttsnap_lib.simulation.simulate import Curves
 from ttsnap_lib.style import METHOD_LABELS, axes_or_new, method_style, reward_label, tidy
 from ttsnap_lib.tensors.tensor import noise_aware_steps
@@ -272,15 +272,41 @@ def by_budget(curves: Curves, unit: str) -> pd.DataFrame:
 
 
 def flatness_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Return what ``flatness`` of the optimiser tells as text: a row per schedule, the chosen one first."""
+    """Return what ``compare_schedules`` and ``flatness`` of the optimiser tell, as text."""
     import pandas as pd
 
     return pd.DataFrame({
         "schedule": table["schedule"].map(str),
         "gain over Best-of-N (%)": _with_interval(table["gain"], table["low"], table["high"]),
         "points behind the first": _with_interval(table["behind"], table["behind_low"], table["behind_high"], ".2f"),
-        "as good": table["within"].map({True: "yes", False: ""}),
+        "as good": table["as_good"],
     })  # fmt: skip
+
+
+def forest(table: pd.DataFrame, names: Sequence[str] | None = None) -> Figure:
+    """Draw what ``compare_schedules`` tells, a row a schedule: its gain over Best-of-N, and how far it trails the first.
+
+    The grey band is the margin within which a schedule counts as good as the first.
+    """
+    import matplotlib.pyplot as plt
+
+    names = [str(schedule) for schedule in table["schedule"]] if names is None else list(names)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(8.6, 0.9 + 0.3 * len(table)), layout="constrained", sharey=True
+    )  # fmt: skip
+    color, rows = method_style("ttsnap")["color"], np.arange(len(table))
+    for ax, name, low, high in ((left, "gain", "low", "high"), (right, "behind", "behind_low", "behind_high")):
+        ax.hlines(rows, table[low], table[high], color=color, linewidth=1.6)
+        ax.plot(table[name], rows, "o", color=color, markersize=5)
+        ax.axvline(0, color="0.25", linewidth=0.8)
+        tidy(ax, "x")
+        ax.tick_params(axis="y", length=0)
+    right.axvspan(-AS_GOOD, AS_GOOD, color="0.9", zorder=0)
+    left.set_yticks(rows, names, fontsize=8)
+    left.set_ylim(len(table) - 0.5, -0.5)
+    left.set_xlabel("gain over Best-of-N (%)")
+    right.set_xlabel("points behind the first, paired")
+    return figure
 
 
 def _with_interval(value: pd.Series, low: pd.Series, high: pd.Series, form: str = ".1f") -> pd.Series:

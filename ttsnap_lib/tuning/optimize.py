@@ -15,7 +15,7 @@ from ttsnap_lib.checks import choice, integer, real
 from ttsnap_lib.costs import CostModel, check_n_steps
 from ttsnap_lib.errors import BudgetError, ConfigError, ScheduleError, TensorError
 from ttsnap_lib.schedule import PUBLISHED_SCHEDULE, Schedule, selecting_rewards
-from ttsnap_lib.simulation.metrics import bootstrap_means, jackknife_interval, leave_one_out, mean_interval
+from ttsnap_lib.simulation.metrics import AS_GOOD, bootstrap_means, jackknife_interval, leave_one_out, mean_interval
 from ttsnap_lib.simulation.pruning import n_threads
 from ttsnap_lib.simulation.simulate import (
     MOST_DRAWS,
@@ -95,18 +95,13 @@ class OptimizedSchedule:
 
         `dataset` is the tensor that it was tuned on. Compared are the `top` schedules that scored best in the last round
         of the search, and those of `also`, such as the one in use so far. `options` are further ones of
-        :func:`compare_schedules`, whose table it returns: the chosen schedule first, then `also`, with ``within``: the
-        interval of the points by which it trails holds 0.
+        :func:`compare_schedules`, whose table it returns: the chosen schedule first, then `also`.
         """
         tried = self.trials[self.trials["rounds"] == self.trials["rounds"].max()]
         best = tried.iloc[best_indices(tried["score"].to_numpy(), integer("top", top, 1))]
         tried_best = [Schedule(*pair) for pair in zip(best["steps"], best["keep_ratios"], strict=True)]
         schedules = list(dict.fromkeys([self.schedule, *also, *tried_best]))
-        table = compare_schedules(
-            dataset, self.cost, self.budgets, schedules, self.method, prompts=self.test, **options
-        )
-        table["within"] = (table["behind_low"] <= 0) & (table["behind_high"] >= 0)
-        return table
+        return compare_schedules(dataset, self.cost, self.budgets, schedules, self.method, prompts=self.test, **options)
 
     def __str__(self) -> str:
         low, high = self.test_interval
@@ -262,7 +257,8 @@ def compare_schedules(
     `prompts` are positions along the prompt axis, all by default; the other options are as in :func:`optimize_schedule`.
     Returns a row per schedule: schedule, gain (percent over Best-of-N; the paper's relative gain over several budgets,
     for one budget as for objective ``"single"``), low, high, behind (points behind the first schedule), behind_low,
-    behind_high. NaN where a schedule cannot run.
+    behind_high, as_good: ``"yes"`` where the interval of `behind` ends below :data:`AS_GOOD` points, ``"no"`` where it
+    begins above, else ``"undecided"``. NaN where a schedule cannot run.
     """
     import pandas as pd
 
@@ -293,7 +289,12 @@ def compare_schedules(
         for schedule, gain, other in zip(schedules, gains, others, strict=True)
     ]  # fmt: skip
     names = ["schedule", "gain", "low", "high", "behind", "behind_low", "behind_high"]
-    return pd.DataFrame(rows, columns=names)
+    table = pd.DataFrame(rows, columns=names)
+    table["as_good"] = "undecided"
+    table.loc[table["behind_high"] < AS_GOOD, "as_good"] = "yes"
+    table.loc[table["behind_low"] > AS_GOOD, "as_good"] = "no"
+    table.loc[table["gain"].isna(), "as_good"] = ""
+    return table
 
 
 # What a search starts from
