@@ -149,6 +149,39 @@ def test_text_is_encoded_once_and_repeated(pipelines):
     assert torch.equal(candidates.latents, expected)
 
 
+GIVEN = {  # what is wrong with embeddings of "sdxl" with guidance
+    "no mapping": (lambda embeds: embeds["prompt_embeds"], "got Tensor, expected a mapping"),
+    "an unknown name": (lambda embeds: {**embeds, "prompt_embed": 1}, "Did you mean 'prompt_embeds'"),
+    "without the negative ones": (
+        lambda embeds: {key: value for key, value in embeds.items() if not key.startswith("neg")},
+        r"without \['negative_prompt_embeds', 'negative_pooled_prompt_embeds'\]",
+    ),
+    "too few rows": (lambda embeds: {**embeds, "pooled_prompt_embeds": embeds["pooled_prompt_embeds"][:2]}, "2 rows of"),
+    "of another model": (
+        lambda embeds: {**embeds, "prompt_embeds": embeds["prompt_embeds"][..., :8]}, "width 8, expected"
+    ),
+    "no tensors": (lambda embeds: {**embeds, "prompt_embeds": "a.pt"}, "of str, expected tensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", GIVEN)
+def test_embeddings_that_do_not_fit_are_told(pipelines, bad):
+    denoiser = Denoiser(pipelines["sdxl"], settings())
+    embeds = dict(denoiser.encode(CAPTIONS).embeds)
+    denoiser.given(embeds, 3)
+    change, says = GIVEN[bad]
+    with pytest.raises(ConfigError, match=says):
+        denoiser.given(change(embeds), 3)
+    with pytest.raises(ConfigError, match="beside prompt_embeds"):
+        Denoiser(pipelines["sdxl"], settings(negative_prompt="blurred")).given(embeds, 3)
+
+
+def test_what_a_pipeline_can_do_without_is_not_missed():
+    pipeline = worlds.build("sd3")
+    pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
+    Denoiser(pipeline, settings()).require_text()
+
+
 def test_rows_of_embeddings_of_every_kind():
     """Lists of texts of their own lengths (Z-Image), prompts on the second axis (HiDream), and padding by masks."""
 

@@ -6,6 +6,7 @@ taken and repeated, and guidance that really runs the model on two texts.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.families import FAMILIES
 from tests.worlds import CAPTIONS, RELATIVE, STEPS, generators, in_parts, same_to, settings
 from ttsnap_lib.diffusion.denoise import Conditioning, Denoiser
 from ttsnap_lib.diffusion.families import ADAPTERS
-from ttsnap_lib.errors import ConfigError
+from ttsnap_lib.errors import ConfigError, PipelineError
 
 CUTS = [(5,), (2, 5), (0, 2, 3, 5)]
 QUICK = "z-image"
@@ -65,6 +66,28 @@ def test_parts_are_bit_equal_to_one_stock_call(name):
         assert all((estimates[step] - latents).abs().max() > 1e-3 for step in range(STEPS - 1))
         decoded = denoiser.decode(estimates[2])
         assert decoded.shape == (3, 3, worlds.SIZE, worlds.SIZE) and decoded.std() > 0.01
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_pipeline_without_text_encoders_takes_embeddings(name):
+    """And says in a sentence that it cannot encode prompts."""
+    pipeline, given = pipeline_of(name), settings(**ours(name))
+    denoiser = Denoiser(pipeline, given)
+    conditioning = denoiser.encode(CAPTIONS)
+    latents = in_parts(denoiser, (2, 5), conditioning)[0].latents
+    parts = {key: part for key, part in pipeline.components.items() if key.startswith("text_encoder")}
+    pipeline.register_modules(**dict.fromkeys(parts))
+    try:
+        bare = Denoiser(pipeline, dataclasses.replace(given, negative_prompt=None))
+        with pytest.raises(PipelineError, match="has no text_encoder.*prompt_embeds"):
+            bare.require_text()
+        taken = bare.placed(bare.given(conditioning.embeds, len(CAPTIONS)))
+        assert torch.equal(in_parts(bare, (2, 5), taken)[0].latents, latents)
+        for bad in (dict(list(conditioning.embeds.items())[1:]), conditioning.take([0]).embeds):
+            with pytest.raises((ConfigError, PipelineError), match="prompt_embeds"):
+                bare.given(bad, len(CAPTIONS))
+    finally:
+        pipeline.register_modules(**parts)
 
 
 @pytest.mark.parametrize("name", TABLE)

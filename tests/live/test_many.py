@@ -14,8 +14,9 @@ import torch
 from tests import worlds
 from tests.worlds import COST, N_STEPS, SCHEDULE, load_clip, settings
 from ttsnap_lib import CostModel, Schedule
+from ttsnap_lib.diffusion.denoise import Denoiser
 from ttsnap_lib.diffusion.negtome import NegToMe
-from ttsnap_lib.errors import BudgetError, ConfigError, DiskError, SearchError
+from ttsnap_lib.errors import BudgetError, ConfigError, DiskError, PipelineError, SearchError
 from ttsnap_lib.files import shard_lock
 from ttsnap_lib.live import run
 from ttsnap_lib.live.many import collect, compare, search_many
@@ -47,6 +48,36 @@ def _same(frame: pd.DataFrame, other: pd.DataFrame, *, atol: float = 0) -> None:
     """Hold two tables to each other; `atol` for scores around 1 of other batches (a picture is rounded to 256 levels)."""
     columns = ["prompt_index", "prompt", "winner", "seed", "clip", "complete"]
     pd.testing.assert_frame_equal(frame[columns], other[columns], rtol=0, atol=atol)
+
+
+def test_prompts_as_embeddings(flux, clip, search_all, whole, tmp_path):
+    """The winners of their texts, without text encoders; a prompt whose embeddings change is searched again."""
+    given = settings(n_steps=N_STEPS)
+    embeds = dict(Denoiser(flux, given).encode(PROMPTS).embeds)
+    parts = {name: getattr(flux, name) for name in ("text_encoder", "text_encoder_2")}
+    flux.register_modules(**dict.fromkeys(parts))
+    try:
+        with pytest.raises(PipelineError, match="has no text_encoder and text_encoder_2"):
+            search_all(tmp_path / "none")
+        assert not (tmp_path / "none").exists()
+        for together in (1, 4):
+            frame = search_all(tmp_path / str(together), prompt_embeds=embeds, together=together)
+            _same(frame, whole[1], atol=1e-2)
+        one = {name: value[2:3] for name, value in embeds.items()}
+        alone = worlds.tiny_search(
+            flux, clip, prompt=PROMPTS[2], prompt_index=2, candidates=3, schedule=SCHEDULE, prompt_embeds=one
+        )
+        assert alone.winner == whole[1]["winner"][2]
+        assert alone.record.facts["prompt_embeds"] == SearchRecord.load(tmp_path / "1" / "p0002").facts["prompt_embeds"]
+        embeds = {name: value[[0, 1, 3, 3]] for name, value in embeds.items()}
+        before = {
+            number: (tmp_path / "1" / f"p{number:04d}" / "summary.json").stat().st_mtime_ns for number in range(4)
+        }
+        search_all(tmp_path / "1", prompt_embeds=embeds)
+        after = {number: (tmp_path / "1" / f"p{number:04d}" / "summary.json").stat().st_mtime_ns for number in range(4)}
+        assert [number for number in range(4) if after[number] != before[number]] == [2]
+    finally:
+        flux.register_modules(**parts)
 
 
 def test_one_folder_a_prompt_and_a_table(whole):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests import worlds
 from tests.launch import environment, launcher
-from ttsnap_lib.diffusion.denoise import Settings, image_seed
+from ttsnap_lib.diffusion.denoise import Denoiser, Settings, image_seed
 from ttsnap_lib.diffusion.negtome import NegToMe
 from ttsnap_lib.errors import ConfigError, DiskError, PipelineError, PromptError, TrajectoryError
 from ttsnap_lib.files import shard_lock
@@ -57,6 +57,52 @@ def copy(whole, tmp_path):
 def digests(folder):
     files = sorted(path for path in folder.glob("p*/**/*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# -- prompts as embeddings ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_text(pipeline):
+    """Return the pipeline without its text encoders, and the embeddings of the prompts."""
+    embeds = dict(Denoiser(pipeline, SETTINGS).encode(PROMPTS).embeds)
+    parts = {name: getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2")}
+    pipeline.register_modules(**dict.fromkeys(parts))
+    yield pipeline, embeds
+    pipeline.register_modules(**parts)
+
+
+def test_embeddings_give_the_pictures_of_their_prompts(whole, without_text, tmp_path):
+    pipeline, embeds = without_text
+    assert generate(pipeline, PROMPTS, tmp_path, prompt_embeds=embeds, **OPTIONS).made == N_IMAGES
+    for prompt in range(len(PROMPTS)):  # encoded in batches of another size: the last bit
+        found, expected = (Trajectories(one).pictures(prompt).astype(int) for one in (tmp_path, whole))
+        assert abs(found - expected).max() <= 1
+    made = digests(tmp_path)
+    (tmp_path / "p0001" / "id000" / "s01.png").unlink()
+    assert repair(pipeline, tmp_path, prompt_embeds=embeds).ok and digests(tmp_path) == made
+
+
+def test_embeddings_are_in_the_identity_and_more_may_come(whole, without_text, tmp_path):
+    pipeline, embeds = without_text
+    options = {**OPTIONS, "batch_size": 3}
+    two = {name: value[:2] for name, value in embeds.items()}
+    generate(pipeline, PROMPTS[:2], tmp_path, prompt_embeds=two, **options)
+    turned = {name: value[[0, 2, 1]] for name, value in embeds.items()}
+    with pytest.raises(TrajectoryError, match="prompt_embeds"):
+        generate(pipeline, PROMPTS, tmp_path, prompt_embeds=turned, **options)
+    report = generate(pipeline, PROMPTS, tmp_path, prompt_embeds=embeds, **options)
+    assert (report.made, report.found) == (3, 6)
+    assert len(Manifest.read(tmp_path).identity["prompt_embeds"]) == 3
+    assert generate(pipeline, PROMPTS[:2], tmp_path, prompt_embeds=two, **options).found == 6
+    with pytest.raises(TrajectoryError, match="prompt_embeds"):
+        generate(pipeline, PROMPTS, tmp_path, prompt_embeds=turned, **options)
+
+
+def test_a_pipeline_without_text_encoders_makes_no_folder(without_text, tmp_path):
+    with pytest.raises(PipelineError, match="has no text_encoder and text_encoder_2.*give prompt_embeds"):
+        generate(without_text[0], PROMPTS, tmp_path / "set", **OPTIONS)
+    assert not (tmp_path / "set").exists()
 
 
 # -- composition ----------------------------------------------------------------------------------------------

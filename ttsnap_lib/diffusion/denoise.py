@@ -28,11 +28,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ttsnap_lib.checks import MAX_PIXELS, MAX_STEPS, Plain, integer, memory_errors, real
+from ttsnap_lib.checks import MAX_PIXELS, MAX_STEPS, Plain, integer, known_keys, memory_errors, real
 from ttsnap_lib.diffusion.families import adapter_of
 from ttsnap_lib.diffusion.schedulers import History, history_of, make_segment, noise_levels, prepare
 from ttsnap_lib.errors import ConfigError, PipelineError
 
+# What models call the width of their text embeddings; the first that is there.
+_TEXT_WIDTHS = ("caption_channels", "cap_feat_dim", "joint_attention_dim", "cross_attention_dim")
 _SMALLER = "Use a smaller batch, a smaller size, or load_pipeline(..., offload='model')."
 
 
@@ -283,16 +285,7 @@ class Denoiser:
         self._adapter = adapter_of(pipeline)
         self._scheduler = prepare(pipeline.scheduler)
         self.settings = resolve(as_settings(settings), pipeline)
-        # A dry run: the pipeline checks its inputs and asks for its schedule, and is given no timestep to run.
-        dry = make_segment(self._scheduler, 0, -1)
-        blank = self._adapter.blank_embeds(pipeline, self.settings, self.device, self.dtype)
-        try:
-            with self._installed(dry):
-                self._call(blank, self._packed(torch.zeros(1, *self.latent_shape)))
-        except ValueError as error:
-            raise PipelineError(
-                f"{type(pipeline).__name__} refuses these settings: {error}. Change or leave out what it names."
-            ) from error
+        dry = self._dry_run(self._adapter.blank_embeds(pipeline, self.settings, self.device, self.dtype))
         self.timesteps: torch.Tensor = dry._whole.cpu()
         self.sigmas: tuple[float, ...] = noise_levels(dry)
         if len(self.timesteps) != self.settings.n_steps:
@@ -333,15 +326,76 @@ class Denoiser:
         try:
             with memory_errors(len(prompts), remedy=_SMALLER):
                 found = self._adapter.encode(self.pipeline, list(prompts), self.settings)
-        except (AttributeError, TypeError) as error:  # some pipelines can do without some of them
-            parts = self.pipeline.components.items()
-            missing = [name for name, part in parts if part is None and name.startswith(("text_encoder", "tokenizer"))]
-            if not missing:
+        except (AttributeError, NameError, TypeError, ValueError) as error:
+            if not self._lacking():  # some pipelines can do without some of them
                 raise
             raise PipelineError(
-                f"{type(self.pipeline).__name__} has no {' and '.join(missing)}, which prompts need. Load it whole."
+                f"{type(self.pipeline).__name__} has no {' and '.join(self._lacking())}, which prompts need. Load it whole, "
+                "or give prompt_embeds."
             ) from error
         return Conditioning(MappingProxyType(found), self._adapter.rows)
+
+    def require_text(self) -> None:
+        """Raise the PipelineError of :meth:`encode` now, when the pipeline was loaded without what encodes prompts."""
+        if self._lacking():  # Stable Diffusion 3 does without its T5
+            self.encode(["-"])
+
+    def given(self, prompt_embeds: Mapping[str, Any], n: int) -> Conditioning:
+        """Return the embeddings of `n` prompts that were made elsewhere, checked, where they are; see :meth:`placed`.
+
+        Their names are arguments of the pipeline's call, such as ``prompt_embeds`` and ``pooled_prompt_embeds``; each
+        has one row per prompt. ConfigError when one is missing or has another shape.
+        """
+        names = list(self._adapter.blank_embeds(self.pipeline, self.settings))
+        if not isinstance(prompt_embeds, Mapping):
+            raise ConfigError(
+                f"prompt_embeds: got {type(prompt_embeds).__name__}, expected a mapping of {names} to tensors with a row "
+                "per prompt. Name them as the pipeline's call does."
+            )
+        if self.settings.negative_prompt is not None:
+            raise ConfigError(
+                f"negative_prompt: got {self.settings.negative_prompt!r} beside prompt_embeds. Leave it out; its "
+                "embeddings are among prompt_embeds."
+            )
+        known_keys("prompt_embeds", prompt_embeds, names)
+        missing = [name for name in names if name not in prompt_embeds and not name.endswith("_mask")]
+        if missing:
+            raise ConfigError(
+                f"prompt_embeds: got {list(prompt_embeds)}, without {missing}. Add them, as the pipeline's encode_prompt "
+                "gives them; those of the negative prompt are needed where guidance is on."
+            )
+        found = Conditioning(prompt_embeds, self._adapter.rows)
+        config = self._adapter.component(self.pipeline).config
+        width = next(
+            (one for one in (getattr(config, name, None) for name in _TEXT_WIDTHS) if isinstance(one, int)), None
+        )
+        for name, value in prompt_embeds.items():
+            parts = value if isinstance(value, list) else [value]
+            if any(not isinstance(part, torch.Tensor) for part in parts):
+                raise ConfigError(
+                    f"prompt_embeds: got {name} of {type(parts[0]).__name__}, expected tensors. Convert it."
+                )
+            rows = len(Conditioning({name: value}, self._adapter.rows))
+            if rows != n:
+                raise ConfigError(f"prompt_embeds: got {rows} rows of {name}, expected {n}. Give one per prompt.")
+            last = parts[0].shape[-1]
+            if width is not None and name.removeprefix("negative_") == "prompt_embeds" and last != width:
+                raise ConfigError(
+                    f"prompt_embeds: got {name} of width {last}, expected {width}. Encode with the text encoders of this "
+                    "model."
+                )
+        self._dry_run(self.placed(found.take([0])).embeds)
+        return found
+
+    def placed(self, conditioning: Conditioning) -> Conditioning:
+        """Return `conditioning` on the pipeline's device, in its precision."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, list):
+                return [moved(one) for one in value]
+            return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+
+        return replace(conditioning, embeds={name: moved(value) for name, value in conditioning.embeds.items()})
 
     def noise(self, generators: Sequence[torch.Generator]) -> Candidates:
         """Draw pure noise, one image per generator, in fp32 on the CPU, and cast it to the precision of the loop."""
@@ -412,6 +466,22 @@ class Denoiser:
         return images
 
     # Inside
+
+    def _lacking(self) -> list[str]:
+        parts = self.pipeline.components
+        return [name for name, part in parts.items() if part is None and name.startswith(("text_encoder", "tokenizer"))]
+
+    def _dry_run(self, embeds: Mapping[str, Any]) -> Any:
+        """Let the pipeline check its inputs and ask for its schedule, without a timestep to run; return the scheduler."""
+        dry = make_segment(self._scheduler, 0, -1)
+        try:
+            with self._installed(dry):
+                self._call(embeds, self._packed(torch.zeros(1, *self.latent_shape)))
+        except ValueError as error:
+            raise PipelineError(
+                f"{type(self.pipeline).__name__} refuses these settings: {error}. Change or leave out what it names."
+            ) from error
+        return dry
 
     def _pixels(self, latents: torch.Tensor, decoder: Any) -> torch.Tensor:
         vae = decoder if decoder is not None else self.pipeline.vae

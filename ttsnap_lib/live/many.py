@@ -30,7 +30,7 @@ from ttsnap_lib.live.record import SearchResult
 from ttsnap_lib.live.run import Searcher
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.simulation.metrics import Estimate
-from ttsnap_lib.trajectories.identity import decoder_digest, run_time_changes, weights_digest
+from ttsnap_lib.trajectories.identity import decoder_digest, embeds_digests, run_time_changes, weights_digest
 from ttsnap_lib.trajectories.prompts import read_prompts
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def search_many(
     *,
     together: int = 1,
     shard: tuple[int, int] | str | None = None,
+    prompt_embeds: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
@@ -68,6 +69,8 @@ def search_many(
     shard : (int, int) or "0/2", optional
         Which of how many processes this is; prompts are dealt out in turn. By default the place in an
         ``accelerate launch``, else all prompts.
+    prompt_embeds : mapping of str to tensor, optional
+        The prompts as embeddings, as in :func:`ttsnap_lib.generate`. A prompt with other embeddings is searched again.
     progress : callable, optional
         Called with (prompts done, prompts of this shard).
 
@@ -91,7 +94,11 @@ def search_many(
     searcher = Searcher(pipeline, rewards, together=together, **options)
     mine = range(index, len(prompts), of)
     tell_outside(searcher.denoiser.pipeline, prompts)
-    digests = {number: hashlib.sha256(prompts[number].encode()).hexdigest() for number in mine}
+    given = None if prompt_embeds is None else searcher.denoiser.given(prompt_embeds, len(prompts))
+    if given is None:
+        searcher.denoiser.require_text()
+    told = embeds_digests(given) or [""] * len(prompts)
+    digests = {number: hashlib.sha256((prompts[number] + told[number]).encode()).hexdigest() for number in mine}
     failed: dict[int, SearchError] = {}
     rows: list[dict[str, Any]] = []
     ticks = itertools.count(1)
@@ -122,7 +129,8 @@ def search_many(
                 left.append(number)
         for start in range(0, len(left), together):
             group = left[start : start + together]
-            if searcher.run({number: prompts[number] for number in group}, keep) == "interrupt":
+            embeds = None if given is None else given.take(group)
+            if searcher.run({number: prompts[number] for number in group}, keep, given=embeds) == "interrupt":
                 raise KeyboardInterrupt
 
     if folder is None:

@@ -37,6 +37,7 @@ from ttsnap_lib.live.record import SearchRecord, SearchResult, StageRecord
 from ttsnap_lib.provenance import versions
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.schedule import Schedule, choose, kept, selecting_rewards
+from ttsnap_lib.trajectories.identity import embeds_digests
 
 if TYPE_CHECKING:
     from ttsnap_lib.diffusion.negtome import NegToMe
@@ -67,6 +68,7 @@ def search(
     deadline_s: float | None = None,
     prompt_index: int = 0,
     negtome: NegToMe | None = None,
+    prompt_embeds: Mapping[str, Any] | None = None,
     on_check: Callable[[SearchRecord], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SearchResult:
@@ -109,6 +111,9 @@ def search(
         Index of the prompt in a prompt file, for the seeds.
     negtome : NegToMe, optional
         Off by default: it couples the candidates of a batch. When on, pruning must begin after its window.
+    prompt_embeds : mapping of str to tensor, optional
+        The prompt as embeddings of one row, for a pipeline without text encoders; as in :func:`ttsnap_lib.generate`.
+        `prompt` is what rewards see.
     on_check : callable, optional
         Called with the record after each stage, for a live display. Its time, and that of `progress`, is left out of
         the record's ``elapsed_s``.
@@ -139,7 +144,8 @@ def search(
     )  # fmt: skip
     tell_outside(searcher.denoiser.pipeline, [prompt])
     found: dict[int, SearchResult | SearchError] = {}
-    searcher.run({prompt_index: prompt}, found.__setitem__, begin)
+    given = None if prompt_embeds is None else searcher.denoiser.given(prompt_embeds, 1)
+    searcher.run({prompt_index: prompt}, found.__setitem__, begin, given)
     result = found[prompt_index]
     if isinstance(result, SearchError):
         raise result
@@ -234,10 +240,12 @@ class Searcher:
         prompts: Mapping[int, str],
         take: Callable[[int, SearchResult | SearchError], None],
         begin: float | None = None,
+        given: Conditioning | None = None,
     ) -> str:
         """Search `prompts`, by their index in a prompt file, together; ``take(index, result)`` gets each when it is there.
 
-        Returns "deadline" or "interrupt" when cut short, else "". `begin` is the ``perf_counter`` that time counts from.
+        Returns "deadline" or "interrupt" when cut short, else "". `begin` is the ``perf_counter`` that time counts from,
+        `given` the prompts as embeddings, a row each in their order, when they need not be encoded.
         A prompt without a single score gives a SearchError to `take`, and costs the others nothing.
 
         Raises
@@ -249,6 +257,8 @@ class Searcher:
         self.deadline = None if self.deadline_s is None else begin + self.deadline_s * len(prompts)
         self.take, self.lap_from, self.told_s, self.done = take, begin, 0.0, 0
         self.work = [_Prompt(self._record(index, prompts), self.selecting, np.arange(self.n)) for index in prompts]
+        for work, told in zip(self.work, embeds_digests(given), strict=False):
+            work.record.facts["prompt_embeds"] = told
         steps = np.diff([-1, *self.checks])
         self.forwards = len(prompts) * int(np.dot(self.schedule.survivors(self.n), steps))  # of candidates, in all
         self.estimate: tuple[np.ndarray, torch.Tensor] | None = None  # what the batch at work looks like, and its rows
@@ -258,7 +268,7 @@ class Searcher:
             if self.negtome is not None:
                 held.enter_context(self.negtome.install(self.denoiser.pipeline))
             try:
-                self._run_stages(list(prompts.values()))
+                self._run_stages(list(prompts.values()), given)
             except (_TimeUp, KeyboardInterrupt) as stop:
                 return self._cut_short(stop)
         return ""
@@ -279,9 +289,9 @@ class Searcher:
             together=list(prompts) if len(prompts) > 1 else [],
         )  # fmt: skip
 
-    def _run_stages(self, prompts: list[str]) -> None:
+    def _run_stages(self, prompts: list[str], given: Conditioning | None) -> None:
         """Run all stages. `rows` (n, 2) says which prompt, by its place, and which candidate of it each latent is."""
-        text = self.denoiser.encode(prompts)
+        text = self.denoiser.encode(prompts) if given is None else self.denoiser.placed(given)
         seconds = self._lap()
         for one in self.work:
             one.record.text_s = seconds / len(self.work)

@@ -202,7 +202,7 @@ def generate_scores(
     from ttsnap_lib.diffusion.denoise import Denoiser
     from ttsnap_lib.diffusion.pipelines import load_decoder
     from ttsnap_lib.trajectories.generate import generate
-    from ttsnap_lib.trajectories.identity import decoder_digest, identity_of
+    from ttsnap_lib.trajectories.identity import decoder_digest, embeds_digests, identity_of
 
     if "folder" in generate_options:
         raise ConfigError("folder: images are not kept here. Generate into a folder first and score the folder.")
@@ -214,6 +214,9 @@ def generate_scores(
     identity = {**identity_of(denoiser), "seed": seed, "negtome": None if negtome is None else negtome.to_dict()}
     if decoder is not None:
         identity["decoder"] = decoder_digest(decoder)
+    embeds = generate_options.get("prompt_embeds")
+    if embeds is not None:
+        identity["prompt_embeds"] = embeds_digests(denoiser.given(embeds, len(prompts)))
     begin = time.perf_counter()
     scoring = open_scorer(
         out, models, prompts, images_per_prompt, chosen, identity,

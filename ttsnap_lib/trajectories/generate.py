@@ -28,7 +28,7 @@ from ttsnap_lib.diffusion.pipelines import load_decoder, load_pipeline, tell_out
 from ttsnap_lib.errors import ConfigError, DiskError, PipelineError, TrajectoryError
 from ttsnap_lib.files import parse_shard, require_space, shard_lock
 from ttsnap_lib.provenance import Clock
-from ttsnap_lib.trajectories.identity import decoder_digest, identity_of, vae_scaling, writer_of
+from ttsnap_lib.trajectories.identity import decoder_digest, embeds_digests, identity_of, vae_scaling, writer_of
 from ttsnap_lib.trajectories.layout import (
     IMAGE_FORMATS,
     MANIFEST,
@@ -96,6 +96,7 @@ def generate(
     workers: int = 4,
     only: Collection[tuple[int, int]] | Mapping[tuple[int, int], Collection[int]] | None = None,
     source: str | None = None,
+    prompt_embeds: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> GenerateReport:
     """Generate images with their x0 estimate at every step.
@@ -146,6 +147,10 @@ def generate(
         Make these (prompt, image) alone. A mapping to steps makes these steps again, even where they are there.
     source : str, optional
         Where the prompts come from, for the manifest's provenance; the file when `prompts` is one.
+    prompt_embeds : mapping of str to tensor, optional
+        The prompts as embeddings made elsewhere, for a pipeline without text encoders: arguments of the pipeline's call
+        by name (``{"prompt_embeds": ..., "pooled_prompt_embeds": ...}`` for FLUX), each with one row per prompt; with
+        guidance also those of the negative prompt.
     progress : callable, optional
         ``progress(done, total)`` in images of this shard; see :func:`ttsnap_lib.style.progress_bar`.
 
@@ -184,6 +189,9 @@ def generate(
     decoder = load_decoder(decoder, denoiser.pipeline)
     n_steps = denoiser.settings.n_steps
     chosen = {integer("steps", step, 0, n_steps - 1) for step in (range(n_steps) if steps is None else steps)}
+    given = None if prompt_embeds is None else denoiser.given(prompt_embeds, len(prompts))
+    if given is None:
+        denoiser.require_text()
     threads = model_threads(denoiser, cpu_threads, made_with.get("cpu_threads"))
     batches = list(blocks.starts(len(prompts), images_per_prompt))[index::count]
     wanted = wanted_rows(blocks, batches, len(prompts), images_per_prompt, n_steps, only)
@@ -202,6 +210,7 @@ def generate(
                 vae=vae_scaling(pipeline.vae),
                 image_format=image_format,
                 cpu_threads=threads,
+                **({} if given is None else {"prompt_embeds": embeds_digests(given)}),
             )
             with shard_lock(folder, (index, count)) as held:
                 extend(folder, identity, prompts, images_per_prompt, writer_of(denoiser, source))
@@ -215,7 +224,7 @@ def generate(
         if negtome is not None:
             stack.enter_context(negtome.install(pipeline))
         begin = time.perf_counter()
-        maker = BatchMaker(denoiser, prompts, blocks, seed, decoder, writer, on_batch, chosen, clock)
+        maker = BatchMaker(denoiser, prompts, blocks, seed, decoder, writer, on_batch, chosen, clock, given)
         if progress is not None:
             progress(report.found, total)
         for start in batches:
@@ -245,7 +254,7 @@ def repair(
     """Make what `verify` finds missing or damaged (or has found: `report`), and nothing else; verify again.
 
     Foreign files are left where they are: they are not ours to delete. `options` are those of :func:`generate` that
-    cannot be read from the manifest: ``decoder``, ``workers``.
+    cannot be read from the manifest: ``decoder``, ``prompt_embeds``, ``workers``.
     """
     manifest = Manifest.read(folder)
     manifest.refuse_imported(folder)
@@ -427,6 +436,8 @@ class BatchMaker:
     chosen: set[int]
     """Steps for the callback."""
     clock: Clock
+    given: Conditioning | None = None
+    """The prompts as embeddings, when they need not be encoded."""
     _encoded: tuple[int, Conditioning] | None = None
 
     def make(self, start: tuple[int, int], wanted: Wanted) -> None:
@@ -468,8 +479,12 @@ class BatchMaker:
         """Return one row per image; the prompts of a batch are encoded together, always as many."""
         if self._encoded is None or self._encoded[0] != first_prompt:
             n, count = self.blocks.prompts, len(self.prompts)
-            texts = [self.prompts[min(first_prompt + k, count - 1)] for k in range(n)]
-            self._encoded = first_prompt, self.denoiser.encode(texts).repeat(self.blocks.images)
+            numbers = [min(first_prompt + k, count - 1) for k in range(n)]
+            if self.given is None:
+                encoded = self.denoiser.encode([self.prompts[number] for number in numbers])
+            else:
+                encoded = self.denoiser.placed(self.given.take(numbers))
+            self._encoded = first_prompt, encoded.repeat(self.blocks.images)
         return self._encoded[1]
 
     def _hand_over(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ttsnap_lib.diffusion.denoise import Denoiser
+from ttsnap_lib.diffusion.denoise import Conditioning, Denoiser
 from ttsnap_lib.diffusion.families import adapter_of
 from ttsnap_lib.diffusion.pipelines import pipeline_source
 from ttsnap_lib.diffusion.schedulers import set_at_run_time
@@ -179,6 +179,21 @@ def _floats(values: torch.Tensor) -> torch.Tensor:
         return values.float()
     except (RuntimeError, NotImplementedError):  # types of less than a byte
         return values.view(torch.uint8).float()
+
+
+def embeds_digests(given: Conditioning | None) -> list[str]:
+    """Return a digest of each prompt's embeddings, in float32; empty without any."""
+    found: list[str] = []
+    if given is None:
+        return found
+    for row in range(len(given)):
+        told = hashlib.sha256()
+        for name, value in sorted(given.take([row]).embeds.items()):
+            for part in value if isinstance(value, list) else [value]:
+                told.update(f"{name} {tuple(part.shape)};".encode())
+                told.update(part.detach().float().cpu().contiguous().numpy().tobytes())
+        found.append(told.hexdigest()[:16])
+    return found
 
 
 # Who wrote

@@ -36,6 +36,7 @@ RAW_SHARE = {"png": 0.56, "webp": 0.39}
 _PROMPT, _IMAGE = re.compile(r"p(\d{4,})"), re.compile(r"id(\d{3,})")
 _PART = re.compile(r"\.id(\d{3,})\..+\.(?:part|old)")
 _SCHEMA = 1
+_GIVEN = "prompt_embeds"  # in an identity: a digest of the embeddings of each prompt, where they were given
 _PROVENANCE_KEPT = 100
 
 
@@ -323,7 +324,9 @@ def extend(
     if entry and not any({**known, "time": None} == {**entry, "time": None} for known in entries):
         entries = (*entries, entry)[-_PROVENANCE_KEPT:]
     texts = max(old.prompts, tuple(prompts), key=len)
-    manifest = Manifest(old.identity, texts, max(old.images_per_prompt, images_per_prompt), entries)
+    same = max(old.identity, identity, key=lambda one: len(one.get(_GIVEN, ())))  # but for more embeddings
+    kept = {**old.identity, _GIVEN: same[_GIVEN]} if _GIVEN in same else old.identity
+    manifest = Manifest(kept, texts, max(old.images_per_prompt, images_per_prompt), entries)
     if manifest != old:
         manifest.write(folder)
     return manifest
@@ -341,5 +344,8 @@ def comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str
     """
     digests = [old.get("weights"), new.get("weights")]
     skip = ["weights"] if None in digests else list(_NAMES) if digests[0] == digests[1] else []
+    if _GIVEN in old and _GIVEN in new:  # a digest per prompt: there may be more prompts now
+        n = min(len(old[_GIVEN]), len(new[_GIVEN]))
+        old, new = ({**one, _GIVEN: one[_GIVEN][:n]} for one in (old, new))
     skip += [key for key in ("vae", "timesteps") if key not in old or key not in new]
     return {key: old[key] for key in old if key not in skip}, {key: new[key] for key in new if key not in skip}
