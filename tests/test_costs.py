@@ -190,7 +190,8 @@ def test_bad_tables(fields, match):
 
 def test_a_batch_above_the_table_is_told():
     with pytest.warns(
-        UserWarning, match=r"batch_size 16 is above what was measured \(step up to 8, preview_decode up to 8, .*extrapolated"
+        UserWarning,
+        match=r"batch_size 16 is above what was measured \(step up to 8, preview_decode up to 8, .*extrapolated",
     ):
         assert replace(SECONDS, batch_size=16).total(16) > SECONDS.total(8)
 
@@ -204,6 +205,11 @@ def test_presets_are_those_of_the_design():
     assert CostModel.preset("flux-512+hpsv2") == CostModel(step=21.5, verify=0.335, decode=2.51)
     assert CostModel.preset("sdxl-1024-tiny+image_reward").preview_decode == 0.57
     assert CostModel.preset("flux-512+hpsv2", n_steps=28).n_steps == 28
+    card = CostModel.preset("h100-sdxl-512")
+    assert (
+        card.batch_size == 16 and card.unit == "seconds" and CostModel.preset("h100-flux-512-compiled").batch_size == 8
+    )
+    assert [round(1000 * size * each, 2) for size, each in card.step] == [67.2, 68.72, 60.69, 77.0, 138.48, 265.3]
     assert all(name == "published" or preset.accounting == "exact" for name, preset in PRESETS.items())
     with pytest.raises(CostError, match=r"Did you mean 'flux-512\+hpsv2'"):
         CostModel.preset("flux-512+hpsv")

@@ -29,7 +29,8 @@ _FAMILIES = {
 SAME_TOWER = {"hpsv2.1": "hpsv2"}
 _TOLERANCE = 1e-9  # relative; a budget that is a multiple of the cost must buy that multiple despite rounding
 _PARTS = ("step", "decode", "preview_decode", "verify")
-_MOST_AT_ONCE = 4096  # candidates in a batch; larger numbers are mistakes
+MOST_AT_ONCE = 4096
+"""Most candidates in a batch: a larger number is a mistake."""
 
 Amount = float | Mapping[int, float] | tuple[tuple[int, float], ...]
 """A cost of one candidate: a number, or one for each measured batch size. Kept as a number or as sorted pairs."""
@@ -125,7 +126,7 @@ class CostModel(Plain):
         together = integer("cost.prompts_together", self.prompts_together, 1, MAX_IMAGES, error=CostError)
         size = self.batch_size
         if size is not None:
-            size = integer("cost.batch_size", size, 1, _MOST_AT_ONCE, error=CostError)
+            size = integer("cost.batch_size", size, 1, MOST_AT_ONCE, error=CostError)
         largest = {name: table[-1][0] for name in _PARTS if isinstance(table := getattr(self, name), tuple)}
         if not largest:
             size, together = None, 1
@@ -249,6 +250,11 @@ class CostModel(Plain):
         2.51 and 10.5 (``AutoencoderTiny`` 0.14 and 0.57: ``-tiny``, used at checks only). Image towers: CLIP-H of PickScore
         and HPSv2 0.335, BLIP of ImageReward 0.138. ``"pocket-flux[-tiny]+pocket-clip"`` and
         ``"pocket-sdxl[-tiny]+pocket-clip"``: GFLOPs of the shipped pocket models, counted by ``ttsnap cost``.
+        ``"h100-flux-512[-compiled]"`` and ``"h100-sdxl-512[-compiled]"``: seconds by batch on one H100 80GB HBM3, the real
+        architectures with random weights at 512 px in bf16 (torch 2.11, diffusers 0.39, 2026-11-27). Steps were measured
+        at batches of 1, 2, 4, 8, 16 (SDXL, with guidance, also 32), eager and with ``compile_repeated_blocks``; the
+        decoding, the score by a CLIP-H and the text, which no compiling touches, at batches of 1 and 8 (FLUX.1-dev) or 1
+        and 16 (SDXL): these are the presets' `batch_size`.
         """
         choice("cost preset", name, PRESETS, error=CostError)
         return cls.from_dict({**PRESETS[name].to_dict(), **changes})
@@ -296,7 +302,7 @@ def preset_for(model: str, reward: str, size: int | None = None) -> str:
     for preset in (f"{family}+{reward}", f"{family}-{size}+{reward}"):
         if preset in PRESETS:
             return preset
-    plain = [preset for preset in PRESETS if "-tiny" not in preset and preset != "published"]
+    plain = [preset for preset in PRESETS if "+" in preset and "-tiny" not in preset]
     near = [preset for preset in plain if preset.startswith(f"{family}-")] or plain
     near = [preset for preset in near if preset.endswith(f"+{reward}")] or near
     at = f"at {size} px" if size else "of a size that is not known"
@@ -385,7 +391,7 @@ def _amount(name: str, value: Any, *, open_low: bool) -> float | tuple[tuple[int
     for given, each in pairs:
         # JSON has no keys but strings
         size = int(given) if isinstance(given, str) and given.isdecimal() else given
-        size = integer(f"batch size of {name}", size, 1, _MOST_AT_ONCE, error=CostError)
+        size = integer(f"batch size of {name}", size, 1, MOST_AT_ONCE, error=CostError)
         if size in table:
             raise CostError(f"{name}: got batch size {size} twice, expected each once. Leave one of them out.")
         table[size] = real(f"{name} at batch size {size}", each, 0, open_low=open_low, error=CostError)
@@ -427,7 +433,24 @@ def _presets() -> dict[str, CostModel]:
         pocket = CostModel(step=step, verify=0.028133, decode=0.12626, per_prompt=text_encoding, unit="GFLOPs")
         presets[f"{model}+pocket-clip"] = pocket
         presets[f"{model}-tiny+pocket-clip"] = replace(pocket, preview_decode=0.02551)
+    for model, seconds in _H100_STEPS.items():
+        presets[f"h100-{model}"] = CostModel(
+            step={2**k: whole / 2**k for k, whole in enumerate(seconds)}, unit="seconds", **_H100[model[:4]]
+        )
     return presets
+
+
+# Seconds of a step of a whole batch of 1, 2, 4, 8, ...; the rest by candidate. Source: CostModel.preset.
+_H100_STEPS = {
+    "flux-512": (0.08969, 0.11911, 0.22468, 0.43578, 0.86032),
+    "flux-512-compiled": (0.04449, 0.08441, 0.16173, 0.31536, 0.62163),
+    "sdxl-512": (0.06720, 0.06872, 0.06069, 0.07700, 0.13848, 0.26530),
+    "sdxl-512-compiled": (0.08739, 0.08183, 0.07753, 0.06622, 0.12486, 0.23697),
+}
+_H100: dict[str, dict[str, Any]] = {
+    "flux": {"decode": {1: 0.03354, 8: 0.01639}, "verify": {1: 0.04575, 8: 0.00637}, "per_prompt": 0.0775},
+    "sdxl": {"decode": {1: 0.03061, 16: 0.01505}, "verify": {1: 0.04395, 16: 0.00339}, "per_prompt": 0.0645},
+}
 
 
 PRESETS: dict[str, CostModel] = _presets()

@@ -23,6 +23,8 @@ def cost_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("cost") / "cost.json"
     options = ["--tiny", "pocket-tiny", "--batch-sizes", "2", "1", "--repeats", "1", "-o", str(path)]
     assert main(["cost", *POCKET, *options]) == 0
+    with Image.open(path.with_suffix(".png")) as curve:
+        curve.verify()
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import types
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,6 +77,36 @@ def test_costs_are_the_cost_models(flux, clip):
     assert [stage.cost for stage in small.record.stages] == pytest.approx(stages)
     assert [stage.preview for stage in small.record.stages] == [True, True, False]
     assert np.isnan(tiny_search(flux, clip).cost)
+
+
+@pytest.mark.parametrize(
+    ("size", "ran"), [(3, [3, 3, 3, 3, 2, 2, 3, 3, 1, 1, 2]), (None, [4, 4, 4, 4, 4, 4, 2]), (8, [8, 8, 4, 4, 2])]
+)
+def test_seconds_by_batch_are_those_of_the_batches_that_ran(flux, clip, size, ran):
+    seconds = {
+        "step": {1: 1.0, 2: 0.8, 4: 0.5, 8: 0.4},
+        "verify": {1: 0.3, 4: 0.1, 8: 0.05},
+        "decode": {2: 0.7, 8: 0.3},
+    }
+    measured = CostModel(**seconds, n_steps=N_STEPS, unit="seconds", batch_size=4)
+    budget = replace(measured, batch_size=size or 4).total(8, SCHEDULE)
+    with Hook(flux.transformer, lambda sizes: None) as hook:
+        result = tiny_search(flux, clip, schedule=SCHEDULE, cost=measured, batch_size=size, budget=budget)
+    record = result.record
+    assert len(record.seeds) == 8 and hook.sizes == ran and result.cost == pytest.approx(budget)
+    priced = CostModel.from_dict(record.cost_model)
+    assert priced.batch_size == (size or 4)
+    assert [one.cost for one in record.stages] == pytest.approx([one.total for one in priced.stages(8, SCHEDULE)])
+    # Of a record from before batches were noted, as if they had been full.
+    for stage in record.stages:
+        stage.forwards_by_batch = stage.checks_by_batch = {}
+    assert record.price(priced) == pytest.approx(
+        sum(
+            priced.each("step", size or 4) * one.forwards
+            + (priced.each("decode", size or 4) + priced.each("verify", size or 4)) * one.decodes
+            for one in record.stages
+        )
+    )
 
 
 @pytest.mark.parametrize("name", ["flux", "sdxl"])
@@ -229,7 +260,7 @@ def test_out_of_memory_while_denoising_halves_the_batch(flux, clip, whole):
     assert result.winner == whole.winner and result.complete
     assert hook.sizes[:2] == [8, 4] and set(hook.sizes[2:]) == {2}  # tried twice, and never again
     np.testing.assert_allclose(result.record.scores, whole.record.scores, atol=2e-3)
-    assert sum(stage.forwards for stage in result.record.stages) == 8 * 2 + 4 * 2 + 2
+    assert [stage.forwards_by_batch for stage in result.record.stages] == [{2: 8 * 2}, {2: 4 * 2}, {2: 2}]
 
 
 def test_memory_that_runs_out_later_costs_no_finished_work(flux, clip, whole):

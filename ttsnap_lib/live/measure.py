@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ttsnap_lib.checks import choice, integer
-from ttsnap_lib.costs import CostModel
+from ttsnap_lib.costs import MOST_AT_ONCE, CostModel
 from ttsnap_lib.diffusion.denoise import Denoiser, image_generator
 from ttsnap_lib.diffusion.pipelines import load_decoder, pipeline_facts
-from ttsnap_lib.errors import ConfigError
+from ttsnap_lib.errors import ConfigError, DeviceError
 from ttsnap_lib.files import write_json
 from ttsnap_lib.provenance import versions
 from ttsnap_lib.rewards.loading import load_reward
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _SPAN = 5  # denoising steps timed in one go
+_LARGEST = {"cpu": 16}  # as many as a search takes at once by itself
+_LARGEST_ON_ACCELERATOR = 64
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Measurement:
     """What was measured, per candidate."""
 
     tflops: CostModel
-    seconds: CostModel  # at the largest batch size
+    seconds: CostModel  # each part by batch size; of a single size numbers
     by_batch: pd.DataFrame  # batch size, part (step, decode, preview_decode, verify), seconds, low and high
     facts: dict[str, Any]  # model, reward, device, precision, size, versions
 
@@ -61,11 +64,11 @@ def measure_costs(
     settings: Any = None,
     *,
     decoder: Any = None,
-    batch_sizes: Sequence[int] = (1, 8),
+    batch_sizes: Sequence[int] | None = None,
     repeats: int = 3,
     prompt: str = "a photo of a cat",
 ) -> Measurement:
-    """Measure a step, a decode, a check and the text, each alone, on the pipeline's device.
+    """Measure a step, a decode, a check and the text, each alone and by batch size, on the pipeline's device.
 
     Parameters
     ----------
@@ -75,8 +78,9 @@ def measure_costs(
     settings : Settings or mapping, optional
     decoder : AutoencoderTiny, folder, hub id or ``"pocket-tiny"``, optional
         Measured as ``preview_decode``.
-    batch_sizes : sequence of int
-        Seconds are measured at each; the largest one gives the cost model.
+    batch_sizes : sequence of int, optional
+        At which seconds are measured. By default 1, 2, 4, ... up to what a search takes at once by itself, 16 on a CPU
+        and 64 elsewhere. The first that memory has no room for ends the measuring, with a warning.
     repeats : int
         Runs per number, after one to warm up; medians are taken.
     prompt : str
@@ -90,16 +94,23 @@ def measure_costs(
     ------
     ConfigError
         No batch size, or a number out of its range.
+    DeviceError
+        Not even the smallest batch fits into memory.
     """
     import pandas as pd
 
-    sizes = sorted({integer("batch_sizes", size, 1) for size in batch_sizes})
-    if not sizes:
+    sizes = (
+        None if batch_sizes is None else sorted({integer("batch_sizes", size, 1, MOST_AT_ONCE) for size in batch_sizes})
+    )
+    if sizes == []:
         raise ConfigError("batch_sizes: got none, expected at least one.")
     repeats = integer("repeats", repeats, 1)
     rewards = [load_reward(one) for one in (reward if isinstance(reward, list | tuple) else [reward])]
     denoiser = Denoiser(pipeline, settings)
     decoder = load_decoder(decoder, pipeline)
+    if sizes is None:
+        largest = _LARGEST.get(denoiser.device.type, _LARGEST_ON_ACCELERATOR)
+        sizes = [2**k for k in range(largest.bit_length())]
     n_steps = denoiser.settings.n_steps
     text = denoiser.encode([prompt])
     # A run of several steps: what starting the pipeline takes is spread over them, as in a search.
@@ -113,7 +124,8 @@ def measure_costs(
         found: dict[str, tuple[Callable[[], Any], int]] = {
             "step": (lambda: denoiser.run(start, rows, span - 1), span * size),
             "decode": (lambda: denoiser.decode(start.latents), size),
-            "verify": (lambda: [one.score(prompt, images, check=False, batch_size=size) for one in rewards], size),
+            # In the reward's own batches, as a search scores.
+            "verify": (lambda: [one.score(prompt, images, check=False) for one in rewards], size),
         }
         if decoder is not None:
             found["preview_decode"] = (lambda: denoiser.decode(start.latents, decoder), size)
@@ -138,14 +150,27 @@ def measure_costs(
     single = parts(1)
     single["verify"][0]()  # the prompt's embedding is kept from here on, as in a search
     tflops: dict[str, Any] = {name: count_tflops(function) / units for name, (function, units) in single.items()}
-    rows = []
-    latest: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
     for size in sizes:
-        for name, (function, units) in parts(size).items():
-            times = seconds(function, units)
-            latest[name] = statistics.median(times)
-            rows.append({"batch_size": size, "part": name, "seconds": latest[name], "low": min(times),
-                         "high": max(times)})  # fmt: skip
+        try:
+            found = {name: seconds(*timed) for name, timed in parts(size).items()}
+        except DeviceError as error:
+            if not rows:
+                raise
+            warnings.warn(f"measured up to batch size {rows[-1]['batch_size']}: {error}", stacklevel=2)
+            break
+        rows += [
+            {
+                "batch_size": size,
+                "part": name,
+                "seconds": statistics.median(times),
+                "low": min(times),
+                "high": max(times),
+            }
+            for name, times in found.items()
+        ]
+    tables = {name: {row["batch_size"]: row["seconds"] for row in rows if row["part"] == name} for name in tflops}
+    amounts: dict[str, Any] = {name: table if len(table) > 1 else table[sizes[0]] for name, table in tables.items()}
     with torch.no_grad():
         per_prompt = count_tflops(read_text)
         text_s = statistics.median(seconds(read_text, 1))
@@ -159,7 +184,7 @@ def measure_costs(
     }
     return Measurement(
         CostModel(**tflops, per_prompt=per_prompt, n_steps=n_steps),
-        CostModel(**latest, per_prompt=text_s, n_steps=n_steps, unit="seconds"),
+        CostModel(**amounts, per_prompt=text_s, n_steps=n_steps, unit="seconds"),
         pd.DataFrame(rows),
         facts,
     )
