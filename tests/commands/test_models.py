@@ -67,6 +67,17 @@ def test_a_lora_reaches_the_pictures_and_their_repair(call, tmp_path, capsys):
     assert (tmp_path / "plain" / "p0001" / "id000" / "s01.png").read_bytes() != kept
 
 
+@pytest.mark.parametrize("scheduler", ["dpm++", "unipc"])
+def test_the_scheduler_of_a_folder_is_built_again_for_its_repair(call, tmp_path, scheduler):
+    """DPM-Solver's configuration has an infinite bound, which a manifest must be able to tell."""
+    assert call("--scheduler", scheduler) == 0
+    folder = tmp_path / "set"
+    kept = (folder / "p0001" / "id000" / "s01.png").read_bytes()
+    shutil.rmtree(folder / "p0001")
+    assert main(["verify", str(folder), "--quiet", "--repair"]) == 0
+    assert (folder / "p0001" / "id000" / "s01.png").read_bytes() == kept
+
+
 def test_settings_reach_the_manifest(call, tmp_path):
     assert call("--negtome", 2, "--guidance", 2.5, "--seed", 3, "--format", "webp", "--scheduler", "flow-euler") == 0
     identity = Manifest.read(tmp_path / "set").identity

@@ -300,7 +300,9 @@ def pipeline_of(folder: str | Path, model: str | None = None, **options: Any) ->
     options["base"] = options.get("base") or (identity.get("base") if model is None else None)
     kind = getattr(diffusers, identity["scheduler"]["class"], None)
     if options.get("scheduler") is None and kind is not None:
-        options["scheduler"] = kind.from_config(identity["scheduler"]["config"])
+        config = identity["scheduler"]["config"]
+        infinite = {key: float(value) for key, value in config.items() if value in ("inf", "-inf")}
+        options["scheduler"] = kind.from_config({**config, **infinite})
     return load_pipeline(model or identity["model"], **options)
 
 

@@ -47,6 +47,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):  # a bound of DPM-Solver, which JSON has no word for
+        return str(value)
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
