@@ -236,6 +236,15 @@ def test_prompts_together_share_batches_and_win_as_alone(pipelines, clip, adapte
         assert other.stage_frame()[counted].equals(one.stage_frame()[counted])
 
 
+def test_prompts_together_cost_what_the_batches_that_they_share_cost(search_all):
+    cost = CostModel(step={1: 1.0, 8: 0.4}, verify={1: 0.3, 8: 0.1}, decode=0.2, n_steps=N_STEPS, unit="seconds")
+    # A candidate pays its share of the batch that it ran in: those of a fuller one pay less, together they pay all.
+    for together in (1, 4):
+        spent = search_all(None, cost=cost, batch_size=None, together=together)["cost"].mean()
+        assert spent == pytest.approx(dataclasses.replace(cost, prompts_together=together).total(3, SCHEDULE))
+    assert spent < cost.total(3, SCHEDULE)
+
+
 def test_seconds_of_prompts_together_add_up(search_all):
     begin = time.perf_counter()
     frame = search_all(None, together=4)

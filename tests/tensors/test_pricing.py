@@ -73,10 +73,19 @@ def test_a_file_keeps_its_steps(tmp_path):
 
 def test_another_preset_is_told():
     dataset = tensor(model="FLUX.1-dev", size=512)
-    for other in ("flux-1024+pickscore", "sdxl-512+pickscore", "flux-512+image_reward", "pocket-flux+pocket-clip"):
+    others = (
+        "flux-1024+pickscore",
+        "sdxl-512+pickscore",
+        "flux-512+image_reward",
+        "pocket-flux+pocket-clip",
+        "h100-sdxl-512",
+    )
+    for other in others:
         with pytest.warns(UserWarning, match=r"flux-512\+pickscore; cost 'auto' takes it"):
             cost_for(dataset, other)
     with warnings.catch_warnings(action="error"):
         for fits in ("flux-512-tiny+pickscore", "flux-512+hpsv2", "published"):  # the two rewards have the same tower
             cost_for(dataset, fits)
+        for seconds in ("h100-flux-512", "h100-flux-512-compiled"):
+            assert cost_for(dataset, seconds)[1].unit == "seconds"
         cost_for(tensor(), "sdxl-512+pickscore")  # nothing is known of it
