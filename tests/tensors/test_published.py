@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from ttsnap_lib import import_published, save_rewards
+from ttsnap_lib import import_published, open_rewards, save_rewards
 from ttsnap_lib.__main__ import main
 from ttsnap_lib.errors import TensorError
 from ttsnap_lib.tensors.published import (
@@ -15,6 +15,7 @@ from ttsnap_lib.tensors.published import (
     export_published,
     find_published,
     import_ground_truth,
+    published_tensor,
     read_values,
 )
 from ttsnap_lib.tensors.tensor import RepeatedImagesWarning, drop_repeats, make_rewards
@@ -227,3 +228,16 @@ def test_export_command(dataset, tmp_path, capsys):
     truth = ["export", str(tmp_path / "r.zarr"), "-o", str(tmp_path / "gt.yaml"), "--layout", "ground-truth"]
     assert main([*truth, "--reward", "image_reward"]) == 0
     assert main(truth) == 1
+
+
+def test_a_published_folder_becomes_a_tensor_in_the_data_cache(published, tmp_path, monkeypatch):
+    folder, base, _ = published
+    monkeypatch.setenv("TTSNAP_DATA_CACHE", str(tmp_path / "cache"))
+    path, rewards = published_tensor(folder)
+    assert path == tmp_path / "cache" / "published" / "flux.zarr" and rewards == ["image_reward", "pickscore"]
+    np.testing.assert_array_equal(open_rewards(path)["base"].sel(reward="image_reward").values, base)
+    write(folder / "flux_imr_val_base", base[:, :, 0] + 2, 0)  # values that changed are not taken from before
+    published_tensor(folder, "flux")
+    assert open_rewards(path)["base"].values[0, 0, 0, 0] == base[0, 0, 0] + 2
+    with pytest.raises(TensorError, match="flux_imr_val_base"):
+        published_tensor(tmp_path / "cache")

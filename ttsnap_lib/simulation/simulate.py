@@ -18,7 +18,7 @@ import numpy as np
 from ttsnap_lib.checks import choice, integer, real
 from ttsnap_lib.costs import CostModel, check_n_steps
 from ttsnap_lib.errors import BudgetError, ConfigError, ScheduleError
-from ttsnap_lib.schedule import METHODS, Schedule, selecting_rewards
+from ttsnap_lib.schedule import METHODS, PUBLISHED_SCHEDULE, Schedule, selecting_rewards
 from ttsnap_lib.simulation.metrics import (
     bootstrap_means,
     jackknife_interval,
@@ -433,6 +433,22 @@ def repeats(dataset: Any, final: np.ndarray) -> str:
 
 class TinyChecksWarning(UserWarning):
     """Checks are charged as if another decoder made them than the one that the scores were made through."""
+
+
+def as_published(dataset: xr.Dataset, methods: Sequence[str] = ("ttsp", "ttsnap")) -> pd.DataFrame:
+    """Return the relative gains of published rewards in the setting of the released simulation, each reward by itself.
+
+    Schedule, costs (a step 9.9, a check 1.2, its own accounting), budgets 400 to 4000 in steps of 200 and 50 random
+    subsets are those of the released code; the columns are those of :meth:`Curves.relative_gains`.
+    """
+    import pandas as pd
+
+    cost, budgets = CostModel.preset("published"), np.arange(400, 4001, 200)
+    found = [
+        curves(dataset.sel(reward=[name]), methods, budgets, cost, PUBLISHED_SCHEDULE, rng=0, reach=False)
+        for name in dataset["reward"].values
+    ]
+    return pd.concat([one.relative_gains() for one in found], ignore_index=True)
 
 
 def tell_tiny_checks(dataset: xr.Dataset, cost: CostModel) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ttsnap_lib.checks import choice, plain_name
 from ttsnap_lib.errors import TensorError
-from ttsnap_lib.files import as_path, atomic_write, read_json, read_yaml
+from ttsnap_lib.files import as_path, atomic_write, data_cache, read_json, read_yaml
 from ttsnap_lib.tensors.tensor import (
     COPIED,
     FINETUNED,
@@ -21,6 +21,7 @@ from ttsnap_lib.tensors.tensor import (
     drop_repeats,
     make_rewards,
     repeated_images,
+    save_rewards,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +40,25 @@ def find_published(folder: str | Path) -> dict[str, list[str]]:
         if model and names and names[0] not in found.setdefault(model, []):
             found[model].append(names[0])
     return {model: names for model, names in found.items() if names}
+
+
+def published_tensor(
+    folder: str | Path, model: str = "", *, progress: Callable[[int, int], None] | None = None
+) -> tuple[Path, list[str]]:
+    """Import a published folder into ``data_cache/published``, in seconds; return the tensor's path and its rewards.
+
+    Of `model`, else of the first that the folder has.
+    """
+    models = find_published(folder)
+    if not models:
+        raise TensorError(
+            f"values: got {folder}, expected a folder with flux_imr_val_base and the like. Give the one that holds them."
+        )
+    model = choice("model", model or next(iter(models)), models)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RepeatedImagesWarning)  # told where the tensor is used
+        dataset = import_published(folder, model, models[model], progress=progress)
+    return save_rewards(dataset, data_cache() / "published" / f"{model}.zarr", overwrite=True), models[model]
 
 
 def import_published(
