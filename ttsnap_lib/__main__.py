@@ -13,7 +13,8 @@ import sys
 import warnings
 
 from ttsnap_lib import __version__
-from ttsnap_lib.commands import COMMANDS
+from ttsnap_lib.commands import COMMANDS, EXAMPLES, GROUPS
+from ttsnap_lib.commands.options import Defaults
 from ttsnap_lib.errors import TTSnapError, missing_extra
 from ttsnap_lib.files import disk_error
 from ttsnap_lib.style import close_bars
@@ -24,19 +25,33 @@ _MORE = "`ttsnap COMMAND --help` shows a command's options. `python -m ttsnap_li
 
 def parser(command: str = "") -> argparse.ArgumentParser:
     """Return the parser of the whole command line, or of one command, whose module alone is loaded then."""
-    whole = argparse.ArgumentParser(prog="ttsnap", description=_ABOUT, epilog=_MORE, allow_abbrev=False)
+    whole = argparse.ArgumentParser(
+        prog="ttsnap", usage="ttsnap COMMAND ...", description=_ABOUT, formatter_class=Defaults, allow_abbrev=False
+    )
     whole.add_argument("--version", action="version", version=f"ttsnap {__version__}")
     whole.add_argument("--traceback", action="store_true", help="show the full traceback of an error")
-    subparsers = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = whole.add_subparsers(dest="command", metavar="COMMAND", prog="ttsnap", help=argparse.SUPPRESS)
     for module in [module for module, names in COMMANDS.items() if command in names] or COMMANDS:
         importlib.import_module(f"ttsnap_lib.commands.{module}").add(subparsers)
+    for name, one in subparsers.choices.items():
+        one.formatter_class = Defaults
+        one.epilog = "\n\n".join(filter(None, (one.epilog, f"example:\n  {EXAMPLES[name]}")))
+    told = {choice.dest: choice.help for choice in subparsers._choices_actions}
+    groups = [
+        [title, *(f"  {name:<20} {told[name]}" for name in names if name in told)] for title, names in GROUPS.items()
+    ]
+    whole.epilog = "\n\n".join([*map("\n".join, groups), _MORE])
     return whole
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     words = sys.argv[1:] if arguments is None else arguments
-    given = parser(next((word for word in words if not word.startswith("-")), "")).parse_args(words)
+    known = parser(next((word for word in words if not word.startswith("-")), ""))
+    given = known.parse_args(words)
+    if given.command is None:
+        known.print_help()
+        return 0
     try:
         return given.func(given) or 0
     except KeyboardInterrupt:

@@ -113,7 +113,7 @@ _EXTRAS = {
     ),
     "notebooks": (
         "IPython", "ipykernel", "ipywidgets", "jupyter_client", "jupyterlab", "nbclient", "nbconvert", "nbformat",
-        "papermill", "traitlets",
+        "papermill", "traitlets", "voila",
     ),
     "sweeps": ("dask", "distributed"),
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ttsnap_lib.__main__ import parser
+from ttsnap_lib.commands import EXAMPLES, GROUPS
 
 __all__ = ["page", "subparsers"]
 
@@ -23,13 +24,16 @@ def page() -> str:
         "# Command line\n",
         "`ttsnap COMMAND ...`, or `python -m ttsnap_lib COMMAND ...`. Exit status: 0 done, 1 an error with one line on",
         "standard error (`ttsnap --traceback COMMAND ...` shows where it came from), 2 wrong usage, 130 interrupted.\n",
-        "| command | what it does |",
-        "| --- | --- |",
-        *(f"| [`{name}`](#{name}) | {_cell(helps.get(name, ''))} |" for name in action.choices),
-        "",
+        "| to | command | what it does |",
+        "| --- | --- | --- |",
     ]
-    for name, sub in action.choices.items():
-        lines += _command(name, sub)
+    shown = [(title, name) for title, names in GROUPS.items() for name in names if name in action.choices]
+    for title, name in shown:
+        first = title if (title, name) == next(one for one in shown if one[0] == title) else ""
+        lines.append(f"| {first} | [`{name}`](#{name}) | {_cell(helps.get(name, ''))} |")
+    lines.append("")
+    for _, name in shown:
+        lines += _command(name, action.choices[name])
     return "\n".join(lines) + "\n"
 
 
@@ -49,7 +53,8 @@ def _command(name: str, sub: argparse.ArgumentParser) -> list[str]:
         names = ", ".join(f"`{option}`" for option in one.option_strings) or f"`{_metavar(one)}`"
         value = f" `{_metavar(one)}`" if one.option_strings and one.nargs != 0 else ""
         lines.append(f"| {names}{value} | {_cell(_help(one, sub))} | {_default(one)} |")
-    return [*lines, "", *([" ".join(sub.epilog.split()), ""] if sub.epilog else [])]
+    more = (sub.epilog or "").partition("example:\n")[0].split()
+    return [*lines, "", *([" ".join(more), ""] if more else []), f"    {EXAMPLES[name]}", ""]
 
 
 def _metavar(one: argparse.Action) -> str:

@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
     adopt.add_argument("--reward", required=True, help="the base reward: image_reward, pickscore, hpsv2, a folder")
     adopt.add_argument("--weights", type=Path, metavar="FILE", help="local weights of the base reward")
     adopt.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the run folder, new or empty")
-    adopt.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16")
+    adopt.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16")
     adopt.set_defaults(func=_adopt)
 
 

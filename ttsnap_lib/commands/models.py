@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ttsnap_lib.commands.options import (
-    Defaults,
     add_model_arguments,
     add_negtome_argument,
     add_prompts_argument,
@@ -17,6 +16,7 @@ from ttsnap_lib.commands.options import (
     given_rewards,
     loading,
     negtome,
+    old_spelling,
     reward_device,
     say_loading,
     settings,
@@ -40,7 +40,6 @@ def _add_generate(commands: Any) -> None:
         description="Fill a trajectory folder. Run the same command again to go on where it stopped; raise --images "
         "or add prompts at the end to widen it. Under `accelerate launch`, or with --shard, several processes share "
         "the work and write the same bytes as one.",
-        formatter_class=Defaults,
     )
     add_prompts_argument(generate, default="pocket")
     generate.add_argument("--limit", type=int, metavar="N", help="take the first N prompts only")
@@ -140,7 +139,6 @@ def _add_verify(commands: Any) -> None:
         help="check a trajectory folder, and mend it",
         description="Find missing, damaged, changed and foreign files. Exit status 1 when there are any. "
         "--repair makes missing and damaged pictures again, and nothing else; foreign files stay.",
-        formatter_class=Defaults,
     )
     verify.add_argument("folder")
     verify.add_argument("--repair", action="store_true", help="make what is missing or damaged again")
@@ -190,17 +188,17 @@ def _add_score(commands: Any) -> None:
         help="score a trajectory folder into a reward tensor",
         description="Score the pictures of a trajectory folder. The same command goes on where it stopped; other rewards, "
         "steps, or a noise-aware series are added to the tensor.",
-        formatter_class=Defaults,
     )
     score.add_argument("folder", type=Path, help="trajectory folder of `ttsnap generate`")
     add_reward_arguments(score)
     score.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the accelerator when there is one)")
-    score.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    score.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16")
     score.add_argument("--compile", action="store_true", help="compile the reward with torch.compile")
     score.add_argument(
         "-o", "--out", type=Path, help="the tensor, a Zarr folder (default: beside FOLDER, as FOLDER.zarr)"
     )
-    score.add_argument("--steps", type=int, nargs="+", metavar="STEP", help="steps to score (default: all)")
+    score.add_argument("--at-steps", type=int, nargs="+", metavar="STEP", help="steps to score (default: all)")
+    old_spelling(score, "--steps", type=int, nargs="+", dest="at_steps")
     score.add_argument("--batch-size", type=int, default=32, help="pictures per forward pass")
     score.add_argument("--shard", metavar="I/N", help="score every N-th chunk of 25 prompts, from the I-th (from 0)")
     score.add_argument(
@@ -226,7 +224,7 @@ def _score(arguments: argparse.Namespace) -> int:
         arguments.folder,
         given_rewards(arguments, device=arguments.device, dtype=arguments.dtype, compile=arguments.compile),
         out,
-        steps=arguments.steps,
+        steps=arguments.at_steps,
         batch_size=arguments.batch_size,
         shard=arguments.shard,
         on_error=arguments.on_error,
@@ -253,14 +251,14 @@ def _add_import_and_export(commands: Any) -> None:
         description="Read scores of your own into a reward tensor: a NumPy array (prompt, image, step) as .npy, or .npz "
         "with the arrays reward and noise_aware; or a table (.csv, .tsv, .parquet) with the columns prompt (index or "
         "text), image, step, reward, and noise_aware where there is one.",
-        formatter_class=Defaults,
     )
     own.add_argument("scores", type=Path, metavar="FILE", help=".npy, .npz, .csv, .tsv or .parquet")
     own.add_argument("--reward", default="reward", metavar="NAME", help="what the reward is called")
     own.add_argument("--model", metavar="NAME", help="the diffusion model, for titles and commands")
     own.add_argument(
-        "--steps", type=int, nargs="+", metavar="STEP", help="denoising steps of an array (default: 0, 1, 2, ...)"
+        "--at-steps", type=int, nargs="+", metavar="STEP", help="denoising steps of an array (default: 0, 1, 2, ...)"
     )
+    old_spelling(own, "--steps", type=int, nargs="+", dest="at_steps")
     add_prompts_argument(own)
     own.add_argument("-o", "--out", type=Path, required=True, metavar="TENSOR.zarr", help="Zarr folder to write")
     own.add_argument("--overwrite", action="store_true", help="replace an existing tensor")
@@ -273,7 +271,10 @@ def _add_import_and_export(commands: Any) -> None:
     )
     parser.add_argument("values", type=Path, help="folder that holds the published folders")
     parser.add_argument("--model", required=True, help="flux, sdxl, ...")
-    parser.add_argument("--rewards", nargs="+", help="image_reward, pickscore, hpsv2 (default: all that are there)")
+    parser.add_argument(
+        "--reward", action="append", metavar="NAME", help="image_reward, pickscore, hpsv2 (default: all that are there)"
+    )
+    old_spelling(parser, "--rewards", nargs="+", dest="reward")
     add_prompts_argument(parser)
     parser.add_argument("--distinct", action="store_true", help="drop repeated trajectories")
     parser.add_argument(
@@ -316,7 +317,7 @@ def _import(arguments: argparse.Namespace) -> int:
     dataset = import_rewards(
         arguments.scores,
         name=arguments.reward,
-        steps=arguments.steps,
+        steps=arguments.at_steps,
         prompts=_given_texts(arguments),
         model=arguments.model,
     )
@@ -382,7 +383,7 @@ def _import_published(arguments: argparse.Namespace) -> int:
     dataset = import_published(
         arguments.values,
         arguments.model,
-        arguments.rewards,
+        arguments.reward,
         arguments.distinct,
         prompts=_given_texts(arguments),
         progress=progress_bar("files"),

@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ttsnap_lib.commands.options import digits, old_spelling
+
+_SHORT = 12  # rows of a table that is printed
 _DEMO_GENERATE = {"prompts": "pocket:evaluation:3", "images": 4, "compare_diversity": False}
 _DEMO_FINETUNE = {"trajectories": "pocket-sdxl:train:96x8+mirror", "steps": [2, 0]}
 _NEXT = """
@@ -21,7 +24,7 @@ Next:
 
 def add(subparsers: Any) -> None:
     """Add the commands of this group."""
-    demo = subparsers.add_parser("demo", help="run the main job on the embedded default (`make demo`)")
+    demo = subparsers.add_parser("demo", help="generate, finetune and simulate on the tiny built-in models")
     demo.add_argument("--values", type=Path, help="folder of published reward values to simulate on instead")
     demo.set_defaults(func=_demo)
 
@@ -66,7 +69,8 @@ def add(subparsers: Any) -> None:
         description="Render a run folder or a sweep folder as one HTML file that needs nothing else.",
     )
     report.add_argument("folder", type=Path, help="what `ttsnap run` or `ttsnap sweep` printed")
-    report.add_argument("-o", "--output", type=Path, metavar="REPORT.html", help="default: report.html in the folder")
+    report.add_argument("-o", "--out", type=Path, metavar="REPORT.html", help="default: report.html in the folder")
+    old_spelling(report, "--output", type=Path, dest="out")
     report.set_defaults(func=_report)
 
 
@@ -96,7 +100,21 @@ def _run(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     if result.reused and loud:
         print("finished before; --force runs it again", file=sys.stderr)
+    if loud:
+        show_result(result)
     print(result.folder)
+
+
+def show_result(result: Any) -> None:
+    """Print the tables that a run saved, short ones whole, and the names of its figures."""
+    for name in result.tables:
+        frame = result.table(name)
+        if len(frame) > _SHORT:
+            print(f"\n{name}.csv: {len(frame)} rows")
+            continue
+        print(f"\n{name}\n{frame.to_string(index=False, float_format=digits)}")
+    if result.figures:
+        print(f"\nfigures: {', '.join(path.name for path in result.figures.values())}")
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
@@ -135,7 +153,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> None:
     from ttsnap_lib.runs.report import render
 
-    print(render(arguments.folder, arguments.output))
+    print(render(arguments.folder, arguments.out))
 
 
 def _demo(arguments: argparse.Namespace) -> None:

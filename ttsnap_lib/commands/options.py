@@ -13,11 +13,19 @@ from ttsnap_lib.errors import ConfigError
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Append the default to an option's help where there is one and the help does not tell it."""
+    """Append the default to an option's help where there is one and the help does not tell it; keep examples as they are."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         nothing = isinstance(action.default, bool) or action.default in (None, [])
         return action.help if nothing or "default" in (action.help or "") else super()._get_help_string(action)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Keep the lines of a paragraph that has indented ones, such as an example."""
+        parts = (
+            part if "\n  " in part else super(Defaults, self)._fill_text(part, width, indent)
+            for part in text.split("\n\n")
+        )
+        return "\n\n".join(parts)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, model: str | None, *, threads: str) -> None:
@@ -40,6 +48,16 @@ def add_model_arguments(parser: argparse.ArgumentParser, model: str | None, *, t
     parser.add_argument("--offload", default="none", help="model or sequential: weights rest in main memory")
     parser.add_argument("--fp8", action="store_true", help="keep the denoising model's weights in 8 bits")
     parser.add_argument("--threads", type=int, metavar="N", help=threads)
+
+
+def digits(value: float) -> str:
+    """Return a number without the dust of floating point: four digits, whole numbers as they are."""
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+
+
+def old_spelling(parser: argparse.ArgumentParser, option: str, **how: Any) -> None:
+    """Take an option's earlier name too, without showing it."""
+    parser.add_argument(option, help=argparse.SUPPRESS, default=argparse.SUPPRESS, **how)
 
 
 def say_loading(arguments: argparse.Namespace, *names: str) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ttsnap_lib.commands.options import (
-    Defaults,
     add_model_arguments,
     add_negtome_argument,
     add_prompts_argument,
     add_settings_arguments,
+    digits,
     loading,
     negtome,
     reward_device,
@@ -29,7 +29,6 @@ def add(commands: Any) -> None:
         help="find the best image of many seeds within a budget, pruning on the way",
         description="One prompt, or every prompt of a file. Candidates are pruned at the steps of the schedule by the "
         "score of their x0 estimate; with --adapters by the noise-aware reward (TTSnap), else by the base one (TTSp).",
-        formatter_class=Defaults,
     )
     search.add_argument(
         "prompt", nargs="?", help="the prompt; or --prompts, which gives one folder a prompt, resumable"
@@ -71,7 +70,6 @@ def add(commands: Any) -> None:
         help="measure FLOPs and seconds of a step, a decode and a check on this machine",
         description="Measure FLOPs and seconds of a step, a decode and a check, by batch size, and write a cost file that "
         "search, simulate and optimize read as --cost, and beside it a picture of the seconds.",
-        formatter_class=Defaults,
     )
     cost.add_argument("--reward", **several, help="reward models of a check (default: pocket-clip)")
     cost.add_argument("--tiny", metavar="MODEL", help="AutoencoderTiny for the checks (or pocket-tiny)")
@@ -81,7 +79,8 @@ def add(commands: Any) -> None:
         help="at which seconds are measured (default: 1, 2, 4, ... to 16 on a CPU and 64 elsewhere, as memory allows)",
     )  # fmt: skip
     cost.add_argument("--repeats", type=int, default=3, help="runs per number; medians are taken")
-    cost.add_argument("-o", "--out", metavar="FILE", required=True, help="JSON file to write")
+    cost.add_argument("-o", "--out", metavar="FILE", help="JSON file to write")
+    cost.add_argument("--list", action="store_true", help="show the presets, which need no measuring, and stop")
     _run_arguments(cost)
     cost.set_defaults(func=_cost)
 
@@ -144,7 +143,7 @@ def _search(arguments: argparse.Namespace) -> int:
         bar = progress_bar("prompts", quiet=arguments.quiet)
         options |= {"together": together, "shard": arguments.shard, "progress": bar}
         frame = search_many(pipeline, prompts, rewards, arguments.out, **options)
-        print(frame.drop(columns="prompt").round(4).to_string(index=False))
+        print(frame.drop(columns="prompt").to_string(index=False, float_format=digits))
         print(f"{arguments.out}: results.csv, results.parquet, one folder a prompt")
         return 0
     with shard_lock(Path(arguments.out), (0, 1)) as held:
@@ -159,7 +158,7 @@ def _search(arguments: argparse.Namespace) -> int:
         print(f"{len(result.record.seeds)} seeds tried, at the price of {images:.3g} finished images")
     for key, value in result.summary().items():
         if value not in (None, ""):  # no cost model, not cut short
-            print(f"{key:>14}: {value}")
+            print(f"{key:>14}: {digits(value) if isinstance(value, float) else value}")
     large = " (image_large.png: the same, enlarged)" if (Path(arguments.out) / "image_large.png").exists() else ""
     print(f"{arguments.out}: image.png{large}, record.json, candidates.parquet, gallery.png")
     return 130 if result.record.stopped == "interrupt" else 0
@@ -223,6 +222,14 @@ def _picture(result: Any, folder: Path) -> None:
 
 
 def _cost(arguments: argparse.Namespace) -> int:
+    if arguments.list:
+        return _list_costs()
+    if arguments.out is None:
+        from ttsnap_lib.errors import ConfigError
+
+        raise ConfigError(
+            "--out: got none, expected the file to write. Give --out cost.json, or --list for the presets."
+        )
     say_loading(arguments, _LIBRARIES)
     from ttsnap_lib.files import atomic_write
     from ttsnap_lib.live.measure import measure_costs
@@ -238,7 +245,7 @@ def _cost(arguments: argparse.Namespace) -> int:
     figure = batch_curve(measured.by_batch)
     with atomic_write(curve) as file:
         figure.savefig(file, format="png", dpi=110)
-    print(measured.by_batch.to_string(index=False))
+    print(measured.by_batch.to_string(index=False, float_format=digits))
     for model in (measured.tflops, measured.seconds):
         size = model.batch_size
         many = "" if size is None else f", {model.total(size) / size:.6g} each of {size} together"
@@ -246,4 +253,18 @@ def _cost(arguments: argparse.Namespace) -> int:
     print(
         f"{arguments.out}: cost model in {arguments.unit}; use it as --cost {arguments.out}. {curve}: seconds by batch size"
     )
+    return 0
+
+
+def _list_costs() -> int:
+    from ttsnap_lib.costs import PRESETS
+
+    print(f"{'preset':<28} {'step':>9} {'decode':>9} {'at checks':>9} {'score':>9} {'one image':>9}")
+    for name, cost in PRESETS.items():
+        size = cost.batch_size or 1
+        parts = ("step", "decode", "decode" if cost.preview_decode is None else "preview_decode", "verify")
+        numbers = (*(cost.each(part, size) for part in parts), cost.total(size) / size)
+        batches = f", in batches of {size}" if size > 1 else ""
+        print(f"{name:<28} {' '.join(f'{digits(number):>9}' for number in numbers)} {cost.unit}{batches}")
+    print("Of one candidate, 20 denoising steps; sources: the documentation of CostModel.preset.")
     return 0
