@@ -159,6 +159,7 @@ def _report(arguments: argparse.Namespace) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from ttsnap_lib.files import data_cache
     from ttsnap_lib.runs.run import run
+    from ttsnap_lib.schedule import PUBLISHED_SCHEDULE
     from ttsnap_lib.style import progress_bar
     from ttsnap_lib.tensors.published import find_published, import_published
     from ttsnap_lib.tensors.tensor import save_rewards
@@ -172,7 +173,10 @@ def _demo(arguments: argparse.Namespace) -> None:
         if not tensor.exists():
             dataset = import_published(arguments.values, model, rewards, progress=progress_bar("files"))
             save_rewards(dataset, tensor)
-        parameters = {"tensor": str(tensor), "rewards": [(rewards or ["image_reward"])[0]]}  # one reward selects
+        # One reward selects; the notebook's own schedule is one for the pocket models.
+        parameters = {
+            "tensor": str(tensor), "rewards": [(rewards or ["image_reward"])[0]], **PUBLISHED_SCHEDULE.to_dict(),
+        }  # fmt: skip
     else:
         made.append(run("generate", _DEMO_GENERATE, progress=True))
         made.append(run("finetune", _DEMO_FINETUNE, progress=True))

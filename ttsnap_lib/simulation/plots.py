@@ -14,7 +14,7 @@ from ttsnap_lib.checks import choice
 from ttsnap_lib.costs import CostModel
 from ttsnap_lib.errors import ConfigError
 from ttsnap_lib.schedule import Schedule
-from ttsnap_lib.simulation.metrics import AS_GOOD, kendall_tau
+from ttsnap_lib.simulation.metrics import AS_GOOD, jackknife_interval, kendall_tau, leave_one_out, relative_gain_of
 from ttsnap_lib.simulation.simulate import Curves
 from ttsnap_lib.style import METHOD_LABELS, axes_or_new, method_style, reward_label, tidy
 from ttsnap_lib.tensors.tensor import noise_aware_steps
@@ -94,13 +94,25 @@ def headline(curves: Curves, cost: CostModel, method: str = "ttsnap", reward: st
 
 
 def over_ttsp(curves: Curves, cost: CostModel, reward: str | None = None) -> str:
-    """Return in words what the noise-aware reward adds at the budget of :func:`headline`: TTSnap minus TTSp, paired."""
+    """Return in words what the noise-aware reward adds: TTSnap minus TTSp, paired, over all budgets or at the one given."""
     reward = choice("reward", curves.rewards[0] if reward is None else reward, curves.rewards)
-    at, r = _told_budget(curves, cost), curves.rewards.index(reward)
-    snap, plain = (curves.methods.index(method) for method in ("ttsnap", "ttsp"))
-    value = (curves.per_prompt[snap, at, r] - curves.per_prompt[plain, at, r]).mean()
-    low, high = curves.interval(value, curves.boot[:, snap, at, r] - curves.boot[:, plain, at, r])
-    told = f"TTSnap minus TTSp there, prompt by prompt: {_interval(value, low, high, '+.3f')} {reward_label(reward)}."
+    r = curves.rewards.index(reward)
+    base, plain, snap = (curves.methods.index(method) for method in ("best_of_n", "ttsp", "ttsnap"))
+    if len(curves.budgets) > 1:
+        mean = curves.per_prompt[:, :, r].mean(-1)
+        without = leave_one_out(np.moveaxis(curves.per_prompt[:, :, r], -1, 0))
+        gains = [
+            relative_gain_of(curves.budgets, given[..., snap, :], given[..., base, :], strict=False)
+            - relative_gain_of(curves.budgets, given[..., plain, :], given[..., base, :], strict=False)
+            for given in (mean, without)
+        ]
+        value, (low, high) = gains[0], jackknife_interval(gains[0], gains[1], curves.level)
+        what = f"{_interval(value, low, high, '+.1f')} points of relative gain over these budgets"
+    else:
+        value = (curves.per_prompt[snap, 0, r] - curves.per_prompt[plain, 0, r]).mean()
+        low, high = curves.interval(value, curves.boot[:, snap, 0, r] - curves.boot[:, plain, 0, r])
+        what = f"{_interval(value, low, high, '+.3f')} {reward_label(reward)}"
+    told = f"TTSnap minus TTSp, which prunes by the base reward, prompt by prompt: {what}."
     return f"{told} The interval includes 0: the difference may be chance." if low <= 0 <= high else told
 
 
@@ -200,18 +212,28 @@ def gain_bars(gains: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def tau_per_step(dataset: xr.Dataset, *, ax: Axes | None = None) -> Axes:
-    """Draw the mean per-prompt Kendall tau between the first reward at each step and that of the final image."""
+    """Draw the mean per-prompt Kendall tau between the first reward at each step and that of the final image.
+
+    Grey are the steps without noise-aware scores, where TTSnap reads the base reward, as TTSp does.
+    """
     ax = axes_or_new(ax, (5.2, 3.4))
     first = dataset.isel(reward=0).transpose("prompt", "image", "step")
     steps, final = dataset["step"].values, first["base"].values[:, :, -1]
+    known = noise_aware_steps(dataset)[str(first["reward"].values)]
+    plain = [step for step in steps.tolist() if step not in known]
+    for k, step in enumerate(plain):
+        label = "no noise-aware scores" if not k else None
+        ax.axvspan(step - 0.5, step + 0.5, color="0.92", linewidth=0, zorder=0, label=label)
     for variable, label, like in (("base", "base reward", "ttsp"), ("noise_aware", "noise-aware reward", "ttsnap")):
         tau = kendall_tau(first[variable].values, final)
         style = method_style(like)
-        ax.fill_between(steps, tau.low, tau.high, color=style["color"], alpha=0.18, linewidth=0)
-        ax.plot(steps, tau.mean, label=label, markersize=4, linewidth=1.6, **style)
+        there = np.isin(steps, known) if variable == "noise_aware" else np.ones(len(steps), bool)
+        low, mean, high = (np.where(there, values, np.nan) for values in (tau.low, tau.mean, tau.high))
+        ax.fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
+        ax.plot(steps, mean, label=label, markersize=4, linewidth=1.6, **style)
     ax.set(xlabel="denoising step", ylabel="Kendall tau with the final reward", ylim=(min(0, ax.get_ylim()[0]), 1.03))
     ax.locator_params(axis="x", integer=True)
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=True, edgecolor="none", framealpha=1, loc="lower right")
     return tidy(ax)
 
 
