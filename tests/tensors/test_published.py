@@ -225,6 +225,12 @@ def test_export_command(dataset, tmp_path, capsys):
     assert main(["export", str(tmp_path / "r.zarr"), "--out", str(tmp_path / "values"), "--reward", "pickscore"]) == 0
     assert "6 files" in capsys.readouterr().out
     assert import_published(tmp_path / "values", "flux").sizes["reward"] == 1
+    own = dataset.assign_coords(reward=["image_reward", "my-own"])
+    save_rewards(own, tmp_path / "own.zarr")
+    assert main(["export", str(tmp_path / "own.zarr"), "--out", str(tmp_path / "own"), "--model", "mine"]) == 0
+    words = capsys.readouterr().out.split("next: ttsnap ")[1].split()  # what it says to do next works
+    assert main([*words, "--out", str(tmp_path / "back.zarr")]) == 0
+    assert open_rewards(tmp_path / "back.zarr")["reward"].values.tolist() == ["image_reward", "my-own"]
     truth = ["export", str(tmp_path / "r.zarr"), "-o", str(tmp_path / "gt.yaml"), "--layout", "ground-truth"]
     assert main([*truth, "--reward", "image_reward"]) == 0
     assert main(truth) == 1

@@ -425,5 +425,7 @@ def _export(arguments: argparse.Namespace) -> int:
         return 0
     model = arguments.model or str(dataset.attrs.get("model", "")).rpartition("/")[2] or "model"
     files = export_published(dataset, arguments.out, model, rewards=rewards)
-    print(f"{arguments.out}: {len(files)} files\nnext: ttsnap import-published {arguments.out} --model {model}")
+    names = " ".join(rewards or map(str, dataset["reward"].values))  # only the published ones are found without
+    print(f"{arguments.out}: {len(files)} files")
+    print(f"next: ttsnap import-published {arguments.out} --model {model} --rewards {names}")
     return 0
