@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP)  ## Make the virtual environment
 
-demo: $(STAMP)   ## The main job on the embedded default, headless
+demo: $(STAMP)   ## Try it: generate, finetune and simulate on the tiny built-in models, headless
 	$(BIN)/python -m ttsnap_lib demo $(if $(VALUES),--values "$(VALUES)")
 
 lint: types      ## Ruff over code and notebooks, mypy over the library
