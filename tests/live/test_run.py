@@ -176,6 +176,11 @@ def test_negtome_is_off_by_default_and_pruning_waits_for_its_end(flux, clip, who
         tiny_search(flux, clip, candidates=7, negtome=negtome)
     with pytest.raises(ConfigError, match="batch_size with NegToMe"):
         tiny_search(flux, clip, candidates=8, negtome=negtome, batch_size=3)
+    dear = CostModel(
+        step={1: 1.0, 2: 0.9, 3: 0.2}, verify=0, n_steps=N_STEPS, unit="seconds"
+    )  # a group of 2 costs more than 3
+    with pytest.raises(BudgetError, match="one group of 2"):
+        tiny_search(flux, clip, negtome=negtome, budget=dear.total(3), cost=dear, batch_size=None)
     with pytest.raises(BudgetError, match="one group of 2"):
         tiny_search(flux, clip, budget=COST.total(1) * 1.5, cost=COST, negtome=negtome)
 

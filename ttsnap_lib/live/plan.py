@@ -66,7 +66,11 @@ def _candidates_for(
         raise CostError(
             "budget without a cost model. Measure one with `ttsnap cost`, name a preset, or give candidates instead."
         )
-    n = cost.candidates(budget, schedule) // group * group
+    n = cost.candidates(budget, schedule)
+    left = n % group
+    n -= left
+    while left and n and cost.total(n, schedule) > budget:  # by seconds of batches, fewer may cost more
+        n -= group
     if n > MAX_IMAGES:
         raise BudgetError(
             f"budget: got {budget}, expected at most {cost.total(MAX_IMAGES, schedule):.6g} {cost.unit}, {MAX_IMAGES} "
