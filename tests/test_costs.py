@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel, Schedule
-from ttsnap_lib.costs import PRESETS
+from ttsnap_lib.costs import PRESETS, preset_for
 from ttsnap_lib.errors import CostError, ScheduleError
 
 N_STEPS = 20
@@ -210,6 +210,19 @@ def test_presets_are_those_of_the_design():
         card.batch_size == 16 and card.unit == "seconds" and CostModel.preset("h100-flux-512-compiled").batch_size == 8
     )
     assert [round(1000 * size * each, 2) for size, each in card.step] == [67.2, 68.72, 60.69, 77.0, 138.48, 265.3]
+    names = {
+        "Tongyi-MAI/Z-Image-Turbo": "z-image-turbo", "Tongyi-MAI/Z-Image": "z-image", "Qwen/Qwen-Image": "qwen-image",
+        "black-forest-labs/FLUX.2-klein-4B": "flux2-klein-4b", "black-forest-labs/FLUX.2-dev": "flux2-dev",
+        "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana", "lodestones/Chroma1-HD": "chroma",
+        "black-forest-labs/FLUX.1-Krea-dev": "flux", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart-sigma",
+    }  # fmt: skip
+    assert {model: preset_for(model, "hpsv2", 1024) for model in names} == {
+        model: f"{short}-1024+hpsv2" for model, short in names.items()
+    }
+    turbo = CostModel.preset("z-image-turbo-1024-tiny+pickscore")
+    assert (turbo.step, turbo.decode, turbo.preview_decode, turbo.per_prompt) == (55.6, 10.5, 0.57, 3.88)
+    assert "hidream-1024+hpsv2" in PRESETS and "hidream-512+hpsv2" not in PRESETS  # it makes large pictures alone
+    assert "qwen-image-512+hpsv2" in PRESETS and "qwen-image-512-tiny+hpsv2" not in PRESETS  # no tiny decoder
     assert all(name == "published" or preset.accounting == "exact" for name, preset in PRESETS.items())
     with pytest.raises(CostError, match=r"Did you mean 'flux-512\+hpsv2'"):
         CostModel.preset("flux-512+hpsv")

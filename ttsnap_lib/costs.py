@@ -25,6 +25,19 @@ AUTO = "auto"
 _FAMILIES = {
     "flux": re.compile(r"flux(\.1.*)?", re.IGNORECASE),
     "sdxl": re.compile(r"sdxl(-base.*)?|stable-diffusion-xl.*|realvisxl_v\d\.\d", re.IGNORECASE),
+    "flux2-dev": re.compile(r"flux\.2-dev", re.IGNORECASE),
+    "flux2-klein-4b": re.compile(r"flux\.2-klein-4b", re.IGNORECASE),
+    "flux2-klein-9b": re.compile(r"flux\.2-klein-9b", re.IGNORECASE),
+    "qwen-image": re.compile(r"qwen-image(-2512)?", re.IGNORECASE),
+    "z-image": re.compile(r"z-image", re.IGNORECASE),
+    "z-image-turbo": re.compile(r"z-image-turbo", re.IGNORECASE),
+    "sd3.5-large": re.compile(r"stable-diffusion-3\.5-large", re.IGNORECASE),
+    "sd3.5-medium": re.compile(r"stable-diffusion-3\.5-medium", re.IGNORECASE),
+    "sana": re.compile(r"sana(1\.5)?_1600m_.*", re.IGNORECASE),
+    "lumina2": re.compile(r"lumina-image-2\.0", re.IGNORECASE),
+    "chroma": re.compile(r"chroma1-(hd|base)", re.IGNORECASE),
+    "pixart-sigma": re.compile(r"pixart-sigma-xl-2-.*", re.IGNORECASE),
+    "hidream": re.compile(r"hidream-i1-full", re.IGNORECASE),
 }
 SAME_TOWER = {"hpsv2.1": "hpsv2"}
 _TOLERANCE = 1e-9  # relative; a budget that is a multiple of the cost must buy that multiple despite rounding
@@ -248,7 +261,9 @@ class CostModel(Plain):
         operations per multiply-add, counted with torch's FLOP counter on the real architectures. FLUX.1-dev step
         with 512 text tokens: 21.5 at 512 px, 74.4 at 1024 px. SDXL step with guidance: 3.18 and 13.5. VAE decode:
         2.51 and 10.5 (``AutoencoderTiny`` 0.14 and 0.57: ``-tiny``, used at checks only). Image towers: CLIP-H of PickScore
-        and HPSv2 0.335, BLIP of ImageReward 0.138. ``"pocket-flux[-tiny]+pocket-clip"`` and
+        and HPSv2 0.335, BLIP of ImageReward 0.138. The newer families, at their own guidance and with the encoding of a
+        prompt as `per_prompt`, are counted by ``python -m tests.benchmarks presets``, which names configurations, text
+        tokens and decoders. ``"pocket-flux[-tiny]+pocket-clip"`` and
         ``"pocket-sdxl[-tiny]+pocket-clip"``: GFLOPs of the shipped pocket models, counted by ``ttsnap cost``.
         ``"h100-flux-512[-compiled]"`` and ``"h100-sdxl-512[-compiled]"``: seconds by batch on one H100 80GB HBM3, the real
         architectures with random weights at 512 px in bf16 (torch 2.11, diffusers 0.39, 2026-11-27). Steps were measured
@@ -429,6 +444,13 @@ def _presets() -> dict[str, CostModel]:
         for reward, verify in rewards.items():
             presets[f"{model}+{reward}"] = CostModel(step=step, verify=verify, decode=full)
             presets[f"{model}-tiny+{reward}"] = CostModel(step=step, verify=verify, decode=full, preview_decode=tiny)
+    for model, (*by_size, encoding, (decode, previews)) in _COUNTED.items():
+        for size, step, full, tiny in zip((512, 1024), by_size, decode, previews, strict=True):
+            for reward, verify in rewards.items() if step else ():
+                plain = CostModel(step=step, verify=verify, decode=full, per_prompt=encoding)
+                presets[f"{model}-{size}+{reward}"] = plain
+                if tiny:
+                    presets[f"{model}-{size}-tiny+{reward}"] = replace(plain, preview_decode=tiny)
     for model, step, text_encoding in (("pocket-flux", 0.065237, 0.0059085), ("pocket-sdxl", 0.18998, 0.0056771)):
         pocket = CostModel(step=step, verify=0.028133, decode=0.12626, per_prompt=text_encoding, unit="GFLOPs")
         presets[f"{model}+pocket-clip"] = pocket
@@ -439,6 +461,27 @@ def _presets() -> dict[str, CostModel]:
         )
     return presets
 
+
+# TFLOPs of a step at 512 and 1024 px, of a prompt's encoding, and of decoding with the tiny decoder that diffusers has for
+# these latents, if any. Source: tests/benchmarks/bench_presets.py.
+_KL, _FLUX2, _QWEN, _DC = (
+    ((2.51, 10.5), (0.14, 0.57)), ((2.52, 10.5), (None, None)), ((2.84, 11.7), (None, None)), ((2.09, 8.37), (None, None)),
+)  # fmt: skip
+_COUNTED: dict[str, tuple[Any, ...]] = {
+    "flux2-dev": (87.8, 283, 23.6, _FLUX2),
+    "flux2-klein-4b": (10.2, 34.8, 4.27, _FLUX2),  # the distilled ones, without guidance
+    "flux2-klein-9b": (22.7, 75.5, 7.90, _FLUX2),
+    "qwen-image": (31.4, 139, 2.78, _QWEN),
+    "z-image": (25.8, 111, 7.75, _KL),
+    "z-image-turbo": (12.9, 55.6, 3.88, _KL),
+    "sd3.5-large": (16.0, 62.2, 5.02, _KL),
+    "sd3.5-medium": (4.89, 22.5, 5.02, _KL),
+    "sana": (1.67, 5.93, 3.35, _DC),
+    "lumina2": (12.0, 47.7, 2.10, _KL),
+    "chroma": (43.4, 149, 9.69, _KL),
+    "pixart-sigma": (2.58, 13.3, 5.63, _KL),
+    "hidream": (None, 156, 6.62, _KL),  # of the full model, which makes no small pictures
+}
 
 # Seconds of a step of a whole batch of 1, 2, 4, 8, ...; the rest by candidate. Source: CostModel.preset.
 _H100_STEPS = {
