@@ -196,6 +196,12 @@ def test_a_batch_above_the_table_is_told():
         assert replace(SECONDS, batch_size=16).total(16) > SECONDS.total(8)
 
 
+def test_a_first_stage_that_is_free_as_released():
+    cost = CostModel(step=1, verify=0, accounting="published")
+    schedule = Schedule((0,), (0.5,))
+    assert cost.candidates(95, schedule) == 10  # half of them go on for 19 steps
+
+
 def test_a_multiple_of_the_cost_buys_that_multiple():
     cost = CostModel(step=0.1, verify=0.3)
     assert [cost.candidates(k * cost.total(1)) for k in range(1, 50)] == list(range(1, 50))

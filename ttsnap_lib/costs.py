@@ -219,9 +219,11 @@ class CostModel(Plain):
             return n
         if self.total(1, schedule) > budget:
             return 0
-        # No candidate costs less than its first stage: that bounds n, and total is monotone in n.
+        # No candidate costs less than its first stage (which may be free as released, but costs are linear there): that
+        # bounds n, and total is monotone in n.
         first = _stage_wholes(self, None if schedule is None else schedule.steps)[0]
-        low, high = 1, max(1, math.floor((budget - self.per_prompt) / first) + 1)
+        least = first if self.accounting == "exact" else self.total(1, schedule) - self.per_prompt
+        low, high = 1, max(1, math.floor((budget - self.per_prompt) / least) + 1)
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.total(middle, schedule) <= budget else (low, middle - 1)
