@@ -58,14 +58,15 @@ def test_a_record_that_cannot_be_read(tmp_path):
         SearchRecord.load(tmp_path)
 
 
-def test_the_gallery_dims_the_pruned_and_frames_the_winner(whole):
+def test_the_gallery_crosses_the_pruned_and_frames_the_winner(whole):
     import matplotlib.pyplot as plt
 
     figure = gallery(whole.record, columns=6)
     shown = [[ax for ax in figure.axes[row * 6 : row * 6 + 6] if ax.images] for row in range(3)]
     assert [len(row) for row in shown] == [6, 4, 2]
-    for row, kept in zip(shown, (4, 2, 1), strict=True):  # best first: the first ones stay
-        assert [ax.images[0].get_alpha() for ax in row] == [1.0] * kept + [0.3] * (len(row) - kept)
+    for row, kept in zip(shown, (4, 2, 2), strict=True):  # best first: the first ones stay
+        assert [len(ax.get_lines()) for ax in row] == [0] * kept + [1] * (len(row) - kept)
+        assert len({ax.get_title().split()[0] for ax in row}) == len(row) and row[0].get_title().startswith("#")
         framed = [k for k, ax in enumerate(row) if ax.spines["left"].get_linewidth() == 3]
         assert len(framed) == 1 and framed[0] < kept
     assert "winner: candidate" in figure.get_suptitle()

@@ -10,7 +10,7 @@ import pytest
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel, Schedule, save_rewards
+from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel, Schedule, best_of_n, save_rewards
 from ttsnap_lib.__main__ import main
 from ttsnap_lib.errors import ConfigError
 from ttsnap_lib.simulation import metrics, plots
@@ -21,6 +21,7 @@ from ttsnap_lib.simulation.plots import (
     search_command,
 )
 from ttsnap_lib.simulation.simulate import curves
+from ttsnap_lib.style import METHOD_LABELS, reward_label
 from ttsnap_lib.tensors.tensor import make_rewards, synthetic_rewards
 
 PRESET = "flux-512+image_reward"
@@ -63,15 +64,40 @@ def test_reward_against_budget(result, monkeypatch):
     assert plots.reward_against_budget(frame, "pickscore", ax=given) is given
     with pytest.raises(ConfigError, match="Name the reward"):
         plots.reward_against_budget(frame)
-    assert len(plots.reward_panels(frame).axes) == 2
 
 
-def test_gain_bars(result):
+def test_gains_stand_under_rewards_at_the_same_budgets(result):
+    figure, frame = plots.reward_panels(result, COST), result.frame()
+    top, _, below, _ = figure.axes[:4]
+    assert below.get_ylabel() == "gain over Best-of-N\nin ImageReward, paired"
+    for ax, column, at in ((top, "mean", 2), (below, "gain", 2)):
+        rows = frame.query("method == 'ttsnap' and reward == 'image_reward'")
+        line = ax.get_lines()[at]
+        assert line.get_xdata() == pytest.approx(result.budgets / COST.total(1))
+        assert np.array_equal(line.get_ydata(), rows[column])
+    assert {text.get_text() for text in top.texts} == {"Best-of-N", "TTSp", "TTSnap", "perfect verifier"}
+
+
+def test_a_perfect_verifier_has_the_best_of_all_seeds(two_methods):
+    cost, dataset = CostModel.load(PRESET), synthetic_rewards(12, 120, 20)
+    found = curves(dataset, ["ttsnap"], [4 * cost.total(1)], cost, PUBLISHED_SCHEDULE, iterations=400, rng=0)
+    drawn = plots.reward_panels(found, cost).axes[0].get_lines()[-1].get_ydata()
+    best = best_of_n(dataset["base"].values[0, :, :, -1], int(found.n[1, 0])).mean()
+    assert drawn == pytest.approx([best], abs=0.02)  # subsets and interpolation
+
+
+def test_gains_are_dots_with_intervals(result):
     gains = result.relative_gains()
-    ax = plots.gain_bars(gains)
-    heights = [bar.get_height() for container in ax.containers if hasattr(container, "patches") for bar in container]
-    assert sorted(heights) == pytest.approx(sorted(gains["relative_gain"]))
-    assert not plots.gain_bars(gains[:0]).containers  # Best-of-N alone
+    ax = plots.gain_dots(gains)
+    shown = {
+        (label.get_text(), round(line.get_xdata()[0], 6))
+        for label, line in zip(ax.get_yticklabels(), ax.get_lines(), strict=False)
+    }
+    assert shown == {
+        (f"{METHOD_LABELS[row.method]}, {reward_label(row.reward)}", round(row.relative_gain, 6))
+        for row in gains.itertuples()
+    }
+    assert not plots.gain_dots(gains[:0]).collections  # Best-of-N alone
 
 
 def test_tau_per_step():
@@ -96,7 +122,7 @@ def test_survivor_funnel():
     assert [bar.get_width() for bar in ax.patches] == [20, 10, 4]
     texts = " ".join(text.get_text() for text in ax.texts)
     assert "keep ratio (alpha) 0.5" in texts and "choose one" in texts
-    assert f"{COST.total(20, SCHEDULE):.4g}" in ax.get_title(loc="left")
+    assert f"20 seeds → 10 → 4 → best  ({COST.total(20, SCHEDULE):.4g}" in ax.get_title(loc="left")
 
 
 def test_the_table_sets_the_methods_side_by_side(two_methods):

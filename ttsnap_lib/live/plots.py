@@ -1,4 +1,4 @@
-"""Pictures of an online run: rows of estimates at each check, pruned ones dimmed, the winner framed."""
+"""Pictures of an online run: rows of estimates at each check, pruned ones crossed, the winner framed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ttsnap_lib.live.record import SearchRecord, SearchResult
 
+_CROSS = "#c03030"  # on any picture
 _PARTS = {"step": "step", "decode": "decode", "preview_decode": "decode, tiny", "verify": "score"}
 
 
@@ -42,15 +43,19 @@ def gallery(record: SearchRecord, *, columns: int = 16) -> Figure:
         for place, candidate in enumerate(shown[:columns]):
             ax = axes[row, place]
             failed = np.isnan(scores[candidate])
-            dropped = failed or record.pruned_at[candidate] == step or (is_final and candidate != record.winner)
-            ax.imshow(record.previews[candidate, step], alpha=0.3 if dropped else 1.0, interpolation="nearest")
+            dropped = failed or record.pruned_at[candidate] == step
+            lost = dropped or (is_final and candidate != record.winner)
+            ax.imshow(record.previews[candidate, step], interpolation="nearest")
             label = "failed" if failed else f"{scores[candidate]:.2f}"
-            ax.set_title(label, fontsize=7, pad=2, color="0.55" if dropped else "black")
-            if candidate == record.winner:
+            ax.set_title(f"#{candidate}  {label}", fontsize=7, pad=2, color="0.45" if lost else "black")
+            if dropped or candidate == record.winner:
                 ax.set_axis_on()
                 ax.set(xticks=[], yticks=[])
                 for spine in ax.spines.values():
-                    spine.set(color=COLORS[1], linewidth=3)
+                    spine.set(color=_CROSS if dropped else COLORS[1], linewidth=1 if dropped else 3)
+            if dropped:
+                height, width = record.previews[candidate, step].shape[:2]
+                ax.plot((-0.5, width - 0.5), (-0.5, height - 0.5), color=_CROSS, linewidth=1)
         what = "clean image" if is_final else f"step {step}"
         more = f"\nbest {columns} shown" if len(shown) > columns else ""
         axes[row, 0].annotate(f"{what}\n{len(shown)} scored{more}", (-0.12, 0.5), xycoords="axes fraction", ha="right",

@@ -164,7 +164,8 @@ def correlation_heatmap(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     side = 1.6 + 0.27 * len(frame)
     ax = axes_or_new(ax, (side + 0.9, side))
     sns.heatmap(
-        frame.to_numpy(), vmin=-1, vmax=1, cmap="vlag", square=True, ax=ax, xticklabels=steps, yticklabels=steps,
+        frame.to_numpy(), vmin=min(0.0, float(frame.to_numpy().min())), vmax=1, cmap="viridis", square=True, ax=ax,
+        xticklabels=steps, yticklabels=steps,
         cbar_kws={"label": "Spearman within a prompt, mean over prompts", "shrink": 0.8},
         annot=len(frame) <= 16, fmt=".2f", annot_kws={"fontsize": 6},
     )  # fmt: skip

@@ -54,14 +54,50 @@ def reward_against_budget(
     return tidy(ax)
 
 
-def reward_panels(frame: pd.DataFrame, *, unit: str = "TFLOPs", title: str | None = None) -> Figure:
-    """Draw :func:`reward_against_budget` for every reward of the frame, side by side, and return the figure."""
+def reward_panels(curves: Curves, cost: CostModel, *, title: str | None = None) -> Figure:
+    """Draw the rewards of all methods against the budget, and under them their gain over Best-of-N, paired.
+
+    A column for each reward. Bands are 95% intervals; above they are mostly differences between prompts, which all methods
+    share. The dotted line is what a perfect verifier would reach with the same seeds: the best of all that were started.
+    """
     import matplotlib.pyplot as plt
 
-    rewards = list(dict.fromkeys(frame["reward"]))
-    figure, axes = plt.subplots(1, len(rewards), figsize=(4.8 * len(rewards), 3.6), layout="constrained", squeeze=False)
-    for reward, ax in zip(rewards, axes[0], strict=True):
-        reward_against_budget(frame, reward, unit=unit, ax=ax)
+    figure, axes = plt.subplots(
+        2, len(curves.rewards), figsize=(5.4 * len(curves.rewards), 5.6), layout="constrained", squeeze=False,
+        sharex=True, height_ratios=(3, 2),
+    )  # fmt: skip
+    frame, images = curves.frame(), curves.budgets / cost.total(1)
+    pruning = [method for method in curves.methods if method != "best_of_n"]
+    for r, (reward, top, below) in enumerate(zip(curves.rewards, *axes, strict=True)):
+        levels, gains = [], []
+        for method in curves.methods:
+            rows = frame[(frame["reward"] == reward) & (frame["method"] == method)]
+            style, name = method_style(method), METHOD_LABELS[method]
+            look = {"color": style["color"], "linewidth": 0}
+            top.fill_between(images, rows["low"], rows["high"], alpha=0.08, **look)
+            top.plot(images, rows["mean"], markersize=4, linewidth=1.6, **style)
+            levels.append((images, rows["mean"].to_numpy(), name, style["color"]))
+            if method == "best_of_n":
+                below.axhline(0, color=style["color"], linestyle="--", linewidth=1)
+                gains.append((images, np.zeros(len(images)), name, style["color"]))
+            else:
+                below.fill_between(images, rows["gain_low"], rows["gain_high"], alpha=0.18, **look)
+                below.plot(images, rows["gain"], markersize=4, linewidth=1.6, **style)
+                gains.append((images, rows["gain"].to_numpy(), name, style["color"]))
+        if pruning and len(curves.ladder_spent):
+            spent = [cost.total(int(n)) for n in curves.n[curves.methods.index(pruning[-1])]]
+            best = np.interp(spent, curves.ladder_spent, curves.ladder[:, r].mean(-1))
+            top.plot(images, best, color="0.3", linestyle=":", linewidth=1.2)
+            levels.append((images, best, "perfect verifier", "0.3"))
+        label = reward_label(reward)
+        top.set_ylabel(f"mean {label} of the chosen image")
+        below.set_ylabel(f"gain over Best-of-N\nin {label}, paired")
+        _in_images(top, curves.budgets, cost)
+        top.set_xlabel("")
+        below.set_xlabel("budget per prompt, in finished images")
+        for ax, lines in ((top, levels), (below, gains)):
+            tidy(ax)
+            _name_lines(ax, lines)
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
@@ -185,30 +221,25 @@ def _name_lines(ax: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray, str, str
                     annotation_clip=False)  # fmt: skip
 
 
-def gain_bars(gains: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def gain_dots(gains: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Draw the relative gain over Best-of-N of each method and reward, as :meth:`Curves.relative_gains` tells them."""
-    ax = axes_or_new(ax, (4.2, 3.2))
-    methods = list(dict.fromkeys(gains["method"]))
-    rewards = list(dict.fromkeys(gains["reward"]))
-    width = 0.8 / max(len(methods), 1)
-    for m, method in enumerate(methods):
-        rows = gains[gains["method"] == method].set_index("reward").reindex(rewards)
-        place = np.arange(len(rewards)) + (m - (len(methods) - 1) / 2) * width
-        error = np.abs(rows[["low", "high"]].to_numpy().T - rows["relative_gain"].to_numpy())
-        color = method_style(method)["color"]
-        ax.bar(place, rows["relative_gain"], width * 0.92, yerr=error, capsize=3, color=color, ecolor="0.25",
-               label=METHOD_LABELS.get(method, method))  # fmt: skip
-        for x, value, low, high in zip(place, rows["relative_gain"], rows["low"], rows["high"], strict=True):
-            above = value >= 0
-            ax.annotate(f"{value:.1f}", (x, np.fmax(value, high) if above else np.fmin(value, low)), (0, 3 if above else -3), fontsize=8,
-                        textcoords="offset points", ha="center", va="bottom" if above else "top")  # fmt: skip
-    ax.axhline(0, color="0.25", linewidth=0.8)
-    ax.margins(y=0.15)
-    ax.set_xticks(range(len(rewards)), [reward_label(name) for name in rewards])
-    ax.set_ylabel("relative gain over Best-of-N (%)")
-    if methods:  # Best-of-N alone gains nothing over itself
-        ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(methods), borderaxespad=0)
-    return tidy(ax)
+    ax = axes_or_new(ax, (5.2, 0.9 + 0.35 * max(len(gains), 1)))
+    rows = np.arange(len(gains))
+    ordered = gains.sort_values("reward", kind="stable", key=lambda names: names.map(list(dict.fromkeys(names)).index))
+    for y, row in zip(rows, ordered.itertuples(), strict=True):
+        style = method_style(row.method)
+        ax.hlines(y, row.low, row.high, color=style["color"], linewidth=1.8)
+        ax.plot(row.relative_gain, y, marker=style["marker"], color=style["color"], markersize=6)
+        ax.annotate(_interval(row.relative_gain, row.low, row.high, ".1f"), (1.02, y), va="center", fontsize=8,
+                    xycoords=("axes fraction", "data"))  # fmt: skip
+    names = ordered["method"].map(METHOD_LABELS)
+    if gains["reward"].nunique() > 1:
+        names = names + ", " + ordered["reward"].map(reward_label)
+    ax.axvline(0, color="0.25", linewidth=0.8)
+    ax.set_yticks(rows, names)
+    ax.set_ylim(max(len(gains), 1) - 0.5, -0.5)
+    ax.set_xlabel("relative gain over Best-of-N (%)")
+    return tidy(ax, "x")
 
 
 def tau_per_step(dataset: xr.Dataset, *, ax: Axes | None = None) -> Axes:
@@ -250,11 +281,14 @@ def survivor_funnel(cost: CostModel, schedule: Schedule, n: int, *, ax: Axes | N
         what = "choose one" if row == len(stages) - 1 else f"keep ratio (alpha) {schedule.keep_ratios[row]:g}"
         ax.annotate(f"{stage.candidates:g}", (0, row), ha="center", va="center", fontsize=9, weight="bold",
                     color="white" if stage.candidates > 0.12 * n else "black")  # fmt: skip
-        ax.annotate(f"{stage.total:.4g} {cost.unit} ({stage.total / total:.0%}), then {what}", (1.02, row),
+        ax.annotate(f"{stage.total / total:.0%} of the compute, then {what}", (1.02, row),
                     xycoords=("axes fraction", "data"), va="center", fontsize=8)  # fmt: skip
-    ax.set_yticks(range(len(stages)), [f"steps {stage.first_step}–{stage.last_step}" for stage in stages])
+    spans = [(stage.first_step, stage.last_step) for stage in stages]
+    names = [f"step {first}" if first == last else f"steps {first}–{last}" for first, last in spans]
+    ax.set_yticks(range(len(stages)), names)
     ax.set(xticks=[], xlim=(-n / 2 * 1.02, n / 2 * 1.02))
-    ax.set_title(f"{n} candidates, {total:.4g} {cost.unit} per prompt", fontsize=10, loc="left")
+    flow = [f"{n} seeds", *(f"{stage.candidates:g}" for stage in stages[1:]), "best"]
+    ax.set_title(f"{' → '.join(flow)}  ({total:.4g} {cost.unit} per prompt)", fontsize=10, loc="left")
     ax.invert_yaxis()
     ax.spines[["top", "right", "bottom", "left"]].set_visible(False)
     ax.tick_params(length=0)
