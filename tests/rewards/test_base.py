@@ -101,6 +101,36 @@ def test_functions_of_tensors(images):
     assert reward.score("x", [images[0], Image.new("RGB", (5, 5))], batch_size=1).shape == (2,)
 
 
+def test_a_function_may_change_what_it_is_given(images):
+    """Pixels normalised in place would be scored so by the next reward, and be the final image of a search."""
+
+    def normalised(prompts, pixels):
+        prompts.clear()
+        return pixels.sub_(0.5).div_(0.5).mean((1, 2, 3))
+
+    def blackened(prompts, pictures):
+        for picture in pictures:
+            picture.paste((0, 0, 0), (0, 0, picture.width, picture.height))
+        prompts.append("x")
+        return range(len(pictures))
+
+    same = images[:1] * 3
+    pixels, before = as_tensor(same), [np.array(image) for image in same]
+    kept = pixels.clone()
+    assert CallableReward(normalised, takes="tensor").score("a", pixels) == pytest.approx(
+        2 * kept.mean((1, 2, 3)).numpy() - 1, abs=1e-6
+    )
+    CallableReward(blackened).score("a", same)
+    assert torch.equal(pixels, kept)
+    assert all(np.array_equal(one, image) for one, image in zip(before, same, strict=True))
+
+
+def test_a_masked_score_is_missing(images):
+    reward = CallableReward(lambda prompts, given: np.ma.masked_array([1.0, 2.0], [False, True]))
+    with pytest.raises(RewardError, match="not finite for image 1"):
+        reward.score("a", images[:2])
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

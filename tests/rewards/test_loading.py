@@ -98,6 +98,9 @@ def test_offline_error_says_what_to_download(tmp_path):
         ("pickscor", {}, "Did you mean 'pickscore'"),
         ("{folder}", {}, "model cannot be loaded"),
         ("{folder}/weights.pt", {}, "does not say which model"),
+        ("{folder}/stops.py", {}, 'Write ".*stops.py:function"'),
+        ("{folder}/stops.py:function", {}, r"cannot be imported \(ZeroDivisionError: division by zero\)"),
+        ("{folder}/torn.py:function", {}, r"cannot be imported \(SyntaxError: "),
         ("{clip}", {"med_config": "x"}, "unknown key"),
         ("no.such.module:function", {}, "cannot be imported"),
         ("math:no_such", {}, "cannot be imported"),
@@ -107,6 +110,8 @@ def test_offline_error_says_what_to_download(tmp_path):
 )
 def test_bad_sources(clip_folder, tmp_path, source, options, message):
     (tmp_path / "weights.pt").write_bytes(b"x")
+    (tmp_path / "stops.py").write_text("1 / 0")
+    (tmp_path / "torn.py").write_text("def function(")
     with pytest.raises((RewardError, ValueError), match=message):
         load_reward(source.format(folder=tmp_path, clip=clip_folder), **options)
 

@@ -199,10 +199,15 @@ def test_a_long_table_in_any_order_with_texts_or_indices(scores):
     assert np.array_equal(made["base"].values[0], scores)
 
 
-@pytest.mark.parametrize("kind", ["npy", "npz", "csv", "tsv", "parquet", "categories"])
+def test_a_masked_score_is_missing(scores):
+    masked = np.ma.masked_array(scores, np.arange(scores.size).reshape(scores.shape) == 7)
+    assert int(from_array(masked)["base"].isnull().sum()) == 1
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "csv", "spreadsheet", "tsv", "parquet", "categories"])
 def test_a_file_of_scores_on_the_command_line(kind, scores, tmp_path, capsys):
     scores[1, 2, 3] = np.nan
-    path = tmp_path / f"scores.{'parquet' if kind == 'categories' else kind}"
+    path = tmp_path / f"scores.{ {'categories': 'parquet', 'spreadsheet': 'csv'}.get(kind, kind) }"
     table = long_table(scores)
     if kind == "npy":
         np.save(path, scores)
@@ -212,6 +217,8 @@ def test_a_file_of_scores_on_the_command_line(kind, scores, tmp_path, capsys):
         table.to_parquet(path)
     elif kind == "categories":
         table.assign(prompt=table["prompt"].map("abc".__getitem__).astype("category")).to_parquet(path)
+    elif kind == "spreadsheet":  # where the comma is the decimal mark
+        table.to_csv(path, sep=";", decimal=",", index=False)
     else:
         table.to_csv(path, sep="\t" if kind == "tsv" else ",", index=False)
     (tmp_path / "prompts.txt").write_text("a\nb\nc\n")

@@ -147,6 +147,22 @@ def test_a_prompt_file_is_not_searched_with_two_lora_scales_in_one_folder(tmp_pa
         search_many(pipe, PROMPT, worlds.brightness, tmp_path, **options)
 
 
+def test_a_prompt_file_is_not_searched_with_two_schedules_of_noise_in_one_folder(tmp_path):
+    pipe = worlds.build("sdxl")
+    options = {"candidates": 2, "settings": SETTINGS}
+    search_many(pipe, PROMPT, worlds.brightness, tmp_path, **options)
+    record = tmp_path / "search.json"
+    known = json.loads(record.read_text())
+    record.write_text(
+        json.dumps({key: value for key, value in known.items() if key not in ("scheduler", "sigmas", "dtype", "vae")})
+    )
+    search_many(pipe, PROMPT, worlds.brightness, tmp_path, **options)  # an older record does not tell
+    record.write_text(json.dumps(known))
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    with pytest.raises(SearchError, match="(?s)scheduler.config.timestep_spacing.*sigmas"):
+        search_many(pipe, PROMPT, worlds.brightness, tmp_path, **options)
+
+
 # Quantized weights
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -102,6 +103,17 @@ def test_the_column_of_prompts_can_be_named(tmp_path):
 def test_what_separates_the_columns_is_told_by_the_first_line(tmp_path, name, content, prompts):
     (tmp_path / name).write_bytes(content)
     assert read_prompts(tmp_path / name) == prompts
+
+
+def test_a_csv_without_a_header_is_told(tmp_path):
+    """Its first prompt cannot be told from the name of a column."""
+    (tmp_path / "set.csv").write_text("a cat\na dog\n")
+    with pytest.warns(UserWarning, match=r"first line, \['a cat'\], is taken for names"):
+        assert read_prompts(tmp_path / "set.csv") == ["a dog"]
+
+
+def test_texts_of_numpy_are_plain_texts():
+    assert [type(prompt) for prompt in read_prompts(np.array(["a", "b"]))] == [str, str]
 
 
 def test_dictionary_encoded_parquet_and_a_frame(tmp_path):

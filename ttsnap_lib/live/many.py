@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ttsnap_lib.checks import choice
 from ttsnap_lib.costs import CostModel
-from ttsnap_lib.diffusion.denoise import as_settings
+from ttsnap_lib.diffusion.denoise import Denoiser, as_settings
 from ttsnap_lib.diffusion.pipelines import load_decoder, tell_outside
 from ttsnap_lib.errors import SearchError
 from ttsnap_lib.files import (
@@ -30,7 +30,13 @@ from ttsnap_lib.live.record import SearchResult
 from ttsnap_lib.live.run import Searcher
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.simulation.metrics import Estimate
-from ttsnap_lib.trajectories.identity import decoder_digest, embeds_digests, run_time_changes, weights_digest
+from ttsnap_lib.trajectories.identity import (
+    decoder_digest,
+    embeds_digests,
+    identity_of,
+    run_time_changes,
+    vae_scaling,
+)
 from ttsnap_lib.trajectories.prompts import read_prompts
 
 if TYPE_CHECKING:
@@ -140,7 +146,7 @@ def search_many(
         with shard_lock(Path(folder), (index, of)) as held:
             # By seconds by batch, batch_size and together decide what a budget buys.
             decided = {} if searcher.cost is None or searcher.cost.batch_size is None else {"candidates": searcher.n}
-            _claim(Path(folder), _identity(pipeline, rewards, {**options, **decided}))
+            _claim(Path(folder), _identity(searcher.denoiser, rewards, {**options, **decided}))
         with held:
             try:
                 work()
@@ -206,15 +212,18 @@ def compare(
     return pd.DataFrame(rows)
 
 
-def _identity(pipeline: Any, rewards: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(denoiser: Denoiser, rewards: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides the results, as plain values: models by their weights, options by their content."""
+    pipeline, known = denoiser.pipeline, identity_of(denoiser)
     plain = {key: value for key, value in options.items() if key not in _NOT_IDENTITY}
     if isinstance(plain.get("cost"), str | Path):
         plain["cost"] = CostModel.load(plain["cost"])
     plain = {key: value.to_dict() if hasattr(value, "to_dict") else value for key, value in plain.items()}
     return {
         **plain,
-        "pipeline": [type(pipeline).__name__, type(pipeline.scheduler).__name__, weights_digest(pipeline)],
+        "pipeline": [type(pipeline).__name__, type(pipeline.scheduler).__name__, known["weights"]],
+        **{key: known[key] for key in ("scheduler", "sigmas", "dtype")},
+        "vae": vae_scaling(pipeline.vae),
         **run_time_changes(pipeline),
         "decoder": decoder_digest(options["decoder"]),
         "rewards": {one.name: one.fingerprint() for one in rewards},
@@ -232,4 +241,7 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
         write_json(path, plain)
     else:
         before = read_json(path, "record of an earlier search", error=SearchError, remedy=remedy)
+        before = {
+            key: plain[key] for key in ("scheduler", "sigmas", "dtype", "vae")
+        } | before  # an older one lacks them
         refuse_other(folder, before, plain, SearchError, remedy)

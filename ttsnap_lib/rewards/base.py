@@ -27,7 +27,7 @@ from ttsnap_lib.checks import (
     memory_errors,
 )
 from ttsnap_lib.errors import CheckpointError, RewardError
-from ttsnap_lib.files import failures_as
+from ttsnap_lib.files import failures_as, reason
 from ttsnap_lib.rewards.checkpoints import StepSeries, sampled_digest
 from ttsnap_lib.rewards.pictures import as_rgb, open_picture
 from ttsnap_lib.rewards.pixels import Preprocessing
@@ -337,7 +337,9 @@ class CallableReward(Reward):
         self.takes = choice("takes", takes, ("pil", "tensor"), error=RewardError)
 
     def _score_batch(self, prompts: list[str], images: Any, *, ready: bool = False) -> np.ndarray:
-        scores = self.function(prompts, self._as_tensor(images) if self.takes == "tensor" else self._as_pil(images))
+        # Copies, all of it: a function may change what it is given, such as normalise pixels in place.
+        given = self._as_tensor(images) if self.takes == "tensor" else self._as_pil(images)
+        scores = self.function(list(prompts), given)
         try:
             scores = np.asarray(_plain(scores), dtype=np.float32)
         except (TypeError, ValueError) as error:
@@ -350,11 +352,11 @@ class CallableReward(Reward):
     def _as_pil(self, images: Any) -> list[Image.Image]:
         if isinstance(images, torch.Tensor):
             return [Image.fromarray(array) for array in as_bytes(check_tensor(images)).cpu().numpy()]
-        return [open_image(image) for image in images]
+        return [open_image(image).copy() for image in images]
 
     def _as_tensor(self, images: Any) -> torch.Tensor:
         if isinstance(images, torch.Tensor):
-            return check_tensor(images).to(self.device)
+            return check_tensor(images).to(self.device, copy=True)
         arrays = [np.array(open_image(image)) for image in images]
         if len({array.shape for array in arrays}) > 1:
             raise RewardError(
@@ -365,9 +367,11 @@ class CallableReward(Reward):
 
 
 def _plain(scores: Any) -> Any:
-    """Return scores without tensors: numpy takes none from another device, in bfloat16 or with gradients."""
+    """Return scores without tensors (numpy takes none from another device, in bfloat16 or with gradients) and masks."""
     if isinstance(scores, torch.Tensor):
         return scores.detach().float().cpu().numpy()
+    if isinstance(scores, np.ma.MaskedArray):
+        return np.ma.filled(scores.astype(float), np.nan)
     return [_plain(one) for one in scores] if isinstance(scores, list | tuple) else scores
 
 
@@ -381,9 +385,9 @@ def import_function(source: str) -> Callable[[Sequence[str], Any], Any]:
         found: Any = _file_module(Path(module)) if module.endswith(".py") else _module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError, OSError) as error:
+    except Exception as error:  # the file is anyone's
         raise RewardError(
-            f'reward function cannot be imported ({error}): got {source!r}, expected "package.module:function" or '
+            f'reward function cannot be imported ({reason(error)}): got {source!r}, expected "package.module:function" or '
             '"./file.py:function". Check the name; the module has to be importable from here.'
         ) from error
     return found

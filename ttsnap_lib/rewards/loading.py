@@ -128,6 +128,10 @@ def _named(source: str, name: str, options: dict[str, Any]) -> Reward:
 
 def _clip(source: str, name: str | None, options: dict[str, Any]) -> Reward:
     path = Path(source)
+    if path.suffix == ".py":
+        raise RewardError(
+            f'reward: got {source!r}, a file of Python, expected the function in it as well. Write "{source}:function".'
+        )
     if path.is_file():
         raise RewardError(
             f"a weights file alone does not say which model it belongs to: got {source!r}, expected the reward's "

@@ -297,9 +297,13 @@ def import_rewards(
         elif ending == ".parquet":
             scores = pd.read_parquet(content)
         else:
-            separator = "\t" if b"\t" in content.getvalue().partition(b"\n")[0] else ","
+            header = content.getvalue().partition(b"\n")[0]
+            separator = "\t" if b"\t" in header else ";" if b";" in header and b"," not in header else ","
             # "None" is a text, and 17 may be one; an empty score is missing. A prompt of digits is an index.
             kinds = {"dtype": {"prompt": str}, "keep_default_na": False, "float_precision": "round_trip"}
+            kinds["decimal"] = (
+                "," if separator == ";" else "."
+            )  # as spreadsheets write where the comma is the decimal mark
             missing = {"reward": ["", "nan", "NaN"], "noise_aware": ["", "nan", "NaN"]}
             with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # more cells than names
                 scores = pd.read_csv(content, sep=separator, na_values=missing, index_col=False, **kinds)
@@ -316,6 +320,8 @@ def _axes(what: str, values: Any) -> np.ndarray:
     """Return scores as float32 (prompt, image, step); named axes are brought into this order."""
     if set(getattr(values, "dims", ())) == set(DIMS[1:]):
         values = values.transpose(*DIMS[1:])
+    if isinstance(values, np.ma.MaskedArray):
+        values = np.ma.filled(values.astype(float), np.nan)
     array = _float32(what, values)
     if array.ndim != 3 or 0 in array.shape:
         raise TensorError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def check_prompts(prompts: Sequence[Any], name: str = "prompts") -> list[str]:
                 f"{name}: prompt {index}: got {shown(prompt)}, expected text that is not blank, in Unicode. Fill it in. "
                 "It is not skipped, because the position is the prompt's id."
             )
-    return prompts
+    return [str(prompt) for prompt in prompts]  # numpy has texts of its own, which YAML cannot write
 
 
 def _pocket(name: str) -> Pairs:
@@ -140,7 +141,14 @@ def _file(path: Path, column: str | None) -> Pairs:
             return [(line, {}) for line in lines]
         separator = "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
         columns, *rows = _rows(words, separator) or [[]]
-        return _table(path, columns, rows, column)
+        pairs = _table(path, columns, rows, column)
+    if column is None and not _named(columns, None):
+        warnings.warn(
+            f"{path}: the first line, {shown(columns)}, is taken for names of columns and not for a prompt. If it is one, "
+            "put a line with the word prompt above it, or save the file as .txt with one prompt a line.",
+            stacklevel=2,
+        )
+    return pairs
 
 
 def _rows(words: str, separator: str) -> list[list[str]]:
