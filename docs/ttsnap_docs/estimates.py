@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel
+from ttsnap_lib.costs import PRESETS
 from ttsnap_lib.trajectories.layout import RAW_SHARE
 
 __all__ = ["CARDS", "UTILISATION", "WEIGHTS", "Recording", "hours", "table"]
@@ -61,7 +62,7 @@ def hours(tflops: float, card: str) -> float:
 
 
 def table(name: str) -> str:
-    """Return one table as Markdown: ``recording``, ``search``, ``finetune``, ``large``, ``weights`` or ``accounting``."""
+    """Return one table as Markdown: ``recording``, ``search``, ``finetune``, ``large``, ``families``, ``weights`` or ``accounting``."""
     return _TABLES[name]()
 
 
@@ -107,6 +108,20 @@ def _large() -> str:
     return _markdown(head, rows)
 
 
+def _families() -> str:
+    rows = []
+    for name, cost in PRESETS.items():
+        model, _, reward = name.partition("+")
+        if reward != "image_reward" or "-tiny" in model:
+            continue
+        family, _, size = model.rpartition("-")
+        tiny = PRESETS.get(f"{model}-tiny+image_reward")
+        tiny_decode = "" if tiny is None or tiny.preview_decode is None else f"{tiny.preview_decode:g}"
+        rows.append([family, size, f"{cost.step:g}", f"{cost.decode:g}", tiny_decode, f"{cost.per_prompt:g}" if cost.per_prompt else "",
+                     f"{cost.total(1) - cost.per_prompt:,.0f}"])  # fmt: skip
+    return _markdown(["TFLOPs", "px", "step", "decode", "tiny decode", "text of a prompt", "image of 20 steps"], rows)
+
+
 def _weights() -> str:
     rows = []
     for model, parts in WEIGHTS.items():
@@ -141,7 +156,7 @@ def _accounting() -> str:
     return _markdown(head, rows)
 
 
-_TABLES = {"recording": _recording, "search": _search, "finetune": _finetune, "large": _large, "weights": _weights,
+_TABLES = {"recording": _recording, "search": _search, "finetune": _finetune, "large": _large, "families": _families, "weights": _weights,
            "accounting": _accounting}  # fmt: skip
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 
 from tests import worlds
-from tests.families import FAMILIES
+from tests.families import FAMILIES, _vae
 from tests.worlds import CAPTIONS, RELATIVE, STEPS, generators, in_parts, same_to, settings
 from ttsnap_lib.diffusion.denoise import Conditioning, Denoiser
 from ttsnap_lib.diffusion.families import ADAPTERS
@@ -188,3 +189,43 @@ def test_a_negative_text_is_taken_where_the_call_has_no_argument_for_it():
         for text in (None, "the blue square")
     )
     assert not torch.equal(plain, other)
+
+
+# Pipelines as their users change them
+
+
+def tiles(pipeline: Any) -> None:
+    pipeline.vae.enable_tiling()
+    pipeline.vae.tile_sample_min_size, pipeline.vae.tile_latent_min_size = 16, 4
+
+
+USERS = {
+    "tiles": ("sdxl", tiles, {}),
+    "slices": ("flux", lambda pipeline: pipeline.vae.enable_slicing(), {}),
+    "attention processors": ("sdxl", lambda pipeline: pipeline.unet.set_attn_processor(AttnProcessor()), {}),
+    "another VAE": ("flux", lambda pipeline: setattr(pipeline, "vae", _vae(scaling_factor=0.9, norm_num_groups=4)), {}),
+    "four steps of schnell": ("schnell", lambda pipeline: None, {"num_inference_steps": 4, "guidance_scale": 0.0}),
+    "four steps of SDXL Lightning": (
+        "sdxl",
+        lambda pipeline: pipeline.scheduler.register_to_config(timestep_spacing="trailing"),
+        {"num_inference_steps": 4, "guidance_scale": 0.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", USERS)
+def test_pipelines_as_their_users_change_them(name):
+    kind, change, call = USERS[name]
+    pipeline, family = FAMILIES[kind].build(), FAMILIES[kind]
+    pipeline.set_progress_bar_config(disable=True)
+    before = family.stock(pipeline, "pt", guided=False, **call)
+    change(pipeline)
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    expected = family.stock(pipeline, "pt", guided=False, **call)
+    if name not in ("slices", "attention processors", "four steps of schnell"):  # these change no more than rounding
+        assert not torch.equal(before, expected)
+    steps, given = call.get("num_inference_steps", STEPS), ours(kind, guided=False)
+    given |= {"n_steps": steps} | ({"guidance": 0.0} if call else {})
+    denoiser = Denoiser(pipeline, settings(**given))
+    candidates, _ = in_parts(denoiser, (1, steps - 1))
+    assert torch.equal(denoiser.final(candidates), expected.float())
