@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
+from ttsnap_lib.checks import choice
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -46,6 +48,20 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
     import matplotlib.pyplot as plt
 
     return plt.subplots(figsize=size, layout="constrained")[1]
+
+
+@contextlib.contextmanager
+def paper_style(width: str = "column") -> Iterator[None]:
+    """Return a context for the figures of a paper: as wide as a ``"column"`` or the ``"page"``, small type, text as text.
+
+    Inside, draw into axes of your own: ``figure, ax = plt.subplots(layout="constrained")``, ``speed_up(..., ax=ax)``.
+    """
+    import matplotlib.pyplot as plt
+
+    inches = {"column": 3.3, "page": 6.8}[choice("width", width, ("column", "page"))]
+    small = dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 7)
+    with plt.rc_context({"figure.figsize": (inches, 2.4), "font.size": 8, "pdf.fonttype": 42, **small}):
+        yield
 
 
 def tidy(ax: Axes, grid: Literal["x", "y"] = "y") -> Axes:

@@ -109,6 +109,18 @@ def test_tau_per_step():
     assert ax.get_lines()[1].get_xdata().tolist() == [0, 3, 7]
 
 
+def test_a_paper_gets_narrow_figures_and_a_latex_table(two_methods):
+    gains = two_methods.relative_gains()
+    lines = plots.gains_latex(gains).splitlines()
+    row = gains.query("reward == 'pickscore'").iloc[0]
+    assert lines[0] == r"\begin{tabular}{lr}" and lines[2] == r"reward & TTSnap \\"
+    assert lines[5] == rf"PickScore & {row['relative_gain']:.1f} [{row['low']:.1f}, {row['high']:.1f}] \\"
+    with plots.paper_style("column"):
+        figure, ax = plt.subplots(layout="constrained")
+        plots.speed_up(two_methods, CostModel.load(PRESET), "image_reward", ax=ax)
+    assert figure.get_figwidth() == 3.3 and ax.texts[0].get_fontsize() < 7 < plt.rcParams["font.size"]
+
+
 def test_steps_without_noise_aware_scores_are_grey():
     dataset = synthetic_rewards(5, 20, 8)
     source = np.array([["finetuned"] * 3 + ["copied_from_base"] * 5])
