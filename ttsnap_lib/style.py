@@ -59,7 +59,7 @@ def paper_style(width: str = "column") -> Iterator[None]:
     import matplotlib.pyplot as plt
 
     inches = {"column": 3.3, "page": 6.8}[choice("width", width, ("column", "page"))]
-    small = dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 7)
+    small: dict[Any, Any] = dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 7)
     with plt.rc_context({"figure.figsize": (inches, 2.4), "font.size": 8, "pdf.fonttype": 42, **small}):
         yield
 

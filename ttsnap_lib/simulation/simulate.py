@@ -443,7 +443,7 @@ def as_published(dataset: xr.Dataset, methods: Sequence[str] = ("ttsp", "ttsnap"
     """
     import pandas as pd
 
-    cost, budgets = CostModel.preset("published"), np.arange(400, 4001, 200)
+    cost, budgets = CostModel.preset("published"), range(400, 4001, 200)
     found = [
         curves(dataset.sel(reward=[name]), methods, budgets, cost, PUBLISHED_SCHEDULE, rng=0, reach=False)
         for name in dataset["reward"].values
