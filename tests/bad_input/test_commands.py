@@ -64,7 +64,6 @@ REFUSED = [
     ("import-checkpoints none --reward pikscore --out c", "pickscore"),
 ]
 USAGE = [
-    ("", "COMMAND"),
     ("scor t", "scor"),
     ("score t --on-error maybe", "maybe"),
     ("score t --rewad pickscore", "--rewad"),
@@ -94,7 +93,7 @@ def test_refused_in_one_line(line, names, place, capsys):
     assert not any(one.startswith("Traceback") for one in said)
 
 
-@pytest.mark.parametrize(("line", "names"), USAGE, ids=[line or "nothing" for line, _ in USAGE])
+@pytest.mark.parametrize(("line", "names"), USAGE, ids=[line for line, _ in USAGE])
 def test_usage(line, names, place, capsys):
     with pytest.raises(SystemExit) as end:
         main(shlex.split(line))

@@ -224,7 +224,8 @@ def test_the_notebook_answers_for_a_tensor_without_noise_aware_rewards(tmp_path,
         "trials": "20",
     }
     assert main(["run", "simulate", *(word for key, value in given.items() for word in ("-p", key, value))]) == 0
-    optimize, search = capsys.readouterr().out.strip().splitlines()[-4:-1:2]
+    lines = capsys.readouterr().out.splitlines()
+    optimize, search = (next(line for line in lines if f"ttsnap {word} " in line) for word in ("optimize", "search"))
     assert "--method ttsp" in optimize and "--adapters" not in search
     assert next((tmp_path / "runs" / "simulate").glob("*/schedules.csv"))
 

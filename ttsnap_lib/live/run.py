@@ -37,7 +37,6 @@ from ttsnap_lib.live.record import SearchRecord, SearchResult, StageRecord
 from ttsnap_lib.provenance import versions
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.schedule import Schedule, choose, kept, selecting_rewards
-from ttsnap_lib.trajectories.identity import embeds_digests
 
 if TYPE_CHECKING:
     from ttsnap_lib.diffusion.negtome import NegToMe
@@ -257,8 +256,11 @@ class Searcher:
         self.deadline = None if self.deadline_s is None else begin + self.deadline_s * len(prompts)
         self.take, self.lap_from, self.told_s, self.done = take, begin, 0.0, 0
         self.work = [_Prompt(self._record(index, prompts), self.selecting, np.arange(self.n)) for index in prompts]
-        for work, told in zip(self.work, embeds_digests(given), strict=False):
-            work.record.facts["prompt_embeds"] = told
+        if given is not None:
+            from ttsnap_lib.trajectories.identity import embeds_digests  # a search by words needs no folders
+
+            for work, told in zip(self.work, embeds_digests(given), strict=True):
+                work.record.facts["prompt_embeds"] = told
         steps = np.diff([-1, *self.checks])
         self.forwards = len(prompts) * int(np.dot(self.schedule.survivors(self.n), steps))  # of candidates, in all
         self.estimate: tuple[np.ndarray, torch.Tensor] | None = None  # what the batch at work looks like, and its rows
