@@ -9,6 +9,7 @@ import yaml
 
 from tests.finetuning.test_weights import write_checkpoints
 from tests.worlds import SMALL_CURRICULUM, make_bank, save_clip
+from ttsnap_lib import CostModel, Schedule
 from ttsnap_lib.__main__ import main
 from ttsnap_lib.errors import CheckpointError, CurriculumError
 from ttsnap_lib.finetuning.config import load_config
@@ -16,14 +17,18 @@ from ttsnap_lib.finetuning.data import ImageBank, open_images, score_step, with_
 from ttsnap_lib.finetuning.report import (
     LiveCurves,
     compare_at_steps,
+    gain_by_budget,
     gain_by_step,
     loss_curves,
     losses_table,
     metrics_table,
+    recorded,
     tau_by_step,
+    verdict,
 )
 from ttsnap_lib.finetuning.train import finetune
 from ttsnap_lib.rewards.loading import load_reward
+from ttsnap_lib.simulation.simulate import curves
 
 pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 
@@ -111,7 +116,39 @@ def test_figures_show_the_tables(run, compared):
     assert set(lines) == {"base reward", "before this step", "noise-aware"}
     np.testing.assert_array_equal(lines["noise-aware"].get_xdata(), [0, 2])
     np.testing.assert_allclose(lines["noise-aware"].get_ydata(), table.sort_values("step")["after_tau"])
-    np.testing.assert_allclose(gain_by_step(compared[0]).lines[1].get_ydata(), compared[0]["gain"])
+    ax = gain_by_step({"this run": compared[0], "another": compared[0]})
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), compared[0].sort_values("step")["gain"])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["this run", "another"]
+
+
+def test_the_verdict_counts_steps_whose_interval_leaves_out_zero():
+    table = pd.DataFrame({
+        "step": [2, 0, 4], "gain": [0.05, -0.02, 0.01], "gain_low": [0.02, -0.03, -0.01], "gain_high": [0.08, -0.01, 0.03]
+    })  # fmt: skip
+    told = verdict(table)
+    assert "better than the base reward at 1 of 3 steps, worse at 1" in told
+    assert told.index("step 0: -0.020 [-0.030, -0.010]") < told.index("step 2: +0.050 [+0.020, +0.080]")
+
+
+def test_recorded_rewards_are_what_the_reward_says_and_can_be_simulated(run, clip):
+    held = make_bank(seed=1)
+    reward = load_reward(clip, adapters=run, device="cpu")
+    targets = score_step(reward, held, held.n_steps - 1)
+    tensor = recorded(reward, held, targets, [1, 0])
+    assert list(tensor["step"]) == [0, 1, held.n_steps - 1] and tensor.sizes["image"] == held.n_images
+    assert tensor["noise_aware_source"].values[0].tolist() == ["finetuned", "copied_from_base", "copied_from_base"]
+    np.testing.assert_array_equal(tensor["base"].values[0, :, :, -1], targets)
+    with reward.at(0):
+        np.testing.assert_array_equal(tensor["noise_aware"].values[0, :, :, 0], score_step(reward, held, 0))
+    np.testing.assert_array_equal(tensor["noise_aware"].values[..., 1], tensor["base"].values[..., 1])
+    cost = CostModel(step=1, verify=0.1, n_steps=held.n_steps)
+    budgets = [1.2 * cost.total(1), 1.6 * cost.total(1), 2 * cost.total(1)]
+    found = curves(tensor, ["ttsp", "ttsnap"], budgets, cost, Schedule((0,), (0.5,)), iterations=20, rng=0)
+    ax = gain_by_budget({"this run": found, "shipped": found}, cost)
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["base reward (TTSp)", "this run", "shipped"]
+    frame = found.frame()
+    np.testing.assert_allclose(ax.lines[2].get_ydata(), frame.loc[frame["method"] == "ttsnap", "gain"])
 
 
 def test_curves_are_drawn_while_it_trains(clip, run, tmp_path, capsys):

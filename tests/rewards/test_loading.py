@@ -127,6 +127,7 @@ def test_nothing_imports_the_packages_before_they_are_needed():
 
 def test_noise_aware_weights_by_name(tmp_path):
     assert find_adapters("", "pocket-flux") is None and find_adapters("pocket", "some/model") is None
+    assert find_adapters("pocket", str(tmp_path)) is None  # a pipeline's folder is no folder of adapters
     assert find_adapters(str(tmp_path)) == tmp_path
     with pytest.raises(CheckpointError, match="nowhere"):
         find_adapters("nowhere", "pocket-flux")

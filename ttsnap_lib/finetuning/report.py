@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,16 @@ from ttsnap_lib.rewards.base import Reward
 from ttsnap_lib.rewards.checkpoints import read_curriculum
 from ttsnap_lib.simulation.metrics import Estimate, kendall_tau, top_select
 from ttsnap_lib.style import axes_or_new, tidy
+from ttsnap_lib.tensors.tensor import COPIED, FINETUNED, make_rewards
 
 if TYPE_CHECKING:
     import pandas as pd
+    import xarray as xr
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from ttsnap_lib.costs import CostModel
+    from ttsnap_lib.simulation.simulate import Curves
 
 
 TABLES = ("metrics.csv", "metrics.parquet", "losses.csv", "losses.parquet")
@@ -186,17 +191,76 @@ def tau_by_step(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return tidy(ax)
 
 
-def gain_by_step(comparison: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the gain in tau on fresh prompts with its interval, of :func:`compare_at_steps`; return the axes."""
-    ax = axes_or_new(ax, (5.2, 3.0))
-    ax.axhline(0, color="0.25", linewidth=0.8)
-    ax.fill_between(
-        comparison["step"], comparison["gain_low"], comparison["gain_high"], color="C0", alpha=0.2, linewidth=0
+def verdict(comparison: pd.DataFrame) -> str:
+    """Return in a sentence what a comparison of :func:`compare_at_steps` says."""
+    rows = comparison.sort_values("step")
+    better, worse = rows[rows["gain_low"] > 0], rows[rows["gain_high"] < 0]
+    told = "; ".join(
+        f"step {row.step}: {row.gain:+.3f} [{row.gain_low:+.3f}, {row.gain_high:+.3f}]" for row in rows.itertuples()
     )
-    ax.plot(comparison["step"], comparison["gain"], color="C0", marker="o", markersize=4, linewidth=1.5)
+    said = f"The noise-aware reward ranks held-out images better than the base reward at {len(better)} of {len(rows)} steps"
+    said += f", worse at {len(worse)}" if len(worse) else ""
+    return f"{said} (difference in Kendall tau; where the interval includes 0 it may be chance): {told}."
+
+
+def recorded(reward: Reward, images: Images, targets: np.ndarray, steps: Sequence[int]) -> xr.Dataset:
+    """Return the reward tensor of pictures at `steps` and of the clean images, for a simulation.
+
+    Steps of which the series of `reward` has no weights are copies of the base reward, as in any tensor. `targets`
+    (prompt, image) are the base rewards of the clean images.
+    """
+    steps = sorted(steps)
+    base: list[np.ndarray] = []
+    aware: list[np.ndarray] = []
+    for step in steps:
+        with reward.at(None):
+            base.append(score_step(reward, images, step))
+        aware.append(base[-1])
+        if step in reward.adapter_steps:
+            with reward.at(step):
+                aware[-1] = score_step(reward, images, step)
+    sources = [FINETUNED if step in reward.adapter_steps else COPIED for step in steps]
+    return make_rewards(
+        np.stack([*base, targets], -1)[None],
+        np.stack([*aware, targets], -1)[None],
+        rewards=[reward.name],
+        prompt_text=images.prompts,
+        steps=[*steps, images.n_steps - 1],
+        noise_aware_source=np.array([[*sources, COPIED]]),
+    )
+
+
+def gain_by_step(comparisons: Mapping[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
+    """Draw the gain in tau on fresh prompts with its interval, of :func:`compare_at_steps`, by name; return the axes."""
+    ax = axes_or_new(ax, (5.2, 3.0))
+    tables = {name: table.sort_values("step") for name, table in comparisons.items()}
+    _bands(ax, {name: [table[c] for c in ("step", "gain", "gain_low", "gain_high")] for name, table in tables.items()})
     ax.set(xlabel="denoising step", ylabel="gain in Kendall tau")
     ax.locator_params(axis="x", integer=True)
     return tidy(ax)
+
+
+def gain_by_budget(curves: Mapping[str, Curves], cost: CostModel, *, ax: Axes | None = None) -> Axes:
+    """Draw what series of weights, by name, gain over Best-of-N at equal budget, and the base reward; return the axes."""
+    ax = axes_or_new(ax, (5.2, 3.2))
+    lines: dict[str, Any] = {}
+    for name, one in curves.items():
+        frame = one.frame()
+        for label, method in (("base reward (TTSp)", "ttsp"), (name, "ttsnap")):
+            rows = frame[frame["method"] == method]
+            lines[label] = [rows["budget"] / cost.total(1), *(rows[c] for c in ("gain", "gain_low", "gain_high"))]
+    _bands(ax, lines)
+    ax.set(xlabel="budget per prompt, in finished images", ylabel="gain over Best-of-N")
+    return tidy(ax)
+
+
+def _bands(ax: Axes, lines: Mapping[str, Sequence[Any]]) -> None:
+    ax.axhline(0, color="0.25", linewidth=0.8)
+    for k, (name, (x, middle, low, high)) in enumerate(lines.items()):
+        ax.fill_between(x, low, high, color=f"C{k}", alpha=0.15, linewidth=0)
+        ax.plot(x, middle, color=f"C{k}", marker="os^D"[k % 4], markersize=4, linewidth=1.5, label=name)
+    if len(lines) > 1:
+        ax.legend(frameon=False, fontsize=9)
 
 
 class LiveCurves:

@@ -163,12 +163,13 @@ def find_adapters(source: str | Path | None, model: str = "") -> Path | None:
     """
     if not source:
         return None
-    shipped = pocket_folder("pocket-clip").with_name("pocket-clip-noise-aware") / str(model).removeprefix("pocket-")
-    folder = shipped if str(source) == "pocket" else Path(source)
+    if str(source) == "pocket":
+        name = str(model).removeprefix("pocket-")  # of another model it may be a path
+        shipped = pocket_folder("pocket-clip").with_name("pocket-clip-noise-aware") / Path(name).name
+        return shipped if Path(name).name == name and shipped.is_dir() else None
+    folder = Path(source)
     if folder.is_dir():
         return folder
-    if str(source) == "pocket":
-        return None
     raise CheckpointError(
         f"noise-aware weights: got {source}, expected a run folder of ttsnap finetune. Check the path."
     )
