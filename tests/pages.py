@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,7 @@ def make_world(folder: Path, page: Path) -> dict[str, str]:
     grid = next(
         (code for source in (page, ROOT / "README.md") for language, code in blocks(source) if language == "yaml")
     )
+    shutil.copy(ROOT / "tests" / "cases" / "reward" / "my_reward.py", folder)
     (folder / "grid.yaml").write_text(grid.replace("TENSOR", "tensor.zarr"))
     rng = np.random.default_rng(0)
     numbers = (2, 3) if "PICTURES" in page.read_text("utf-8") else ()

@@ -20,7 +20,8 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 
 
 @pytest.mark.parametrize("page, code", PYTHON, ids=[name_of(page) for page, _ in PYTHON])
-def test_python_blocks_run(page, code, capsys):
+def test_python_blocks_run(page, code, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, str(page), "exec"), {})  # noqa: S102 - our own page
     assert capsys.readouterr().out
 

@@ -53,6 +53,17 @@ def test_scoring_leaves_training_mode_as_it_was(reward, images):
     assert reward.module.training and not reward.module.vision_model.training
 
 
+def test_a_function_that_takes_images_first_is_told_and_other_names_are_taken(images):
+    def brightness(images, prompts):
+        return [0.0] * len(images)
+
+    with pytest.raises(RewardError, match=r"brightness\(images, prompts\).*Swap its arguments"):
+        load_reward(brightness)
+    wrapped = load_reward(lambda prompts, images: brightness(images, prompts), name="wrapped")
+    assert wrapped.score("a", images).tolist() == [0.0] * len(images)
+    assert load_reward(lambda a, b: [1.0] * len(b), name="other").score("a", images[:1]).tolist() == [1.0]
+
+
 def test_bad_inputs(reward, images):
     with pytest.raises(RewardError, match="2 prompts, 7 images"):
         reward.score(PROMPTS[:2], images)

@@ -145,7 +145,8 @@ def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that :func:`given_rewards` reads."""
     parser.add_argument(
         "--reward", action="append", default=[], metavar="[NAME=]SOURCE",
-        help="image_reward, pickscore, hpsv2, hpsv2.1, clipscore, pocket-clip, a folder, a hub id, or module:function; "
+        help="image_reward, pickscore, hpsv2, hpsv2.1, clipscore, pocket-clip, a folder, a hub id, or your own function as "
+        "module:function or ./file.py:function, def reward(prompts: list[str], images: list[Image]) -> list[float]; "
         "several are scored in one pass (default: pocket-clip)",
     )  # fmt: skip
     parser.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
 from collections import OrderedDict
@@ -331,6 +332,7 @@ class CallableReward(Reward):
     ) -> None:
         if not callable(function):
             raise RewardError(f"reward function: got {function!r}, expected a callable. Pass a function.")
+        _refuse_swapped(function)
         name = str(name or getattr(function, "__name__", type(function).__name__))
         super().__init__(name, device=device or "cpu", batch_size=batch_size)
         self.function = function
@@ -364,6 +366,20 @@ class CallableReward(Reward):
                 'batch. Use takes="pil" or batch_size=1.'
             )
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.device, torch.float32) / 255
+
+
+def _refuse_swapped(function: Callable) -> None:
+    """Refuse a function whose arguments are named images and prompts, in this order: it would get each for the other."""
+    try:
+        first, second = [name.lower().rstrip("s") for name in inspect.signature(function).parameters][:2]
+    except (TypeError, ValueError):  # no signature, or other than two arguments: calling it will tell
+        return
+    if first in ("image", "img", "picture", "pixel") and second in ("prompt", "text", "caption"):
+        raise RewardError(
+            f"reward function: got {getattr(function, '__name__', function)}({first}s, {second}s), expected prompts before "
+            "images: def reward(prompts: list[str], images: list[Image]) -> list[float]. Swap its arguments, or wrap it: "
+            "lambda prompts, images: reward(images, prompts)."
+        )
 
 
 def _plain(scores: Any) -> Any:
