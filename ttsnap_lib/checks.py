@@ -211,6 +211,24 @@ def memory_errors(n: int, *, doing: str = "", remedy: str) -> Iterator[None]:
         raise DeviceError(f"out of memory with {n} images at once{doing}. {remedy}") from error
 
 
+def or_eager(
+    compiled: Callable[..., Any], eager: Callable[..., Any], failed: Callable[[str], None]
+) -> Callable[..., Any]:
+    """Return a function that runs `compiled`; where torch cannot compile, it tells `failed` why and runs `eager`."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            cause = getattr(error, "inner_exception", error)
+            why = f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')[:200]}"
+        failed(why)  # outside the except block, whose traceback keeps the tensors alive
+        return eager(*args, **kwargs)
+
+    return call
+
+
 FINITE_VAE = (
     "Decode with the VAE in fp32 (pipeline.vae.float()), or with one that is fixed for fp16, such as "
     "madebyollin/sdxl-vae-fp16-fix; when the latents are not finite either, load the pipeline in bf16 or fp32."

@@ -105,7 +105,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     merging = negtome(arguments)
     say_loading(arguments, arguments.model)
     pipeline = load_pipeline(arguments.model, **loading(arguments))
-    rewards = given_rewards(arguments, device=reward_device(arguments)) if arguments.score else []
+    common_reward = {"device": reward_device(arguments), "compile": arguments.compile is not None}
+    rewards = given_rewards(arguments, **common_reward) if arguments.score else []
     common = {
         "images_per_prompt": arguments.images,
         "settings": run,

@@ -47,6 +47,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, model: str | None, *, t
     parser.add_argument("--dtype", default="auto", help="fp32, bf16 or fp16 (auto: fp32 on the CPU, else bf16)")
     parser.add_argument("--offload", default="none", help="model or sequential: weights rest in main memory")
     parser.add_argument("--fp8", action="store_true", help="keep the denoising model's weights in 8 bits")
+    parser.add_argument(
+        "--compile", choices=("blocks", "whole"),
+        help="compile the denoising model (its repeated blocks, or all of it with CUDA graphs), decoder and rewards",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help=threads)
 
 
@@ -77,7 +81,7 @@ def loading(arguments: argparse.Namespace) -> dict[str, Any]:
 
         if torch.cuda.is_available():
             device = f"cuda:{int(rank) % torch.cuda.device_count()}"
-    names = ("revision", "variant", "scheduler", "dtype", "offload", "fp8", "base", "lora")
+    names = ("revision", "variant", "scheduler", "dtype", "offload", "fp8", "compile", "base", "lora")
     return {**{name: getattr(arguments, name) for name in names}, "device": device}
 
 

@@ -193,7 +193,8 @@ def _rewards(arguments: argparse.Namespace, names: list[str], adapters: Any = No
     rewards: list[Any] = []
     for name in names:
         say_loading(arguments, name)
-        rewards.append(load_reward(name, adapters=None if rewards else adapters, device=reward_device(arguments)))
+        common: dict[str, Any] = {"device": reward_device(arguments), "compile": arguments.compile is not None}
+        rewards.append(load_reward(name, adapters=None if rewards else adapters, **common))
     return rewards
 
 

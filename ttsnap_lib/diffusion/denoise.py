@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from ttsnap_lib.checks import MAX_PIXELS, MAX_STEPS, Plain, integer, known_keys, memory_errors, real
+from ttsnap_lib.diffusion.compiling import padded
 from ttsnap_lib.diffusion.families import adapter_of
 from ttsnap_lib.diffusion.schedulers import History, history_of, make_segment, noise_levels, prepare
 from ttsnap_lib.errors import ConfigError, PipelineError
@@ -428,11 +429,17 @@ class Denoiser:
             raise ConfigError(
                 f"record: got {sorted(record)}, expected steps in [{first}, {last_step}], with an on_x0 to take them."
             )
-        segment = make_segment(self._scheduler, first, last_step, record, on_x0, candidates.history)
-        with self._installed(segment), memory_errors(len(candidates), remedy=_SMALLER):
+        n = len(candidates)
+        rows = [min(row, n - 1) for row in range(padded(self.pipeline, n))]  # the last one fills the batch up
+        if len(rows) > n:
+            candidates, conditioning = candidates.take(rows), conditioning.take(rows)
+        told = None if on_x0 is None else lambda step, x0: on_x0(step, x0[:n])
+        segment = make_segment(self._scheduler, first, last_step, record, told, candidates.history)
+        with self._installed(segment), memory_errors(n, remedy=_SMALLER):
             self._call(conditioning.embeds, candidates.latents)
         # Not what the call returns: FLUX.2-klein returns latents in the scale and layout of its decoder.
-        return Candidates(segment.sample, last_step, history_of(segment))
+        moved = Candidates(segment.sample, last_step, history_of(segment))
+        return moved.take(range(n)) if len(rows) > n else moved
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, decoder: Any = None) -> torch.Tensor:

@@ -83,6 +83,10 @@ class NegToMe(Plain):
         family = adapter_of(pipeline).pipeline
         if family not in _PUBLISHED:
             raise PipelineError(f"NegToMe: got a {family}, expected one of {list(_PUBLISHED)}. Leave it out.")
+        if getattr(pipeline, "ttsnap_compile", ""):
+            raise ConfigError(
+                "NegToMe works between the layers, which a compiled model hides. Load it without compile."
+            )
         filled = {name: value for name, value in _PUBLISHED[family].items() if getattr(self, name) is None}
         return replace(self, **filled)
 

@@ -27,6 +27,7 @@ from diffusers.utils import logging as diffusers_logging
 from packaging.version import Version
 
 from ttsnap_lib.checks import as_device, as_dtype, choice
+from ttsnap_lib.diffusion.compiling import COMPILE, compile_decoder, compile_pipeline, compile_told
 from ttsnap_lib.diffusion.families import ADAPTERS, adapter_of, unsupported
 from ttsnap_lib.diffusion.schedulers import schedulable
 from ttsnap_lib.diffusion.weights import SINGLE_FILE, load_loras, load_single_file
@@ -74,6 +75,7 @@ def load_pipeline(
     offload: str = "none",
     fp8: bool = False,
     scheduler: str | Any | None = None,
+    compile: str | None = None,
     base: str | None = None,
     lora: str | Sequence[str] = (),
 ) -> DiffusionPipeline:
@@ -96,6 +98,10 @@ def load_pipeline(
         Keep the denoising model's weights in 8-bit floats and compute in `dtype`: half the memory of bf16.
     scheduler : str or diffusers scheduler, optional
         A name of :data:`SCHEDULERS`, built with the configuration of the pipeline's own; or a scheduler.
+    compile : {"blocks", "whole"}, optional
+        Compile the denoising model with torch.compile at its first run: the blocks it repeats (20 to 40 s once), or all
+        of it with CUDA graphs, for batches padded to 1, 2, 4, 8, ... images. The VAE's decoder, and a tiny one loaded
+        for this pipeline, are compiled too. What cannot be compiled runs as it is, with a warning.
     base : str, optional
         For one file of weights: the folder or hub id that gives what the file lacks; by default the repository that
         diffusers names for its kind.
@@ -122,6 +128,8 @@ def load_pipeline(
         raise DeviceError(f"offload without an accelerator: got {offload!r}, expected 'none'. Leave offload out.")
     if isinstance(scheduler, str):
         choice("scheduler", scheduler, SCHEDULERS)
+    if compile is not None:
+        choice("compile", compile, COMPILE)
     source, is_folder = _source(model)
     options = {} if is_folder else {"revision": revision}
     bar = diffusers_logging.is_progress_bar_enabled()
@@ -163,6 +171,8 @@ def load_pipeline(
         pipeline.enable_sequential_cpu_offload(device=place)
     elif place.type != "cpu":  # where it is already; `to` would warn of fp16 there, once for every part
         pipeline.to(place)
+    if compile is not None:
+        compile_pipeline(pipeline, compile)
     pipeline.ttsnap_defaults = _defaults(source) if is_folder else {}
     commit = None if is_folder or single else _commit(source, revision)
     more = {"base": base, "lora_from": [lora] if isinstance(lora, str) else list(lora)}
@@ -189,6 +199,8 @@ def load_decoder(source: Any, pipeline: Any) -> Any:
         with failures_as(PipelineError, message), _without_false_alarm():
             decoder = diffusers.AutoencoderTiny.from_pretrained(place, **{_DTYPE: pipeline.vae.dtype})
         decoder = decoder.to(pipeline._execution_device).eval()
+    if getattr(pipeline, "ttsnap_compile", "") and isinstance(decoder, diffusers.AutoencoderTiny):
+        compile_decoder(decoder)
     given, own = (getattr(getattr(one, "config", None), "latent_channels", None) for one in (decoder, pipeline.vae))
     if given != own:
         raise PipelineError(
@@ -215,7 +227,7 @@ def tell_outside(pipeline: Any, prompts: Sequence[str]) -> None:
 
 
 def pipeline_facts(denoiser: Any) -> dict[str, Any]:
-    """Return what ran: model, pipeline, scheduler, device, precision."""
+    """Return what ran: model, pipeline, scheduler, device, precision, and how it was compiled."""
     pipeline = denoiser.pipeline
     return {
         **pipeline_source(pipeline),
@@ -223,6 +235,7 @@ def pipeline_facts(denoiser: Any) -> dict[str, Any]:
         "scheduler": type(pipeline.scheduler).__name__,
         "device": str(denoiser.device),
         "dtype": str(denoiser.dtype).removeprefix("torch."),
+        **({"compile": told} if (told := compile_told(pipeline)) else {}),
     }
 
 

@@ -196,7 +196,7 @@ def count_tflops(function: Callable[[], Any]) -> float:
     Torch's counter sees matrix products, convolutions and attention, not elementwise work.
     """
     counter = FlopCounterMode(display=False)
-    # The counter knows no fused attention of the CPU; as plain products it is the same work.
-    with sdpa_kernel(SDPBackend.MATH), counter:
+    # The counter knows no fused attention of the CPU, and no compiled code; as plain products it is the same work.
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), counter:
         function()
     return counter.get_total_flops() / 1e12

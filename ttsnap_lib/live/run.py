@@ -455,6 +455,7 @@ class Searcher:
     def _finish(self, one: _Prompt, picture: np.ndarray) -> None:
         record = one.record
         one.end()
+        record.facts |= pipeline_facts(self.denoiser)  # compiling may have failed meanwhile
         record.elapsed_s = record.text_s + sum(stage.elapsed_s for stage in record.stages)
         spent = float("nan") if self.cost is None else record.price(self.cost)
         result = SearchResult(Image.fromarray(picture), record.winner, record, spent, not record.stopped)

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import math
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from ttsnap_lib.checks import (
     default_device,
     integer,
     memory_errors,
+    or_eager,
 )
 from ttsnap_lib.errors import CheckpointError, RewardError
 from ttsnap_lib.files import failures_as, reason
@@ -217,8 +219,13 @@ class Reward:
                 part.training = True
 
     def compile(self) -> Reward:
-        """Compile the forward pass with `torch.compile` on its first use; return self."""
-        self._compiled = torch.compile(self.forward)
+        """Compile the forward pass with `torch.compile` on its first use, where that can be done; return self."""
+
+        def failed(reason: str) -> None:
+            self._compiled = None
+            warnings.warn(f"reward {self.name} runs without being compiled: {reason}", stacklevel=2)
+
+        self._compiled = or_eager(torch.compile(self.forward), self.forward, failed)
         return self
 
     def clear_cache(self) -> None:

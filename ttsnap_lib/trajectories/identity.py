@@ -78,6 +78,7 @@ def run_time_changes(pipeline: Any) -> dict[str, Any]:
             for name, value in set_at_run_time(pipeline.scheduler).items()
         },
         "cache": _without_addresses(getattr(model, "_cache_config", None) or ""),
+        "compile": getattr(pipeline, "ttsnap_compile", "").partition(",")[0],
         "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items() if dtype != model.dtype},
     }
     return {key: value for key, value in found.items() if value}
