@@ -12,8 +12,8 @@ that are still in the running. Between two parts candidates may be dropped.
 >>> candidates = denoiser.run(candidates.take(best), text.take(best), last_step=19)
 >>> images = denoiser.final(candidates)
 
-Nothing here depends on the device, the precision or offload. Tested is the CPU in fp32, bf16 and fp16; ``cuda``,
-``mps`` and offload are untested so far, and have tests marked ``device``. One denoiser at a time drives a pipeline;
+Nothing here depends on the device, the precision or offload. Tested are the CPU in fp32, bf16 and fp16
+and ``cuda`` in bf16, with whole components offloaded too; ``mps`` is untested, and has tests marked ``device``. One denoiser at a time drives a pipeline;
 decoding may overlap with it.
 """
 

@@ -1,6 +1,6 @@
 """Loads a text-to-image pipeline or a decoder by name, folder or hub id, and says clearly why it cannot.
 
-FLUX.1-dev fits a card of 24 GB with ``dtype="bf16", fp8=True, offload="model"``; untested so far.
+FLUX.1-dev fits a card of 24 GB with ``dtype="bf16", fp8=True, offload="model"``; not run on such a card yet.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def load_pipeline(
     revision, variant : str, optional
         Commit, branch or tag, and file variant (such as ``"fp16"``) of a hub id.
     offload : {"none", "model", "sequential"}
-        Keep components, or single layers, in main memory until they are needed. Needs an accelerator; untested so far.
+        Keep components, or single layers, in main memory until they are needed. Needs an accelerator.
     fp8 : bool
         Keep the denoising model's weights in 8-bit floats and compute in `dtype`: half the memory of bf16.
     scheduler : str or diffusers scheduler, optional
