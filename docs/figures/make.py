@@ -15,6 +15,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 NOTEBOOKS: dict[str, tuple[str, ...]] = {
+    "start_here": ("contact_sheet",),
     "simulate": ("reward_against_budget", "tau_per_step"),
     "explore": ("explore",),
     "generate": ("contact_sheet",),

@@ -2,63 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ttsnap_lib import PUBLISHED_SCHEDULE, CostModel
 from ttsnap_lib.costs import PRESETS
-from ttsnap_lib.trajectories.layout import RAW_SHARE
+from ttsnap_lib.trajectories.estimate import CARDS, UTILISATION, Recording, hours
 
 __all__ = ["CARDS", "UTILISATION", "WEIGHTS", "Recording", "hours", "table"]
 
-CARDS = {"RTX 4090": 165, "A100": 312, "H100": 989}
-"""Dense bf16 TFLOP/s of the vendor's data sheet."""
-UTILISATION = 0.4
-"""Part of that a diffusion model is taken to reach: an assumption, to be replaced by `ttsnap cost --unit seconds`."""
 WEIGHTS = {"FLUX.1-dev": {"transformer": 11.90, "T5-XXL encoder": 4.76, "CLIP-L encoder": 0.12, "VAE": 0.08},
            "SDXL": {"UNet": 2.57, "OpenCLIP bigG encoder": 0.69, "CLIP-L encoder": 0.12, "VAE": 0.08}}  # fmt: skip
 """Billions of weights; a test counts them on the real architectures."""
 _MODELS = {"FLUX.1-dev, 512 px": ("flux-512", 512), "FLUX.1-dev, 1024 px": ("flux-1024", 1024),
            "SDXL, 512 px": ("sdxl-512", 512), "SDXL, 1024 px": ("sdxl-1024", 1024)}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A pool of trajectories: every image with the estimates of all its steps, each decoded and scored."""
-
-    preset: str
-    pixels: int
-    prompts: int
-    images: int
-    steps: int = 20
-    rewards: int = 1
-
-    @property
-    def image_tflops(self) -> float:
-        """TFLOPs of one image: its steps, and a decode and a score (ImageReward) at each."""
-        cost = CostModel.preset(f"{self.preset}+image_reward")
-        return self.steps * (cost.step + cost.decode + self.rewards * cost.verify)
-
-    @property
-    def pictures(self) -> int:
-        """Number of pictures, the same as of files when they are kept."""
-        return self.prompts * self.images * self.steps
-
-    def tflops(self) -> float:
-        """TFLOPs of everything."""
-        return self.prompts * self.images * self.image_tflops
-
-    def picture_bytes(self, image_format: str) -> float:
-        """Bytes of all pictures, from the share of the raw bytes that a photograph needs."""
-        return self.pictures * self.pixels**2 * 3 * RAW_SHARE[image_format]
-
-    def tensor_bytes(self, noise_aware: bool = True) -> float:
-        """Bytes of the reward tensor, uncompressed float32."""
-        return self.pictures * 4 * self.rewards * (2 if noise_aware else 1)
-
-
-def hours(tflops: float, card: str) -> float:
-    """Return the hours that one card takes."""
-    return tflops / (CARDS[card] * UTILISATION) / 3600
 
 
 def table(name: str) -> str:

@@ -1,4 +1,4 @@
-"""MkDocs hooks: pages that come from the code, tables in other pages, and the navigation of pages that may be there."""
+"""MkDocs hooks: pages that come from the code, tables in other pages, and the navigation of these and of the pocket world."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # the package and the tools of t
 
 from ttsnap_docs import api, commands, estimates, parameters, rooms
 
-OPTIONAL = {"faults.md": "Fault drill", "bad-input.md": "Bad input", "coverage.md": "Coverage"}
-"""Pages that are in the navigation when they exist."""
 TABLES = {"parameters": parameters.table, "estimates": estimates.table, "rooms": rooms.table}
 """``<!-- KIND: NAME -->`` in a page is replaced by the table."""
 _MARKER = re.compile(r"<!-- (\w+): ([\w-]+) -->")
@@ -64,16 +62,15 @@ def _wrapped(line: str, width: int) -> str:
 
 
 def on_config(config: Any) -> Any:
-    """Put the pages that may be there into the navigation, and the pages of the API."""
+    """Put the pages of the pocket world and of the API into the navigation."""
     docs = Path(config.docs_dir)
     # The page's own heading is its title.
     pocket = [f"pocket/{page.name}" for page in sorted((docs / "pocket").glob("*.md"), key=_index_first)]
-    extra = [{title: name} for name, title in OPTIONAL.items() if (docs / name).exists()]
     reference = [{"Python interface": "api/index.md"}]
     reference += [{api.title(room): f"api/{room}.md"} for room in api.rooms()]
     for section in config.nav:
         if "Background" in section:
-            section["Background"] += [*pocket, *extra]
+            section["Background"] += pocket
         if "Reference" in section:
             section["Reference"] += [{"Python": reference}]
     return config

@@ -22,7 +22,7 @@ from tests.browser.lab import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
-NOTEBOOKS = ("simulate", "explore", "search", "generate", "score", "finetune")
+NOTEBOOKS = ("start_here", "simulate", "explore", "search", "generate", "score", "finetune")
 """In the order in which a reader opens them; all share one fresh data cache, as a reader's would."""
 
 
