@@ -137,12 +137,12 @@ def test_a_failed_cell_keeps_its_notebook_and_names_notebook_cell_and_last_line(
     ("source", "said"),
     [
         ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "code cell 4 .import os.*kernel died .out of mem"),
-        ("import time\ntime.sleep(60)", "code cell 4 .import time.*longer than 1 s"),
+        ("import time\ntime.sleep(60)", "code cell 4 .import time.*longer than 4 s"),
     ],
 )
 def test_a_kernel_that_dies_and_a_cell_that_takes_too_long_are_failures(source, said, tmp_path):
     with pytest.raises(RunError, match=said) as caught:
-        run(tiny_with(tmp_path / "mine.ipynb", source), timeout_s=0.5)
+        run(tiny_with(tmp_path / "mine.ipynb", source), timeout_s=4)
     assert json.loads((caught.value.folder / "manifest.json").read_text())["status"] == "failed"
 
 
