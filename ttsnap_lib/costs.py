@@ -305,8 +305,10 @@ class CostModel(Plain):
         return cls.from_dict(content)
 
 
-def preset_for(model: str, reward: str, size: int | None = None) -> str:
+def preset_for(model: str, reward: str, size: int | None = None, *, tiny: bool = False) -> str:
     """Return the name of the preset for a diffusion model, pictures of `size` x `size` pixels and a reward.
+
+    With `tiny` it is the one that charges a tiny decoder at the checks.
 
     Raises
     ------
@@ -316,7 +318,8 @@ def preset_for(model: str, reward: str, size: int | None = None) -> str:
     name = Path(model).name
     family = next((short for short, pattern in _FAMILIES.items() if pattern.fullmatch(name)), name)
     reward = SAME_TOWER.get(reward, reward)
-    for preset in (f"{family}+{reward}", f"{family}-{size}+{reward}"):
+    decoder = "-tiny" if tiny else ""
+    for preset in (f"{family}{decoder}+{reward}", f"{family}-{size}{decoder}+{reward}"):
         if preset in PRESETS:
             return preset
     plain = [preset for preset in PRESETS if "+" in preset and "-tiny" not in preset]
@@ -325,7 +328,7 @@ def preset_for(model: str, reward: str, size: int | None = None) -> str:
     at = f"at {size} px" if size else "of a size that is not known"
     raise CostError(
         f"cost: got 'auto', and there is no preset for pictures of {model or 'an unknown model'!r} {at} with the reward "
-        f"{reward!r}. Name one ({', '.join(near)}), or a file that `ttsnap cost` measured."
+        f"{reward!r}{' and a tiny decoder at the checks' if tiny else ''}. Name one ({', '.join(near)}), or a file that `ttsnap cost` measured."
     )
 
 

@@ -7,11 +7,11 @@ import functools
 import pytest
 import torch
 
-from tests import worlds
+from tests import families, worlds
 from tests.worlds import N_STEPS, SCHEDULE, brightness, settings, tiny_search
 from ttsnap_lib import load_pipeline
 from ttsnap_lib.diffusion.compiling import compile_pipeline
-from ttsnap_lib.diffusion.denoise import Denoiser
+from ttsnap_lib.diffusion.denoise import Denoiser, image_generator
 from ttsnap_lib.diffusion.negtome import NegToMe
 from ttsnap_lib.diffusion.pipelines import load_decoder
 from ttsnap_lib.errors import ConfigError
@@ -60,6 +60,19 @@ def test_a_compiled_search_is_the_plain_one(how, backend, monkeypatch):
     assert [stage.forwards for stage in found.record.stages] == [stage.forwards for stage in plain.record.stages]
     assert identity_of(Denoiser(pipeline, settings(n_steps=N_STEPS)))["compile"] == how
     assert "compile" not in identity_of(Denoiser(worlds.flux(), settings(n_steps=N_STEPS)))
+
+
+@pytest.mark.slow
+def test_a_whole_model_that_gives_a_list_is_compiled_too(backend):
+    backend("eager")
+    found = []
+    for compiled in (False, True):
+        pipeline = families.z_image()
+        if compiled:
+            compile_pipeline(pipeline, "whole")
+        denoiser = Denoiser(pipeline, settings(n_steps=2, guidance=0.0, max_sequence_length=64))
+        found.append(denoiser.run(denoiser.noise([image_generator(0, 0, 0)]), denoiser.encode(["a cat"]), 1).latents)
+    torch.testing.assert_close(*found)
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(backend):

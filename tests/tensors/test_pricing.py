@@ -64,6 +64,10 @@ def test_the_cost_of_a_tensor_has_its_steps():
 def test_checks_seen_through_a_tiny_decoder_are_charged_by_it():
     seen = tensor(model="black-forest-labs/FLUX.1-dev", size=512, decoder="AutoencoderTiny 0123")
     assert cost_for(seen)[0] == "flux-512-tiny+pickscore"
+    other = tensor(model="black-forest-labs/FLUX.2-dev", size=512, decoder="AutoencoderTiny 0123")  # no tiny preset
+    with pytest.raises(CostError, match=r"a tiny decoder at the checks. Name one \(flux2-dev-512\+pickscore, "):
+        cost_for(other)
+    assert cost_for(other, "flux2-dev-512+pickscore")[0] == "flux2-dev-512+pickscore"
 
 
 def test_a_file_keeps_its_steps(tmp_path):

@@ -208,7 +208,12 @@ def _add_score(commands: Any) -> None:
         default="raise",
         help="a damaged picture or a score that is not finite: stop, or leave NaN and list it",
     )
-    score.add_argument("--workers", type=int, default=4, help="reading threads")
+    score.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="threads that read and resize pictures ahead of the model (default: one for each core)",
+    )
     score.add_argument("-q", "--quiet", action="store_true", help="no progress on the terminal")
     score.set_defaults(func=_score)
 
@@ -426,7 +431,9 @@ def _export(arguments: argparse.Namespace) -> int:
         return 0
     model = arguments.model or str(dataset.attrs.get("model", "")).rpartition("/")[2] or "model"
     files = export_published(dataset, arguments.out, model, rewards=rewards)
-    names = " ".join(rewards or map(str, dataset["reward"].values))  # only the published ones are found without
+    names = rewards or map(str, dataset["reward"].values)  # only the published ones are found without
     print(f"{arguments.out}: {len(files)} files")
-    print(f"next: ttsnap import-published {arguments.out} --model {model} --rewards {names}")
+    print(
+        f"next: ttsnap import-published {arguments.out} --model {model} {' '.join(f'--reward {name}' for name in names)}"
+    )
     return 0

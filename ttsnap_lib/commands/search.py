@@ -176,13 +176,15 @@ def _price(arguments: argparse.Namespace) -> Any:
         height, width = arguments.size or (None, None)
         try:
             name = preset_for(
-                arguments.model, (arguments.reward or ["pocket-clip"])[0], height if height == width else None
+                arguments.model,
+                (arguments.reward or ["pocket-clip"])[0],
+                height if height == width else None,
+                tiny=bool(arguments.tiny),
             )
         except CostError:
             if arguments.budget is not None:
                 raise
             return None
-        name = name.replace("+", "-tiny+") if arguments.tiny else name
     return with_steps(name, arguments.steps)
 
 

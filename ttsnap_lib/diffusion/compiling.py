@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from ttsnap_lib.checks import choice, or_eager
 from ttsnap_lib.diffusion.families import adapter_of
@@ -75,7 +76,6 @@ def _copied(call: Callable[..., Any]) -> Callable[..., Any]:
     """Copy what a CUDA graph gives: its next run, for the negative prompt, would overwrite it."""
 
     def copying(*args: Any, **kwargs: Any) -> Any:
-        found = call(*args, **kwargs)
-        return tuple(one.clone() for one in found) if type(found) is tuple else found
+        return tree_map_only(torch.Tensor, torch.clone, call(*args, **kwargs))  # Z-Image gives a list in its tuple
 
     return copying

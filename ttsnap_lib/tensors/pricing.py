@@ -25,8 +25,7 @@ def tensor_preset(dataset: xr.Dataset, reward: str | None = None) -> str:
         known = f"flux-512+{SAME_TOWER.get(reward, reward)}"
         return known if known in PRESETS else "flux-512+image_reward"
     size = 512 if dataset.attrs.get("source") == "published" else dataset.attrs.get("size")
-    name = preset_for(str(dataset.attrs.get("model", "")), reward, size)
-    return name.replace("+", "-tiny+") if dataset.attrs.get("decoder") else name
+    return preset_for(str(dataset.attrs.get("model", "")), reward, size, tiny=bool(dataset.attrs.get("decoder")))
 
 
 def cost_for(dataset: xr.Dataset, cost: str | Path = AUTO, reward: str | None = None) -> tuple[str, CostModel]:
