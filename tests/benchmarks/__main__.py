@@ -1,4 +1,7 @@
-"""``python -m tests.benchmarks [name ...]``: run the benchmarks and print one table; exit 1 when a promise is missed."""
+"""``python -m tests.benchmarks [name ...]``: run the benchmarks and print one table; exit 1 when a promise is missed.
+
+``--tiny`` is for ``device``: its models tiny on an accelerator, too.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from tests.benchmarks.rows import show
 def main() -> int:
     """Run all benchmarks, or those named on the command line."""
     found = sorted(info.name for info in pkgutil.iter_modules(package.__path__) if info.name.startswith("bench_"))
-    wanted = sys.argv[1:] or [name.removeprefix("bench_") for name in found]
+    wanted = [given for given in sys.argv[1:] if given != "--tiny"] or [name.removeprefix("bench_") for name in found]
     missed = 0
     for name in wanted:
         print(f"\n{name}", flush=True)
