@@ -483,6 +483,12 @@ def refuse_other(
 
 # Reading ahead
 
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
 

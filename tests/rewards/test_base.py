@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.worlds import PROMPTS, as_tensor
+from tests.worlds import PROMPTS, as_tensor, make_images
 from ttsnap_lib.errors import RewardError
-from ttsnap_lib.rewards.base import CallableReward
+from ttsnap_lib.rewards import base
+from ttsnap_lib.rewards.base import CallableReward, open_image
 from ttsnap_lib.rewards.loading import load_reward
 
 
@@ -170,3 +173,27 @@ def test_a_function_may_return_its_scores_in_any_of_the_usual_ways(give, n):
     images = [Image.new("RGB", (4, 4))] * n
     got = CallableReward(lambda prompts, images: give(len(images)), "mine").score("a", images)
     assert got.dtype == np.float32 and got.tolist() == [k / 2 for k in range(n)]
+
+
+def test_files_are_opened_by_several_threads_ahead_of_the_model_and_score_the_same(reward, tmp_path, monkeypatch):
+    images = make_images(6, 48, 40)
+    paths = [tmp_path / f"{k}.png" for k in range(6)]
+    for path, image in zip(paths, images, strict=True):
+        image.save(path)
+    expected = reward.score("a red ring", images, batch_size=2)
+    together = threading.Barrier(3, timeout=30)  # breaks when fewer than three are opened at a time
+
+    def opened(path):
+        together.wait()
+        return open_image(path)
+
+    monkeypatch.setattr(base, "cores", lambda: 3)
+    monkeypatch.setattr(base, "open_image", opened)
+    assert np.array_equal(reward.score("a red ring", paths, batch_size=2), expected)
+
+
+def test_one_image_that_pillow_has_not_loaded_yet_may_stand_in_a_list_often(reward, tmp_path):
+    make_images(1, 300, 300)[0].save(tmp_path / "one.png")
+    with Image.open(tmp_path / "one.png") as lazy:
+        scores = reward.score("a red ring", [lazy] * 16)
+    assert np.array_equal(scores, reward.score("a red ring", [tmp_path / "one.png"] * 16))

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import math
 import sys
 import warnings
@@ -30,7 +31,7 @@ from ttsnap_lib.checks import (
     or_eager,
 )
 from ttsnap_lib.errors import CheckpointError, RewardError
-from ttsnap_lib.files import failures_as, reason
+from ttsnap_lib.files import cores, failures_as, prefetch, reason
 from ttsnap_lib.rewards.checkpoints import StepSeries, sampled_digest
 from ttsnap_lib.rewards.pictures import as_rgb, open_picture
 from ttsnap_lib.rewards.pixels import Preprocessing
@@ -125,10 +126,7 @@ class Reward:
             )
         if isinstance(images, torch.Tensor):
             return self.preprocessing.tensor(check_tensor(images).to(self.device), differentiable=differentiable)
-        opened = [self.preprocessing.image(open_image(image)) for image in as_list(images)]
-        if not opened:
-            return torch.empty(0, 3, self.preprocessing.size, self.preprocessing.size, device=self.device)
-        return torch.stack(opened).to(self.device)
+        return self.preprocessing.batch(list(self._opened(as_list(images), ahead=cores())), self.device)
 
     def score(
         self,
@@ -146,7 +144,8 @@ class Reward:
             One prompt for all images, or one each. Each distinct prompt is encoded once and kept while the weights
             stay the same.
         images : list of PIL images or paths, one PIL image, or Tensor (n, 3, H, W)
-            A picture is scored as it is looked at: upright, over white where it is transparent. Tensors are float in
+            A picture is scored as it is looked at: upright, over white where it is transparent; files are opened and
+            resized ahead of the model, by as many threads as there are cores. Tensors are float in
             [0, 1] and never leave their device; they are rounded to 256 levels as a PNG is.
         batch_size : int, optional
             Images per forward.
@@ -171,7 +170,8 @@ class Reward:
         rows = prompt_list(prompts, n)
         size = self.batch_size if batch_size is None else integer("batch_size", batch_size, 1)
         with self._scoring(min(n, size)):
-            parts = [self._score_batch(rows[k : k + size], images[k : k + size]) for k in range(0, n, size)]
+            batches = zip(range(0, n, size), self._batches(images, size), strict=True)
+            parts = [self._score_batch(rows[k : k + size], batch) for k, batch in batches]
         scores = np.concatenate(parts) if parts else np.empty(0, np.float32)
         if check and not np.isfinite(scores).all():
             bad = np.flatnonzero(~np.isfinite(scores))
@@ -182,18 +182,40 @@ class Reward:
             )
         return scores
 
+    def _opened(self, images: list, *, ahead: int) -> Iterator[Any]:
+        """Yield pictures as the preprocessing's batches take them, opened and resized by threads ahead of use."""
+
+        def prepare(image: Any) -> Any:
+            opened = image if isinstance(image, Image.Image) else open_image(image)
+            return opened if self.preprocessing is None else self.preprocessing.resized(opened)
+
+        # Images in memory are read by one thread: Pillow may load them only now, and one may stand in the list twice.
+        given = (open_image(image) if isinstance(image, Image.Image) else image for image in images)
+        return prefetch(prepare, given, workers=cores(), ahead=ahead)
+
+    def _batches(self, images: Any, size: int) -> Iterator[Any]:
+        """Yield images in batches of `size`: preprocessed, opened, or a part of the tensor."""
+        if isinstance(images, torch.Tensor):
+            for start in range(0, len(images), size):
+                rows = images[start : start + size]
+                yield rows if self.preprocessing is None else self.preprocess(rows)
+            return
+        opened = self._opened(images, ahead=2 * size)
+        while part := list(itertools.islice(opened, size)):
+            yield part if self.preprocessing is None else self.preprocessing.batch(part, self.device)
+
     def score_pixels(self, prompts: str | Sequence[str], pixels: torch.Tensor) -> np.ndarray:
         """Return the scores (n,) of images that are preprocessed already, without checks of the values."""
         rows = prompt_list(prompts, len(pixels))
         with self._scoring(len(rows)):
-            return self._score_batch(rows, pixels, ready=True)
+            return self._score_batch(rows, pixels.to(self.device))
 
-    def _score_batch(self, prompts: list[str], images: Any, *, ready: bool = False) -> np.ndarray:
-        pixels = images.to(self.device) if ready else self.preprocess(images)
+    def _score_batch(self, prompts: list[str], images: Any) -> np.ndarray:
+        """Score one of :meth:`_batches`."""
         # In-place updates (an optimizer's step, load_state_dict) raise a parameter's version: no stale rows.
         versions = sum(p._version for p in self.module.parameters()) if self.module is not None else 0
         text = self._texts.rows(prompts, self.encode_text, (self.step, versions))
-        scores = (self._compiled or self.forward)(pixels, text)
+        scores = (self._compiled or self.forward)(images, text)
         return self._one_each(scores.float().cpu().numpy(), len(images))
 
     def _one_each(self, scores: np.ndarray, n: int) -> np.ndarray:
@@ -345,7 +367,7 @@ class CallableReward(Reward):
         self.function = function
         self.takes = choice("takes", takes, ("pil", "tensor"), error=RewardError)
 
-    def _score_batch(self, prompts: list[str], images: Any, *, ready: bool = False) -> np.ndarray:
+    def _score_batch(self, prompts: list[str], images: Any) -> np.ndarray:
         # Copies, all of it: a function may change what it is given, such as normalise pixels in place.
         given = self._as_tensor(images) if self.takes == "tensor" else self._as_pil(images)
         scores = self.function(list(prompts), given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +62,15 @@ class Preprocessing:
 
     def image(self, image: Image.Image) -> torch.Tensor:
         """Return one PIL image as a float32 tensor (3, size, size) on the CPU."""
+        return self.batch([self.resized(image)], "cpu")[0]
+
+    def resized(self, image: Image.Image) -> torch.Tensor:
+        """Return one PIL image on the CPU, as many of them go to :meth:`batch`.
+
+        uint8 (size, size, 3) of the families that resize 8-bit images, float32 (3, size, size) of the others.
+        """
         if not self.levels:
-            return self.tensor(_to_tensor(image.convert("RGB"))[None])[0]
+            return self.tensor(_to_tensor(_levels(image.convert("RGB"))[None]))[0]
         if self.rgb_first and image.mode != "RGB":
             image = image.convert("RGB")
         height, width = self._resized(image.height, image.width)
@@ -71,7 +79,15 @@ class Preprocessing:
         top, left = self._crop_origin(height, width)
         if (height, width) != (self.size, self.size):
             image = image.crop((left, top, left + self.size, top + self.size))
-        return self._normalize(_to_tensor(image.convert("RGB"))[None])[0]
+        return _levels(image.convert("RGB"))
+
+    def batch(self, images: Sequence[torch.Tensor], device: torch.device | str) -> torch.Tensor:
+        """Return what :meth:`resized` gave of each image as model input, float32 (n, 3, size, size) on `device`."""
+        pixels = torch.stack(list(images)) if images else torch.empty(0, 3, self.size, self.size)
+        if torch.device(device).type == "cuda":  # 8-bit images go up as such, while the device works on
+            pixels = pixels.pin_memory().to(device, non_blocking=True)
+        pixels = pixels.to(device)
+        return self._normalize(_to_tensor(pixels)).contiguous() if pixels.dtype == torch.uint8 else pixels
 
     def tensor(self, pixels: torch.Tensor, *, differentiable: bool = False) -> torch.Tensor:
         """Return float images (n, 3, height, width) in [0, 1] as model input, float32, on the device where they are.
@@ -88,7 +104,7 @@ class Preprocessing:
             levels = (pixels.clamp(0, 1) * _LEVELS).round()
             if self.levels and pixels.device.type == "cpu":  # Pillow itself is the fastest way here
                 arrays = levels.to(torch.uint8).permute(0, 2, 3, 1).numpy()
-                return torch.stack([self.image(Image.fromarray(array)) for array in arrays])
+                return self.batch([self.resized(Image.fromarray(array)) for array in arrays], "cpu")
             pixels = levels / _LEVELS
         height, width = self._resized(*pixels.shape[-2:])
         if (height, width) != tuple(pixels.shape[-2:]):
@@ -184,9 +200,16 @@ def from_clip_processor(processor: Any, source: str) -> Preprocessing:
     )
 
 
-def _to_tensor(image: Image.Image) -> torch.Tensor:
-    """Return an RGB image as float32 (3, height, width) in [0, 1]."""
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32) / _LEVELS
+def _levels(image: Image.Image) -> torch.Tensor:
+    """Return an RGB image as uint8 (height, width, 3)."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8))
+
+
+def _to_tensor(levels: torch.Tensor) -> torch.Tensor:
+    """Return uint8 (n, height, width, 3) as float32 (n, 3, height, width) in [0, 1]."""
+    pixels = levels.permute(0, 3, 1, 2).to(torch.float32)
+    # By a tensor, since an accelerator multiplies by 1 / 255 instead of dividing by a number: other last bits.
+    return pixels / torch.full((), _LEVELS, device=pixels.device)
 
 
 # Resizing as Pillow does, on any device

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ttsnap_lib.checks import integer, known_keys, plain_name, real, text
 from ttsnap_lib.errors import ConfigError, RunError, TTSnapError
-from ttsnap_lib.files import as_path, data_cache, lock, read_yaml, write_json
+from ttsnap_lib.files import as_path, cores, data_cache, lock, read_yaml, write_json
 from ttsnap_lib.provenance import device, git_state, now, versions
 from ttsnap_lib.runs.parameters import declared_parameters, parameter_hash, read_notebook, resolve
 from ttsnap_lib.runs.run import KERNEL_DIED, Plan, find_notebook, finished, plan, run, write_figure, write_table
@@ -208,11 +208,6 @@ def run_sweep(
         if figure is not None:
             write_figure(figure, home / "summary.png")
     return result
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run_all(

@@ -6,6 +6,7 @@ Both are sources of one :class:`Scorer`, which takes pictures in batches and wri
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 
 from ttsnap_lib.checks import choice, integer
 from ttsnap_lib.errors import CheckpointError, ConfigError, DeviceError, RewardError, TrajectoryError, TTSnapError
-from ttsnap_lib.files import digest, parse_shard, prefetch, write_json
+from ttsnap_lib.files import cores, digest, parse_shard, prefetch, write_json
 from ttsnap_lib.provenance import Clock
 from ttsnap_lib.rewards.base import Reward
 from ttsnap_lib.rewards.loading import load_reward
@@ -83,7 +84,7 @@ def score(
     device: Any = None,
     dtype: Any = "float32",
     compile: bool = False,
-    workers: int = 4,
+    workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ScoreReport:
     """Score the pictures of a trajectory folder into a reward tensor.
@@ -115,8 +116,8 @@ def score(
         base value is copied, and ``noise_aware_source`` says so. A reward that comes with adapters uses them.
     device, dtype, compile
         For rewards that are loaded here, see :func:`ttsnap_lib.load_reward`.
-    workers : int
-        Threads that read and preprocess.
+    workers : int, optional
+        Threads that read and resize pictures ahead of the model; one for each core when not given.
     progress : callable, optional
         ``progress(done, total)`` in pictures of this shard.
 
@@ -138,7 +139,8 @@ def score(
         The disk is full or the shard is taken; the device is out of memory.
     """
     choice("on_error", on_error, ("raise", "skip"))
-    batch_size, workers = integer("batch_size", batch_size, 1), integer("workers", workers, 1, 256)
+    batch_size = integer("batch_size", batch_size, 1)
+    workers = integer("workers", cores() if workers is None else workers, 1, 256)
     part, found = parse_shard(shard), Trajectories(folder)
     chosen, n_images = chosen_steps(steps, found.n_steps), found.images_per_prompt
     models = load_rewards(
@@ -383,7 +385,7 @@ def plan_work(store: RewardStore, rewards: Sequence[Reward], steps: Sequence[int
 
 
 def read_portions(found: Trajectories, works: Sequence[Work], batch_size: int, workers: int) -> Iterator[Portion]:
-    """Yield the pictures of `works` in batches, read and preprocessed by threads ahead of use.
+    """Yield the pictures of `works` in batches, read and resized by threads up to two batches ahead of use.
 
     A batch holds pictures of one prompt, and which ones depends on the work alone.
     """
@@ -391,33 +393,35 @@ def read_portions(found: Trajectories, works: Sequence[Work], batch_size: int, w
 
     blank = np.zeros((*found.manifest.size, 3), np.uint8)
 
-    def jobs() -> Iterator[tuple[Work, list[tuple[int, int]]]]:
-        for work in works:
-            slots = [(step, image) for step in work.steps for image in range(work.n_images)]
-            for start in range(0, len(slots), batch_size):
-                yield work, slots[start : start + batch_size]
+    def load(slot: tuple[Work, int, int]) -> tuple[dict[Any, Any], TrajectoryError | None]:
+        (work, step, image), failure = slot, None
+        try:
+            pixels = found.read(work.prompt, image, step)
+        except TrajectoryError as error:  # keeps its place, so that the others' batch is as it would have been
+            pixels, failure = blank, error
+        picture = Image.fromarray(pixels)
+        kinds = {call.reward.preprocessing for call in work.calls if step in call.steps}
+        return {kind: picture if kind is None else kind.resized(picture) for kind in kinds}, failure
 
-    def load(job: tuple[Work, list[tuple[int, int]]]) -> Portion:
-        work, slots = job
-        prepared: list[dict[Any, Any]] = []
-        failed: dict[int, TrajectoryError] = {}
-        for row, (step, image) in enumerate(slots):
-            try:
-                pixels = found.read(work.prompt, image, step)
-            except TrajectoryError as error:
-                # Keeps its place, so that the others' batch is as it would have been.
-                pixels, failed[row] = blank, error
-            picture = Image.fromarray(pixels)
-            kinds = {call.reward.preprocessing for call in work.calls if step in call.steps}
-            prepared.append({kind: picture if kind is None else kind.image(picture) for kind in kinds})
+    def portion(work: Work, slots: list[tuple[int, int]]) -> Portion:
+        loaded = list(itertools.islice(pictures, len(slots)))
 
         def inputs(reward: Reward, rows: list[int]) -> Any:
-            values = [prepared[row][reward.preprocessing] for row in rows]
-            return torch.stack(values) if reward.preprocessing is not None else values
+            values = [loaded[row][0][reward.preprocessing] for row in rows]
+            return values if reward.preprocessing is None else reward.preprocessing.batch(values, reward.device)
 
+        failed = {row: failure for row, (_, failure) in enumerate(loaded) if failure is not None}
         return Portion(work, slots, inputs, failed)
 
-    return prefetch(load, jobs(), workers=workers)
+    def slots(work: Work) -> Iterator[tuple[int, int]]:
+        return itertools.product(work.steps, range(work.n_images))
+
+    in_order = ((work, *slot) for work in works for slot in slots(work))
+    pictures = prefetch(load, in_order, workers=workers, ahead=2 * batch_size)
+    for work in works:
+        left = slots(work)
+        while part := list(itertools.islice(left, batch_size)):
+            yield portion(work, part)
 
 
 # Scoring it

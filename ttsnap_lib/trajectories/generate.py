@@ -26,7 +26,7 @@ from ttsnap_lib.diffusion.denoise import Conditioning, Denoiser, Settings, image
 from ttsnap_lib.diffusion.negtome import NegToMe
 from ttsnap_lib.diffusion.pipelines import load_decoder, load_pipeline, tell_outside
 from ttsnap_lib.errors import ConfigError, DiskError, PipelineError, TrajectoryError
-from ttsnap_lib.files import parse_shard, require_space, shard_lock
+from ttsnap_lib.files import cores, parse_shard, require_space, shard_lock
 from ttsnap_lib.provenance import Clock
 from ttsnap_lib.trajectories.identity import decoder_digest, embeds_digests, identity_of, vae_scaling, writer_of
 from ttsnap_lib.trajectories.layout import (
@@ -546,7 +546,7 @@ def model_threads(denoiser: Denoiser, given: int | None, made_with: int | None) 
     # other at every operation. Several processes (shards) use the cores better.
     if sum(weight.numel() for weight in denoiser._adapter.component(denoiser.pipeline).parameters()) < _SMALL_MODEL:
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return cores()
 
 
 @contextlib.contextmanager
