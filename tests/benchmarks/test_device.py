@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
 import torch
 
 from tests.benchmarks import bench_device
+from tests.benchmarks.bench_presets import META, empty, flux
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-META = torch.device("meta")
 BILLIONS = {
     "flux transformer": 11.90, "flux text_encoder": 0.123, "flux text_encoder_2": 4.76, "flux vae": 0.0838,
     "sdxl unet": 2.567, "sdxl text_encoder": 0.123, "sdxl text_encoder_2": 0.695, "sdxl vae": 0.0837,
@@ -51,14 +52,23 @@ def test_a_part_that_fails_is_told_and_the_others_go_on(monkeypatch):
     assert rows[-1].name == "flux: searches with weights in main memory"
 
 
-def test_real_models_are_as_large_as_the_published_ones():
-    made = {f"{name} {part}": make for name, parts in bench_device.PARTS.items() for part, make in parts.items()}
-    made |= {
-        "CLIP-H": lambda: bench_device.clip_model(False),
-        "ImageReward": lambda: bench_device.image_reward_model(False),
+def test_real_models_are_the_published_ones(monkeypatch):
+    monkeypatch.setattr(bench_device, "built", functools.partial(bench_device.built, device=META))
+    pipelines = {name: bench_device._pipeline(bench_device.REAL, name) for name in bench_device.PARTS}
+    models = {
+        f"{name} {part}": getattr(pipelines[name], part) for name, made in bench_device.PARTS.items() for part in made
     }
-    found = {
-        name: sum(value.numel() for value in bench_device.built(make, META).parameters()) / 1e9
-        for name, make in made.items()
-    }
+    models["CLIP-H"] = bench_device.built(lambda: bench_device.clip_model(False))
+    models["ImageReward"] = bench_device.built(lambda: bench_device.image_reward_model(False))
+    found = {name: sum(value.numel() for value in model.parameters()) / 1e9 for name, model in models.items()}
     assert found == pytest.approx(BILLIONS | {"CLIP-H": 0.986, "ImageReward": 0.447}, rel=0.01)
+
+    # Text of the published length, of a width that the denoising model takes.
+    with torch.no_grad():
+        text, pooled, _ = pipelines["flux"].encode_prompt(["a red ring"], None, device=META)
+        assert text.shape == (1, 512, 4096) and pooled.shape == (1, 768)
+        assert flux(pipelines["flux"].transformer, 512)[0].shape == (1, 1024, 64)
+        text, _, pooled, _ = pipelines["sdxl"].encode_prompt(["a red ring"], None, device=META)
+        more = {"text_embeds": pooled, "time_ids": empty(1, 6)}
+        made = pipelines["sdxl"].unet(empty(1, 4, 64, 64), empty(1), text, added_cond_kwargs=more)[0]
+    assert text.shape == (1, 77, 2048) and made.shape == (1, 4, 64, 64)
