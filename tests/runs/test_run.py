@@ -235,6 +235,12 @@ def test_a_remnant_of_a_killed_run_cannot_write_into_the_new_one(tmp_path, monke
 # Papermill's own command, as its users run notebooks: small parameters, and a file of the results that they lead to.
 
 GIVEN = {
+    "start_here": (
+        {
+            "prompts": "pocket:train:6", "images": 8, "held_out": 3, "epochs": 1, "multiples": [1.5, 2], "multiple": 2,
+        },
+        "results.csv",
+    ),
     "simulate": ({"multiples": [2, 4], "iterations": 20, "trials": 50}, "relative_gains.csv"),
     "explore": ({"steps": [3, 8], "keep_ratios": [0.3, 0.5], "iterations": 20}, "results.csv"),
     "generate": ({"prompts": "pocket:evaluation:1", "images": 4, "compare_diversity": False}, "contact_sheet.png"),

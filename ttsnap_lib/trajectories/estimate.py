@@ -32,7 +32,8 @@ class Recording:
     def image_tflops(self) -> float:
         """TFLOPs of one image: its steps, and a decode and a score (ImageReward) at each."""
         cost = CostModel.preset(f"{self.preset}+image_reward")
-        return self.steps * (cost.step + cost.decode + self.rewards * cost.verify)
+        step, decode, verify = (cost.each(part, 1) for part in ("step", "decode", "verify"))
+        return self.steps * (step + decode + self.rewards * verify)
 
     @property
     def pictures(self) -> int:
