@@ -18,7 +18,8 @@ from PIL import Image
 
 from tests.benchmarks.rows import Row, interleaved, ratio
 from tests.worlds import embedding
-from ttsnap_lib.rewards.base import Reward
+from ttsnap_lib.files import cores
+from ttsnap_lib.rewards.base import Reward, open_image
 from ttsnap_lib.rewards.loading import load_reward
 
 PROMPT = "a small red ring left of a large blue square"
@@ -58,6 +59,27 @@ def pocket_rows(n: int = 128, repeats: int = 5) -> list[Row]:
         Row("pocket CLIP, batches of 64", n / statistics.median(fast), "images/s"),
         Row("pocket CLIP, one at a time as the model card does", n / statistics.median(slow), "images/s"),
         Row("pocket CLIP, batched over one at a time", times, "x", at_least=3.0, note=spread),
+    ]
+
+
+def files_rows(n: int = 64, repeats: int = 5) -> list[Row]:
+    """Return scoring of 512 px PNG files by their paths against opening one after the other, with a tiny model."""
+    reward = load_reward("pocket-clip")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{k}.png" for k in range(n)]
+        for path, image in zip(paths, pictures(n, 512), strict=True):
+            image.save(path)
+        slow, fast = interleaved(
+            lambda: reward.score(PROMPT, [open_image(path) for path in paths]),
+            lambda: reward.score(PROMPT, paths),
+            repeats=repeats,
+        )
+    times, spread = ratio(slow, fast)
+    return [
+        Row("pocket CLIP, 512 px PNG files, score(paths)", n / statistics.median(fast), "images/s"),
+        Row(
+            "pocket CLIP, score(paths) over opening one after the other", times, "x", note=f"{spread}; {cores()} cores"
+        ),
     ]
 
 
@@ -148,7 +170,7 @@ def reading_ahead_rows() -> list[Row]:
 
 def run() -> list[Row]:
     """Return all rows."""
-    rows = pocket_rows() + reading_ahead_rows()
+    rows = pocket_rows() + files_rows() + reading_ahead_rows()
     if os.environ.get("TTSNAP_BENCH_REAL", "1") != "0":
         rows += image_reward_rows() + clip_h_rows()
     return rows

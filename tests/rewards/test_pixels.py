@@ -111,6 +111,13 @@ def test_tensor_equals_the_written_png(preprocessing, size, tmp_path):
     torch.testing.assert_close(preprocessing.tensor(exact)[0], expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.device
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+def test_files_give_an_accelerator_the_same_bits():
+    resized = [IMAGE_REWARD_PIXELS.resized(image) for image in make_images(4, 301, 227)]
+    assert torch.equal(IMAGE_REWARD_PIXELS.batch(resized, "cuda").cpu(), IMAGE_REWARD_PIXELS.batch(resized, "cpu"))
+
+
 @pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
 @pytest.mark.parametrize(
     ("before", "after"), [((512, 512), (224, 224)), ((301, 227), (298, 224)), ((64, 40), (358, 224))]
