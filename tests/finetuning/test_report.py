@@ -192,7 +192,8 @@ def test_pictures_of_the_pocket_world_are_made_once(tmp_path):
 def test_the_notebook_holds_prompts_out_when_no_others_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("TTSNAP_DATA_CACHE", str(tmp_path))
     settings = "{validation: null, validation_prompts: 2, epochs_per_step: 1, warmup_updates: 1, group_size: 4}"
-    given = {"trajectories": "pocket-sdxl:train:6x4", "validation": "", "steps": "[2]", "settings": settings}
+    pictures = {"trajectories": "pocket-sdxl:train:6x4", "validation": "", "test": "pocket-sdxl:evaluation:3x6"}
+    given = {**pictures, "steps": "[2]", "settings": settings}
     assert main(["run", "finetune", *(word for key, value in given.items() for word in ("-p", key, value))]) == 0
     table = pd.read_csv(next((tmp_path / "runs" / "finetune").glob("*/comparison.csv")))
     assert table["step"].tolist() == [2] and table["base_tau"].notna().all()
