@@ -193,11 +193,11 @@ def test_speed_up_is_what_best_of_n_needs_over_the_budget(two_methods):
 
 def test_what_the_noise_aware_reward_adds_is_paired(result):
     gains = result.relative_gains().query("reward == 'pickscore'").set_index("method")["relative_gain"]
-    assert f": {gains['ttsnap'] - gains['ttsp']:+.1f} [" in plots.over_ttsp(result, COST, "pickscore")
+    assert f": {gains['ttsnap'] - gains['ttsp']:+.1f} [" in plots.over_ttsp(result, "pickscore")
     dataset = synthetic_rewards(12, 40, 8)
     single = curves(dataset, ["ttsp", "ttsnap"], [120], COST, SCHEDULE, rng=0)
     value = (single.per_prompt[2] - single.per_prompt[1]).mean()
-    assert f": {value:+.3f} [" in plots.over_ttsp(single, COST)
+    assert f": {value:+.3f} [" in plots.over_ttsp(single)
 
 
 def test_the_notebook_answers_for_one_budget(tmp_path, monkeypatch, capsys):

@@ -129,7 +129,7 @@ def headline(curves: Curves, cost: CostModel, method: str = "ttsnap", reward: st
     return f"{told}; Best-of-N needs {_images(row['needs'] / one)} for that: {ratio} x the compute."
 
 
-def over_ttsp(curves: Curves, cost: CostModel, reward: str | None = None) -> str:
+def over_ttsp(curves: Curves, reward: str | None = None) -> str:
     """Return in words what the noise-aware reward adds: TTSnap minus TTSp, paired, over all budgets or at the one given."""
     reward = choice("reward", curves.rewards[0] if reward is None else reward, curves.rewards)
     r = curves.rewards.index(reward)
