@@ -147,12 +147,22 @@ def test_every_module_of_commands_is_in_the_help_and_defaults_are_told_once():
     assert "base seed (default: 0)" in choices["generate"].format_help()
 
 
-def test_rewards_of_a_search_may_be_given_one_by_one_or_together():
+def test_rewards_are_named_one_by_one_everywhere():
     from ttsnap_lib.__main__ import parser
 
-    head = ["search", "a ring", "--candidates", "2", "--out", "best"]
-    for given in (["--reward", "a", "--reward", "b"], ["--reward", "a", "b"]):
-        assert parser().parse_args([*head, *given]).reward == ["a", "b"]
+    given = ["--reward", "a", "--reward", "b"]
+    heads = (
+        "search ring --out best",
+        "cost",
+        "optimize t",
+        "compare s --tensor t",
+        "generate",
+        "score f",
+        "export t -o v",
+    )
+    for words in heads:
+        assert parser().parse_args([*words.split(), *given]).reward == ["a", "b"]
+    assert parser().parse_args(["search", *given, "a ring", "--out", "best"]).prompt == "a ring"  # is no third reward
 
 
 # -- score ----------------------------------------------------------------------------------------------------
@@ -237,3 +247,5 @@ def test_generate_and_score(tmp_path, capsys):
     assert inline["base"].shape == (1, 2, 2, 3)
     assert np.array_equal(inline["base"].values, after["base"].values)
     assert main(common) == 1 and "neither --out nor --score" in capsys.readouterr().err
+    assert main([*common, "--score", str(tmp_path / "third.zarr"), "--format", "webp"]) == 1
+    assert "no picture is kept" in capsys.readouterr().err and not (tmp_path / "third.zarr").exists()

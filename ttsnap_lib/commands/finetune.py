@@ -20,7 +20,9 @@ def add(commands: Any) -> None:
         epilog="Shipped configurations: pocket-flux, pocket-sdxl, and flux- or sdxl- with image_reward, pickscore, "
         "hpsv2. `--show` prints the resolved settings.",
     )
-    parser.add_argument("--config", default="pocket-flux", metavar="NAME|FILE", help="settings (default: pocket-flux)")
+    parser.add_argument(
+        "--config", default="pocket-flux", metavar="NAME|FILE", help="configuration (default: pocket-flux)"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="the run folder")
     parser.add_argument("--trajectories", metavar="FOLDER", help="pictures to train on (default: the configuration's)")
     parser.add_argument("--validation", metavar="FOLDER", help="pictures of held-out prompts")

@@ -88,6 +88,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     integer("--images", arguments.images, 1, MAX_IMAGES)
     if not arguments.out and not arguments.score:
         raise ConfigError("neither --out nor --score: say where the images go, or where their rewards go.")
+    if arguments.format and not arguments.out:
+        raise ConfigError(
+            f"--format {arguments.format} without --out: no picture is kept. Leave it out, or give --out."
+        )
     if not arguments.score and (arguments.reward or arguments.reward_option or arguments.noise_aware):
         raise ConfigError(
             "--reward, --reward-option or --noise-aware without --score. Add --score TENSOR.zarr, or run `ttsnap score` "
@@ -141,7 +145,7 @@ def _add_verify(commands: Any) -> None:
         description="Find missing, damaged, changed and foreign files. Exit status 1 when there are any. "
         "--repair makes missing and damaged pictures again, and nothing else; foreign files stay.",
     )
-    verify.add_argument("folder")
+    verify.add_argument("folder", help="trajectory folder of `ttsnap generate`")
     verify.add_argument("--repair", action="store_true", help="make what is missing or damaged again")
     verify.add_argument("--tiny", metavar="MODEL", help="the decoder of a folder that `ttsnap generate --tiny` made")
     _run_arguments(verify, None)
@@ -295,7 +299,7 @@ def _add_import_and_export(commands: Any) -> None:
         description="Write the manifest of a folder p????/id???/s??.png that the released code made; score, finetune and "
         "verify then work on it. Prompts may begin at another number than 0.",
     )
-    pictures.add_argument("folder", type=Path)
+    pictures.add_argument("folder", type=Path, help="holds p0000/id000/s00.png and so on; gets the manifest")
     pictures.add_argument("--model", required=True, help="what made the pictures, such as black-forest-labs/FLUX.1-dev")
     add_prompts_argument(pictures)
     pictures.add_argument("-q", "--quiet", action="store_true", help="no progress on the terminal")
@@ -308,8 +312,10 @@ def _add_import_and_export(commands: Any) -> None:
     )
     export.add_argument("tensor", type=Path, help="Zarr folder")
     export.add_argument("-o", "--out", type=Path, required=True, help="folder (published) or file (ground-truth)")
-    export.add_argument("--layout", choices=("published", "ground-truth"), default="published")
-    export.add_argument("--model", help="first part of the published folder names, such as flux")
+    export.add_argument("--layout", choices=("published", "ground-truth"), default="published", help="as above")
+    export.add_argument(
+        "--model", help="first part of the published folder names, such as flux (default: the tensor's)"
+    )
     export.add_argument("--reward", action="append", metavar="NAME", help="rewards to export (default: all)")
     export.set_defaults(func=_export)
 

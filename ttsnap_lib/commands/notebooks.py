@@ -25,7 +25,9 @@ Next:
 def add(subparsers: Any) -> None:
     """Add the commands of this group."""
     demo = subparsers.add_parser("demo", help="generate, finetune and simulate on the tiny built-in models")
-    demo.add_argument("--values", type=Path, help="folder of published reward values to simulate on instead")
+    demo.add_argument(
+        "--values", type=Path, metavar="FOLDER", help="folder of published reward values to simulate on instead"
+    )
     demo.set_defaults(func=_demo)
 
     run = subparsers.add_parser(

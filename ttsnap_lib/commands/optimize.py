@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
         "tensor", help="Zarr folder of `ttsnap score` or `ttsnap import-published`; pocket-flux for the shipped one"
     )
     parser.add_argument(
-        "--reward", action="append", metavar="NAME", help="reward that selects; may stand several times"
+        "--reward", action="append", metavar="NAME", help="reward that selects; may stand several times (default: all)"
     )
     parser.add_argument("--report", action="append", metavar="NAME", help="reward that is measured but never selects")
     parser.add_argument(
@@ -32,19 +32,26 @@ def add(commands: Any) -> None:
         "--budgets", default="2:20", metavar="LIST",
         help="multiples of one Best-of-N image: 2:20, 2:20:3, 4 or 2,4,8 (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--method", choices=("ttsnap", "ttsp"), default="ttsnap", help="default: %(default)s")
+    parser.add_argument(
+        "--method", choices=("ttsnap", "ttsp"), default="ttsnap",
+        help="prune by the noise-aware reward, or by the base one (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--objective", choices=("area", "single", "frontier"),
         help="one schedule for all budgets, for one, or one for each (default: area, single for one budget)",
     )  # fmt: skip
-    parser.add_argument("--combine", choices=("rank_sum", "z_score"), default="rank_sum", help="several rewards")
+    parser.add_argument(
+        "--combine", choices=("rank_sum", "z_score"), default="rank_sum", help="how several rewards choose"
+    )
     parser.add_argument("--max-stages", type=int, default=4, metavar="N", help="pruning steps at most (default: 4)")
     parser.add_argument("--trials", type=int, metavar="N", help="schedules to try (default: 3000, frontier 10000)")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop with the best so far")
     parser.add_argument("--seed", type=int, default=0, help="of the search (default: 0)")
     parser.add_argument("--tune", metavar="LIST", help="prompts to tune on, 0:100 or 0,2,4 (default: even positions)")
     parser.add_argument("--test", metavar="LIST", help="prompts to report on (default: the rest)")
-    parser.add_argument("--copied-steps", action="store_true", help="also check where noise-aware is a copy of base")
+    parser.add_argument(
+        "--copied-steps", action="store_true", help="also prune where the noise-aware reward is a copy of the base one"
+    )
     parser.add_argument("--distinct", action="store_true", help="drop repeated images of the pool first")
     parser.add_argument("--out", type=Path, metavar="FILE.yaml", help="write the schedule (frontier: one per budget)")
     parser.add_argument("--trials-out", type=Path, metavar="FILE.csv", help="write every schedule that was tried")
@@ -73,11 +80,16 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument(
         "--budgets", default="2:20", metavar="LIST", help="as of `ttsnap optimize` (default: %(default)s)"
     )
-    parser.add_argument("--method", choices=("ttsnap", "ttsp"), default="ttsnap", help="default: %(default)s")
     parser.add_argument(
-        "--reward", action="append", metavar="NAME", help="reward that selects; may stand several times"
+        "--method", choices=("ttsnap", "ttsp"), default="ttsnap",
+        help="prune by the noise-aware reward, or by the base one (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reward", action="append", metavar="NAME", help="reward that selects; may stand several times (default: all)"
     )
-    parser.add_argument("--combine", choices=("rank_sum", "z_score"), default="rank_sum", help="several rewards")
+    parser.add_argument(
+        "--combine", choices=("rank_sum", "z_score"), default="rank_sum", help="how several rewards choose"
+    )
     parser.add_argument("--prompts", metavar="LIST", help="prompts to compare on, 1:199:2 or 0,2,4 (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the random subsets (default: 0)")
     parser.add_argument("--distinct", action="store_true", help="drop repeated images of the pool first")

@@ -35,16 +35,22 @@ def add(commands: Any) -> None:
     )
     add_prompts_argument(search)
     search.add_argument("--limit", type=int, metavar="N", help="take the first N prompts of the file only")
-    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
-    search.add_argument("--reward", **several, help="reward models; several select jointly (default: pocket-clip)")
-    search.add_argument("--report", **several, default=[], help="rewards that are measured but never select")
+    search.add_argument(
+        "--reward", action="append", metavar="NAME",
+        help="reward model; may stand several times, and all select jointly (default: pocket-clip)",
+    )  # fmt: skip
+    search.add_argument(
+        "--report", action="append", default=[], metavar="NAME", help="reward that is measured but never selects"
+    )
     search.add_argument("--adapters", metavar="FOLDER", help="noise-aware checkpoints of the first reward, or pocket")
     search.add_argument(
         "--schedule", metavar="FILE",
         help="YAML of `ttsnap optimize`, or '{steps: [2, 6], keep_ratios: [0.4, 0.5]}'; no pruning without one",
     )  # fmt: skip
-    search.add_argument("--method", choices=("best_of_n", "ttsp", "ttsnap"), help="default: by schedule and adapters")
-    search.add_argument("--budget", type=float, help="compute per prompt in the unit of --cost")
+    search.add_argument(
+        "--method", choices=("best_of_n", "ttsp", "ttsnap"), help="default: as --schedule and --adapters suggest"
+    )
+    search.add_argument("--budget", type=float, metavar="COMPUTE", help="per prompt, in the unit of --cost")
     search.add_argument("--candidates", type=int, metavar="N", help="seeds to try, instead of a budget")
     search.add_argument(
         "--cost", default="auto", metavar="PRESET_OR_FILE",
@@ -52,9 +58,14 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     search.add_argument("--deadline", type=float, metavar="SECONDS", help="stop then, with the best so far")
     search.add_argument(
-        "--combine", default="rank_sum", choices=("rank_sum", "z_score", "weighted_sum"), help="of several rewards"
+        "--combine",
+        default="rank_sum",
+        choices=("rank_sum", "z_score", "weighted_sum"),
+        help="how several rewards choose",
     )
-    search.add_argument("--weights", type=float, nargs="+", help="one per --reward, for --combine weighted_sum")
+    search.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="one for each --reward, for --combine weighted_sum"
+    )
     add_negtome_argument(search)
     search.add_argument("--tiny", metavar="MODEL", help="AutoencoderTiny that decodes at the checks (or pocket-tiny)")
     search.add_argument("--seed", type=int, default=0, help="base seed")
@@ -71,9 +82,12 @@ def add(commands: Any) -> None:
         description="Measure FLOPs and seconds of a step, a decode and a check, by batch size, and write a cost file that "
         "search, simulate and optimize read as --cost, and beside it a picture of the seconds.",
     )
-    cost.add_argument("--reward", **several, help="reward models of a check (default: pocket-clip)")
+    cost.add_argument(
+        "--reward", action="append", metavar="NAME",
+        help="reward model of a check; may stand several times (default: pocket-clip)",
+    )  # fmt: skip
     cost.add_argument("--tiny", metavar="MODEL", help="AutoencoderTiny for the checks (or pocket-tiny)")
-    cost.add_argument("--unit", default="TFLOPs", choices=("TFLOPs", "seconds"), help="of the written model")
+    cost.add_argument("--unit", default="TFLOPs", choices=("TFLOPs", "seconds"), help="of the cost model in the file")
     cost.add_argument(
         "--batch-sizes", type=int, nargs="+", metavar="N",
         help="at which seconds are measured (default: 1, 2, 4, ... to 16 on a CPU and 64 elsewhere, as memory allows)",

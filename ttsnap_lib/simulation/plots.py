@@ -455,7 +455,8 @@ def search_command(
     """
     model = "MODEL" if model.startswith("synthetic") else model  # of no diffusion model
     is_pocket = model.startswith("pocket-")
-    words = ["ttsnap", "search", prompt, "--model", _PUBLISHED.get(model, model), "--reward", *rewards]
+    words = ["ttsnap", "search", prompt, "--model", _PUBLISHED.get(model, model)]
+    words += [word for name in rewards for word in ("--reward", name)]
     size = re.search(r"-(512|1024)\b", cost)
     if size and not is_pocket:
         words += ["--size", size[1]]
