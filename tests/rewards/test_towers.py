@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from tests.worlds import PROMPTS, as_tensor, embedding, pillow_processor
+from tests.rewards.test_pixels import hps_transform
+from tests.worlds import PROMPTS, as_tensor, embedding, make_images, pillow_processor
 from ttsnap_lib.errors import RewardError
 from ttsnap_lib.rewards.base import TextBatch
 from ttsnap_lib.rewards.loading import load_reward
-from ttsnap_lib.rewards.towers import OpenClipReward
 
 
 def _model_card(folder, prompts: list[str], images: list[Image.Image]) -> np.ndarray:
@@ -102,19 +104,33 @@ def open_clip_tiny():
     return model.eval()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_equals_open_clip_similarity(open_clip_tiny, images, batch_size):
+def _hpsv2_package(model, prompts: list[str], images: list[Image.Image]) -> np.ndarray:
+    """``hpsv2.score`` of hpsv2 1.2.0, one image at a time: its transform, tokens and product."""
     import open_clip
 
-    tokenizer = open_clip.get_tokenizer("ViT-H-14")
-    reward = OpenClipReward("hpsv2", open_clip_tiny, tokenizer, device="cpu")
-    scores = reward.score(PROMPTS, images, batch_size=batch_size)
+    tokenizer, scores = open_clip.get_tokenizer("ViT-H-14"), []
     with torch.no_grad():
-        for prompt, image, score in zip(PROMPTS, images, scores, strict=True):
-            image_features, text_features, _ = open_clip_tiny(reward.preprocess([image]), tokenizer([prompt]))
-            expected = torch.diagonal(image_features @ text_features.T).item()
-            assert score == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert np.ptp(scores) > 1e-3
+        for prompt, image in zip(prompts, images, strict=True):
+            image_features, text_features, _ = model(hps_transform(image).unsqueeze(0), tokenizer([prompt]))
+            scores.append(torch.diagonal(image_features @ text_features.T).item())
+    return np.array(scores, np.float32)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_hpsv2_equals_the_package_on_open_clip(open_clip_tiny, tmp_path, monkeypatch, batch_size):
+    import open_clip
+
+    torch.save({"state_dict": open_clip_tiny.state_dict()}, tmp_path / "HPS_v2_compressed.pt")
+    blank = copy.deepcopy(open_clip_tiny)
+    for parameter in blank.parameters():
+        parameter.data.zero_()
+    monkeypatch.setattr(open_clip, "create_model", lambda name, **options: blank)
+    reward = load_reward("hpsv2", weights=tmp_path / "HPS_v2_compressed.pt", device="cpu")
+    images = [make_images(1, *size, seed)[0] for seed, size in enumerate([(512, 512), (300, 227), (64, 40)])]
+    images += make_images(4, 40, 96)
+    expected = _hpsv2_package(open_clip_tiny, PROMPTS, images)
+    assert np.ptp(expected) > 1e-3
+    np.testing.assert_allclose(reward.score(PROMPTS, images, batch_size=batch_size), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
