@@ -23,6 +23,7 @@ MAX_IMAGES = 1_000_000
 """Most images per prompt: beyond, a number is a mistake, and lists of it would fill the memory."""
 MAX_STEPS = 10_000
 """Most steps per image, likewise."""
+_LISTED = 40  # names that an error lists; of more it tells those that come near
 
 
 def integer(
@@ -67,7 +68,12 @@ def choice(name: str, value: Any, options: Iterable[Any], *, error: type[TTSnapE
     except ValueError:  # an array compares element by element
         known = False
     if not known:
-        raise error(f"{name}: got {shown(value)}, expected one of {options}. {_suggest(value, options)}")
+        told = f"{options}"
+        if len(options) > _LISTED:
+            told = (
+                f"{len(options)} names, such as {difflib.get_close_matches(str(value)[:200], map(str, options), 5, 0)}"
+            )
+        raise error(f"{name}: got {shown(value)}, expected one of {told}. {_suggest(value, options)}")
     return value
 
 

@@ -295,7 +295,7 @@ class CostModel(Plain):
         path = as_path("cost", source, error=CostError)
         if not path.suffix and not path.exists():  # a preset was meant; a file has an ending
             choice("cost preset", str(source), sorted(PRESETS), error=CostError)
-        remedy = f"Write it with CostModel.save(), or use one of {sorted(PRESETS)}."
+        remedy = "Write it with CostModel.save() or `ttsnap cost`, or use a preset: `ttsnap cost --list` shows them."
         read = read_json if path.suffix == ".json" else read_yaml
         content = read(path, "cost file", error=CostError, remedy=remedy)
         # A file of `ttsnap cost` carries more than the model; the model stands under its own key there.
@@ -332,10 +332,17 @@ def preset_for(model: str, reward: str, size: int | None = None, *, tiny: bool =
     )
 
 
-def with_steps(cost: str | Path, n_steps: int) -> CostModel:
-    """Return a cost model by its name or file; a preset with `n_steps` denoising steps."""
-    model = CostModel.load(cost)
-    return replace(model, n_steps=integer("n_steps", n_steps, 1)) if str(cost) in PRESETS else model
+def priced(
+    cost: str | Path, n_steps: int, model: str, reward: str, size: int | None = None, *, tiny: bool = False
+) -> tuple[str, CostModel]:
+    """Return the name of a cost model and the model: of a preset, of a file, or for ``"auto"`` of :func:`preset_for`.
+
+    `model`, `reward`, `size` and `tiny` are those of :func:`preset_for`. A preset gets `n_steps` denoising steps, since what
+    a step costs does not depend on how many there are.
+    """
+    name = preset_for(model, reward, size, tiny=tiny) if cost == AUTO else str(cost)
+    found = CostModel.load(name)
+    return name, replace(found, n_steps=integer("n_steps", n_steps, 1)) if name in PRESETS else found
 
 
 def check_n_steps(cost: Any, n_steps: int) -> None:
@@ -503,3 +510,6 @@ _H100: dict[str, dict[str, Any]] = {
 
 PRESETS: dict[str, CostModel] = _presets()
 """Named cost models; sources in :meth:`CostModel.preset`."""
+
+COUNTERPARTS = {f"h100-{name}": f"{name.removesuffix('-compiled')}+pickscore" for name in _H100_STEPS}
+"""Presets in seconds -> the preset in FLOPs of the same model, size and reward, which was a CLIP-H."""

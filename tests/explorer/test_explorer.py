@@ -206,10 +206,31 @@ def test_another_tensor_brings_its_cost():
     controls.tensor.value = "pocket-sdxl"
     assert controls.cost.value == "pocket-sdxl+pocket-clip" and explorer.message.value == ""
     assert explorer.state.cost == CostModel.preset("pocket-sdxl+pocket-clip")
-    controls.cost.value = "pocket-flux+pocket-clip"
+    assert controls.cost.options == ("pocket-sdxl+pocket-clip", "pocket-sdxl-tiny+pocket-clip", "published")
+    controls.cost_path.value = "pocket-flux+pocket-clip"  # any other is typed
+    assert controls.cost.value == "pocket-flux+pocket-clip" and controls.cost_path.value == ""
     assert "is not that of this tensor" in explorer.message.value
     controls.cost.value = "pocket-sdxl-tiny+pocket-clip"
     assert explorer.message.value == ""
+    controls.cost_path.value = "pocket-sdxl-tinny+pocket-clip"
+    assert "Did you mean &#x27;pocket-sdxl-tiny+pocket-clip&#x27;?" in explorer.message.value
+    assert len(explorer.message.value) < 500  # not all 153
+
+
+def test_another_reward_brings_its_cost(tmp_path):
+    explorer = Explorer(synthetic_rewards(8, 50, 20, rewards=("image_reward", "pickscore")), multiple=4, iterations=10)
+    controls = explorer.controls
+    controls.rewards.value = ("pickscore",)
+    assert controls.cost.value == "flux-512+pickscore" and "flux-512+image_reward" not in controls.cost.options
+    assert explorer.state.cost == CostModel.preset("flux-512+pickscore") and explorer.message.value == ""
+    controls.accounting.value = "published"
+    controls.rewards.value = ("image_reward", "pickscore")
+    assert controls.cost.value == "flux-512+image_reward" and controls.accounting.value == "exact"
+    own = CostModel(step=1, verify=0.5, unit="seconds", accounting="published").save(tmp_path / "mine.json")
+    controls.cost_path.value = str(own)
+    controls.accounting.value = "exact"
+    controls.rewards.value = ("pickscore",)  # a cost of one's own stays
+    assert controls.cost.value == str(own) and controls.accounting.value == "exact"
 
 
 def test_moves_are_drawn_together_and_settle_later(timed, clock, dataset):

@@ -10,7 +10,7 @@ import pytest
 from ttsnap_lib import CostModel, open_rewards
 from ttsnap_lib.costs import preset_for
 from ttsnap_lib.errors import CostError
-from ttsnap_lib.tensors.pricing import cost_for
+from ttsnap_lib.tensors.pricing import cost_for, fitting
 from ttsnap_lib.tensors.tensor import make_rewards, synthetic_rewards
 
 
@@ -83,6 +83,7 @@ def test_another_preset_is_told():
         "flux-512+image_reward",
         "pocket-flux+pocket-clip",
         "h100-sdxl-512",
+        "h100-sdxl-512-compiled",
     )
     for other in others:
         with pytest.warns(UserWarning, match=r"flux-512\+pickscore; cost 'auto' takes it"):
@@ -93,3 +94,12 @@ def test_another_preset_is_told():
         for seconds in ("h100-flux-512", "h100-flux-512-compiled"):
             assert cost_for(dataset, seconds)[1].unit == "seconds"
         cost_for(tensor(), "sdxl-512+pickscore")  # nothing is known of it
+    with pytest.warns(UserWarning, match="not that of this tensor"):  # measured with a CLIP-H
+        cost_for(tensor(model="FLUX.1-dev", size=512, reward="image_reward"), "h100-flux-512")
+
+
+def test_the_presets_that_fit_a_tensor_begin_with_its_own():
+    found = fitting(tensor(model="FLUX.1-dev", size=512))
+    assert found == ["flux-512+pickscore", "flux-512-tiny+pickscore", "h100-flux-512", "h100-flux-512-compiled"]
+    assert fitting(open_rewards("pocket-sdxl")) == ["pocket-sdxl+pocket-clip", "pocket-sdxl-tiny+pocket-clip"]
+    assert fitting(tensor(model="mine", size=512)) == []

@@ -180,26 +180,22 @@ def _search(arguments: argparse.Namespace) -> int:
 
 def _price(arguments: argparse.Namespace) -> Any:
     """Return the cost model; None where there is no preset and no budget needs one."""
-    from ttsnap_lib.costs import AUTO, preset_for, with_steps
+    from ttsnap_lib.costs import AUTO, priced
     from ttsnap_lib.errors import CostError
 
-    name = arguments.cost
-    if name == AUTO:
-        if arguments.prompts is not None and arguments.budget is None:
-            return None  # the cost is in the identity of a folder, and those made before have none
-        height, width = arguments.size or (None, None)
-        try:
-            name = preset_for(
-                arguments.model,
-                (arguments.reward or ["pocket-clip"])[0],
-                height if height == width else None,
-                tiny=bool(arguments.tiny),
-            )
-        except CostError:
-            if arguments.budget is not None:
-                raise
-            return None
-    return with_steps(name, arguments.steps)
+    needed = arguments.budget is not None
+    if arguments.cost == AUTO and arguments.prompts is not None and not needed:
+        return None  # the cost is in the identity of a folder, and those made before have none
+    height, width = arguments.size or (None, None)
+    reward, size = (arguments.reward or ["pocket-clip"])[0], height if height == width else None
+    try:
+        return priced(
+            arguments.cost, arguments.steps, arguments.model, reward, size, tiny=bool(arguments.tiny)
+        )[1]  # fmt: skip
+    except CostError:
+        if needed or arguments.cost != AUTO:
+            raise
+        return None
 
 
 def _rewards(arguments: argparse.Namespace, names: list[str], adapters: Any = None) -> list[Any]:

@@ -19,6 +19,7 @@ import shlex
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,7 +29,7 @@ from IPython import get_ipython
 
 from ttsnap_lib.checks import choice, real
 from ttsnap_lib.costs import AUTO, PRESETS, CostModel
-from ttsnap_lib.errors import ConfigError, CostError, ScheduleError, TTSnapError
+from ttsnap_lib.errors import ConfigError, ScheduleError, TTSnapError
 from ttsnap_lib.explorer.pool import Pool
 from ttsnap_lib.explorer.result import PINS, Result, State, compute, lacking
 from ttsnap_lib.explorer.view import (
@@ -47,7 +48,7 @@ from ttsnap_lib.schedule import METHODS, PUBLISHED_SCHEDULE, Schedule
 from ttsnap_lib.simulation.plots import search_command
 from ttsnap_lib.simulation.pruning import step_positions
 from ttsnap_lib.style import METHOD_LABELS, reward_label
-from ttsnap_lib.tensors.pricing import mismatch, tensor_preset
+from ttsnap_lib.tensors.pricing import cost_for, fitting, mismatch
 from ttsnap_lib.tensors.tensor import open_rewards
 from ttsnap_lib.tuning.optimize import OptimizedSchedule, optimize_schedule
 
@@ -59,6 +60,7 @@ _COMBINE = {"sum of ranks": "rank_sum", "mean of z-scores": "z_score"}
 _SEARCH = "command that runs it"
 _COPY_FORMATS = (_SEARCH, "schedule YAML", "papermill parameters", "command line")
 _GIVEN = "given"  # a tensor or a cost in memory
+_PUBLISHED = "published"  # the cost that prices all models alike
 _OFFERED = 50  # tensors of the data cache in the list, at most
 _TOGETHER_S, _REST_S = 0.01, 0.15  # moves that come within the first are drawn together; a rest
 _AT_ONCE = 4  # numbers of candidates pruned before a move that has come in is looked at
@@ -187,18 +189,13 @@ class Explorer(ipw.VBox):
 
         name = str(tensor) if isinstance(tensor, str | Path) else _GIVEN
         self._given = tensor
-        if cost == AUTO:
-            dataset = cast("xr.Dataset", tensor) if name == _GIVEN else open_rewards(name)
-            cost = tensor_preset(dataset, next(iter(rewards), None))
-        given_cost = _GIVEN if isinstance(cost, CostModel) else str(cost)
-        self._costs = {given_cost: cost if isinstance(cost, CostModel) else CostModel.load(cost), **PRESETS}
+        self._costs: dict[str, CostModel] = {}  # that are no presets
         self.pool: Pool | None = None
 
         self.controls = controls = Controls(self.changed)
         with controls.quiet():
             controls.tensor.options = list(dict.fromkeys([name, *_tensors()]))
             controls.tensor.value = name
-            controls.cost.options, controls.cost.value = list(self._costs), given_cost
             pool = self._open(name)
             for reward in [*rewards, *([shown] if shown else [])]:
                 choice("rewards", reward, pool.names)
@@ -210,7 +207,16 @@ class Explorer(ipw.VBox):
             controls.rewards.value = tuple(rewards or pool.names)
             controls.shown.value = shown or controls.rewards.value[0]
             controls.combine.value, controls.method.value, controls.schedule = combine, method, schedule
-            controls.accounting.value = accounting or self._costs[given_cost].accounting
+            chosen = _GIVEN
+            if isinstance(cost, CostModel):
+                self._costs[chosen] = cost
+            else:
+                with warnings.catch_warnings(action="ignore"):  # what does not fit is said beside the numbers
+                    chosen, model = cost_for(pool.dataset, cost, controls.rewards.value[0])
+                if chosen not in PRESETS:
+                    self._costs[chosen] = model
+            self._offer_costs(chosen)
+            controls.accounting.value = accounting or self._model(chosen).accounting
             controls.multiple.max = max(*self._multiples, multiple)
             controls.multiple.value = multiple
         for button, action in (
@@ -223,6 +229,7 @@ class Explorer(ipw.VBox):
         controls.show_pins(self.pins)
         for control, handler in (
             (controls.tensor, self._tensor_chosen), (controls.cost, self._cost_chosen),
+            (controls.rewards, self._rewards_chosen),
             (controls.tensor_path, functools.partial(self._typed, controls.tensor, open_rewards)),
             (controls.cost_path, functools.partial(self._typed, controls.cost, self._load_cost)),
         ):  # fmt: skip
@@ -346,6 +353,8 @@ class Explorer(ipw.VBox):
 
     def _tensor_chosen(self, change: Any) -> None:
         controls = self.controls
+        if controls.is_quiet:
+            return
         try:
             with controls.quiet():
                 pool = self._open(controls.tensor.value)
@@ -353,20 +362,43 @@ class Explorer(ipw.VBox):
                 if not set(schedule.steps) <= set(pool.steps[:-1]):  # it has no meaning on these steps
                     self.pins[pin] = method, controls.schedule
             controls.show_pins(self.pins)
-            if controls.cost.value in PRESETS:  # a file of the user's own stays
-                with contextlib.suppress(CostError):  # so does any cost where the tensor does not say
-                    controls.cost.value = tensor_preset(pool.dataset, controls.rewards.value[0])
+            self._offer_costs(controls.cost.value)
         except TTSnapError as error:
             self.pool, self._error = None, error
         self.changed()
 
+    def _rewards_chosen(self, change: Any) -> None:
+        if self.pool is not None and not self.controls.is_quiet:  # a check costs what its reward does
+            self._offer_costs(self.controls.cost.value)
+            self.changed()
+
+    def _offer_costs(self, chosen: str) -> None:
+        """Offer the costs of the tensor's model, size and reward, and choose its own where `chosen` is another's preset."""
+        controls, pool = self.controls, self._opened()
+        rewards = controls.rewards.value
+        fits = fitting(pool.dataset, rewards[0]) if rewards else []
+        if fits and chosen in PRESETS and chosen not in (*fits, _PUBLISHED):
+            chosen = fits[0]
+        accounting = controls.accounting.value if chosen == controls.cost.value else self._model(chosen).accounting
+        with controls.quiet():
+            controls.cost.options = list(dict.fromkeys([*self._costs, *fits, chosen, _PUBLISHED]))
+            controls.cost.value = chosen
+            controls.accounting.value = accounting
+
+    def _model(self, cost: str) -> CostModel:
+        return self._costs[cost] if cost in self._costs else PRESETS[cost]
+
     def _cost_chosen(self, change: Any) -> None:
+        if self.controls.is_quiet:
+            return
         with self.controls.quiet():
-            self.controls.accounting.value = self._costs[self.controls.cost.value].accounting
+            self.controls.accounting.value = self._model(self.controls.cost.value).accounting
         self.changed()
 
     def _load_cost(self, name: str) -> None:
-        self._costs[name] = CostModel.load(name)
+        model = CostModel.load(name)
+        if name not in PRESETS:
+            self._costs[name] = model
 
     def _typed(self, chooser: ipw.Dropdown, load: Callable[[str], Any], change: Any) -> None:
         """Add a path that was typed to a chooser, if it opens."""
@@ -375,7 +407,9 @@ class Explorer(ipw.VBox):
         if name:
             with self._errors_said():
                 load(name)
-                chooser.options = list(dict.fromkeys([*chooser.options, name]))
+                before = chooser.value
+                with self.controls.quiet():
+                    chooser.options, chooser.value = list(dict.fromkeys([*chooser.options, name])), before
                 chooser.value = name
                 field.value = ""
 
@@ -385,7 +419,7 @@ class Explorer(ipw.VBox):
         changes: dict[str, Any] = {"accounting": controls.accounting.value}
         if controls.cost.value in PRESETS:  # what a step costs does not depend on how many there are
             changes["n_steps"] = self._opened().steps[-1] + 1
-        return dataclasses.replace(self._costs[controls.cost.value], **changes)
+        return dataclasses.replace(self._model(controls.cost.value), **changes)
 
     # Pinning and optimising
 
@@ -549,7 +583,7 @@ class Explorer(ipw.VBox):
         }  # fmt: skip
         usual = {
             "rewards": list(self._opened().names), "shown": rewards[0] if rewards else "",
-            "accounting": self._costs[controls.cost.value].accounting, "multiples": list(MULTIPLES),
+            "accounting": self._model(controls.cost.value).accounting, "multiples": list(MULTIPLES),
             "combine": "rank_sum",
         }  # fmt: skip
         return {name: value for name, value in found.items() if name not in usual or value != usual[name]}
@@ -587,7 +621,7 @@ class Controls:
     """All controls, as plain attributes; `changed` is called after any change that a person or a program makes."""
 
     def __init__(self, changed: Callable[[], None]) -> None:
-        self._changed, self._quiet = changed, False
+        self._changed, self.is_quiet = changed, False
         self._rows: list[ipw.Widget] = []  # of the section at hand, in the order in which they are shown
         self.sections: dict[str, tuple[ipw.Button, ipw.VBox]] = {}
 
@@ -614,8 +648,9 @@ class Controls:
         self.multiple = self._row(ipw.FloatSlider, "budget in images", help_, **multiple)
         help_ = "What a denoising step and a check of an estimate cost: for a model, a size and a reward"
         self.cost = self._row(ipw.Dropdown, "cost", help_, label=_SHORT)
-        help_ = "A file of `ttsnap cost`, of your own machine"
-        self.cost_path = self._path("or a cost file", help_, "JSON or YAML, then Enter")
+        help_ = "Another preset, or a file that `ttsnap cost` measured on your own machine"
+        options = {"options": tuple(PRESETS), "placeholder": "preset or file, then Enter", "continuous_update": False}
+        self.cost_path = self._row(ipw.Combobox, "or another", help_, label=_SHORT, **options)
         help_ = "exact: with decoding and whole candidates; published: the formula of the released code"
         self.accounting = self._row(ipw.Dropdown, "accounting", help_, label=_SHORT, options=["exact", "published"])
         self._section("Budget and cost")
@@ -708,11 +743,11 @@ class Controls:
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
         """Return a context in which changes are not told."""
-        before, self._quiet = self._quiet, True
+        before, self.is_quiet = self.is_quiet, True
         try:
             yield
         finally:
-            self._quiet = before
+            self.is_quiet = before
 
     @property
     def schedule(self) -> Schedule:
@@ -750,12 +785,12 @@ class Controls:
             self._in_order()
 
     def _tell(self) -> None:
-        if not self._quiet:
+        if not self.is_quiet:
             self._changed()
 
     def _moved(self, k: int | None) -> None:
         """Stop step slider `k` at its neighbours; None when stages come or go."""
-        if self._quiet:
+        if self.is_quiet:
             return
         with self.quiet():
             if k is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttsnap_lib.checks import choice
-from ttsnap_lib.costs import CostModel
+from ttsnap_lib.costs import AUTO, CostModel
 from ttsnap_lib.diffusion.denoise import Denoiser, as_settings
 from ttsnap_lib.diffusion.pipelines import load_decoder, tell_outside
 from ttsnap_lib.errors import SearchError
@@ -98,6 +98,8 @@ def search_many(
     }  # fmt: skip
     rewards = [load_reward(one) for one in (reward if isinstance(reward, list | tuple) else [reward])]
     searcher = Searcher(pipeline, rewards, together=together, **options)
+    if options.get("cost") == AUTO:
+        options["cost"] = searcher.cost
     mine = range(index, len(prompts), of)
     tell_outside(searcher.denoiser.pipeline, prompts)
     given = None if prompt_embeds is None else searcher.denoiser.given(prompt_embeds, len(prompts))

@@ -64,7 +64,8 @@ def _candidates_for(
         return n
     if cost is None:
         raise CostError(
-            "budget without a cost model. Measure one with `ttsnap cost`, name a preset, or give candidates instead."
+            "budget without a cost model. Give cost 'auto' (the preset of the model), a preset or a file of `ttsnap cost`, or "
+            "candidates instead."
         )
     n = cost.candidates(budget, schedule)
     left = n % group

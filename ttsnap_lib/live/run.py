@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from ttsnap_lib.checks import as_bytes, integer, real, text
-from ttsnap_lib.costs import CostModel
+from ttsnap_lib.costs import AUTO, CostModel, priced
 from ttsnap_lib.diffusion.denoise import (
     Candidates,
     Conditioning,
@@ -29,8 +29,9 @@ from ttsnap_lib.diffusion.denoise import (
     as_settings,
     image_generator,
     image_seed,
+    resolve,
 )
-from ttsnap_lib.diffusion.pipelines import load_decoder, load_pipeline, pipeline_facts, tell_outside
+from ttsnap_lib.diffusion.pipelines import load_decoder, load_pipeline, pipeline_facts, pipeline_source, tell_outside
 from ttsnap_lib.errors import BudgetError, ConfigError, DeviceError, ScheduleError, SearchError
 from ttsnap_lib.live.plan import planned
 from ttsnap_lib.live.record import SearchRecord, SearchResult, StageRecord
@@ -86,8 +87,9 @@ def search(
         Compute for this prompt in the unit of `cost`; gives the number of candidates. Either this or `candidates`.
     candidates : int, optional
         How many seeds to start.
-    cost : CostModel, preset name or file, optional
-        Needed with `budget`; with `candidates` it only prices the run.
+    cost : CostModel, preset name or file, or ``"auto"``, optional
+        Needed with `budget`; with `candidates` it only prices the run. ``"auto"`` is the preset of the pipeline's model, the
+        picture size and the first reward that selects.
     seed : int
         Base seed; candidate i has the seed of image i in a trajectory folder of the same base seed.
     method : {"best_of_n", "ttsp", "ttsnap"}, optional
@@ -164,6 +166,18 @@ def _method_for(method: str | None, schedule: Schedule, selecting: Sequence[Any]
     return method
 
 
+def _own_cost(pipeline: Any, reward: Any, report: Any, settings: Any, decoder: Any) -> CostModel:
+    """Return the cost preset of what is searched with, as far as that is known before anything is loaded."""
+    given, model = as_settings(settings), str(pipeline)
+    if not isinstance(pipeline, str | Path):
+        given, model = resolve(given, pipeline), pipeline_source(pipeline)["model"]
+    rewards, report = (one if isinstance(one, list | tuple) else [one] for one in (reward, report))
+    names = [getattr(one, "name", None) or str(one) for one in rewards]
+    selecting = next((name for name in names if name not in report), "")
+    size = given.height if given.height == given.width else None
+    return priced(AUTO, given.n_steps, model, selecting, size, tiny=decoder is not None)[1]
+
+
 class _TimeUp(Exception):
     """The deadline has passed; raised between two denoising steps."""
 
@@ -202,6 +216,7 @@ class Searcher:
         self.seed = integer("seed", seed, 0)
         self.group = group = 1 if negtome is None else negtome.group_size  # NegToMe couples that many candidates
         n_steps = as_settings(settings).n_steps
+        cost = _own_cost(pipeline, reward, report or (), settings, decoder) if cost == AUTO else cost
         self.schedule, self.cost, self.n = planned(
             schedule, budget, candidates, cost, method, n_steps, group, batch_size, together
         )  # fmt: skip
