@@ -31,8 +31,11 @@ from ttsnap_lib.pocket.training.models import (
     make_vae,
 )
 from ttsnap_lib.pocket.training.tokens import T5_TOKENS, clip_tokenizer, t5_tokenizer
+from ttsnap_lib.rewards.base import Reward
 from ttsnap_lib.rewards.loading import load_reward
+from ttsnap_lib.rewards.pixels import Preprocessing
 from ttsnap_lib.trajectories.layout import extend
+from ttsnap_lib.trajectories.prompts import PromptList
 from ttsnap_lib.trajectories.write import ImageWriter
 
 SIZE = 32  # pixels; the VAE is 4x down
@@ -328,9 +331,11 @@ def picture(prompt: int, image: int, step: int) -> np.ndarray:
     return np.array(make_images(FOLDER_STEPS, PICTURE[1], PICTURE[0], seed=prompt * 100 + image)[step])
 
 
-def fill(folder: Path, n_prompts: int = 3, n_images: int = 3, identity: dict = IDENTITY, done=()) -> Path:
+def fill(
+    folder: Path, n_prompts: int = 3, n_images: int = 3, identity: dict = IDENTITY, done=(), metadata=None
+) -> Path:
     """Write a trajectory folder of random smooth pictures."""
-    extend(folder, identity, prompts_of(n_prompts), n_images)
+    extend(folder, identity, PromptList(prompts_of(n_prompts), metadata), n_images)
     with ImageWriter(folder, identity["image_format"], "test", workers=2) as writer:
         for prompt in range(n_prompts):
             for image in range(n_images):
@@ -345,6 +350,24 @@ def fill(folder: Path, n_prompts: int = 3, n_images: int = 3, identity: dict = I
 def brightness(prompts: list[str], images: list) -> list[float]:
     """Return the mean of each picture."""
     return [np.asarray(image).mean() for image in images]
+
+
+class Looks(Reward):
+    """A small model that reads no prompt and gives a mean and a sigma of each picture."""
+
+    outputs = ("mean", "sigma")
+    reads_prompt = False
+
+    def __init__(self, name: str = "looks") -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            module = torch.nn.Linear(3 * 8 * 8, 2)
+        super().__init__(name, module, preprocessing=Preprocessing(8, "stretch"), device="cpu")
+
+    def forward(self, pixels: torch.Tensor, text: None) -> torch.Tensor:
+        """Return (n, 2)."""
+        assert text is None
+        return self.module(pixels.flatten(1))
 
 
 def make_bank(n_prompts: int = 6, n_images: int = 4, n_steps: int = 4, seed: int = 0) -> ImageBank:

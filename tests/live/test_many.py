@@ -16,7 +16,7 @@ from tests.worlds import COST, N_STEPS, SCHEDULE, load_clip, settings
 from ttsnap_lib import CostModel, Schedule
 from ttsnap_lib.diffusion.denoise import Denoiser
 from ttsnap_lib.diffusion.negtome import NegToMe
-from ttsnap_lib.errors import BudgetError, ConfigError, DiskError, PipelineError, SearchError
+from ttsnap_lib.errors import BudgetError, ConfigError, DiskError, PipelineError, RewardError, SearchError
 from ttsnap_lib.files import shard_lock
 from ttsnap_lib.live import run
 from ttsnap_lib.live.many import collect, compare, search_many
@@ -144,6 +144,25 @@ def test_other_settings_are_refused_and_other_prompts_searched_again(search_all,
     (tmp_path / "search.json").write_text("nothing")
     with pytest.raises(SearchError, match="search.json"):
         search_all(tmp_path)
+
+
+def test_metadata_reaches_the_reward_and_another_one_is_searched_again(search_all, tmp_path):
+    seen = []
+
+    def counted(prompts, images, metadata):
+        seen.extend(row["count"] for row in metadata)
+        return [float(np.asarray(image).mean()) for image in images]
+
+    def given(*counts):
+        return [{"prompt": text, "count": n} for text, n in zip(PROMPTS, counts, strict=False)]
+
+    with pytest.raises(RewardError, match="counted reads the metadata"):
+        search_all(tmp_path, reward=counted)
+    search_all(tmp_path, given(1, 2), counted, together=2)
+    assert set(seen) == {1, 2}
+    seen.clear()
+    search_all(tmp_path, given(1, 3), counted, together=2)
+    assert set(seen) == {3}
 
 
 def test_a_prompt_that_fails_does_not_stop_the_others(search_all, tmp_path):

@@ -19,6 +19,7 @@ from tests.worlds import (
     N_STEPS,
     PROMPT,
     SCHEDULE,
+    Looks,
     brightness,
     load_clip,
     pruned_winner,
@@ -157,6 +158,26 @@ def test_a_reported_reward_never_selects(flux, clip, whole):
         result = tiny_search(flux, [clip, bad], schedule=SCHEDULE, report="bad")
     assert result.winner == whole.winner and result.complete
     assert result.summary()["bad"] is None and result.scores["clip"] == pytest.approx(whole.scores["clip"])
+
+
+def test_numbers_of_one_reward_select_jointly_or_are_reported(flux):
+    def seen(prompts, images, metadata):
+        means = [np.asarray(image).mean(axis=(0, 1)) for image in images]
+        return [[red, green, row["count"]] for (red, green, _), row in zip(means, metadata, strict=True)]
+
+    seen.outputs = ("red", "green", "count")
+    options = {"schedule": SCHEDULE, "metadata": {"count": 4}, "report": "seen.count"}
+    found = tiny_search(flux, seen, **options)
+    assert found.record.rewards == ["seen.red", "seen.green", "seen.count"] and found.scores["seen.count"] == 4
+    assert found.winner == pruned_winner(found.record)
+    weighted = tiny_search(flux, seen, combine="weighted_sum", weights={"seen.red": 0.0, "seen.green": 1.0}, **options)
+    last = weighted.record.scores[:, -1, 1]
+    assert weighted.scores["seen.green"] == np.nanmax(last)
+    looks = tiny_search(flux, [Looks(), seen], schedule=SCHEDULE, metadata={"count": 4}, report=["seen", "looks.sigma"])
+    assert looks.record.report == ["seen.red", "seen.green", "seen.count", "looks.sigma"]
+    assert looks.winner == pruned_winner(looks.record)
+    with pytest.raises(RewardError, match="seen reads the metadata"):
+        tiny_search(flux, seen)
 
 
 def test_negtome_is_off_by_default_and_pruning_waits_for_its_end(flux, clip, whole):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.worlds import PROMPTS, as_tensor, make_images
+from tests.worlds import PROMPTS, Looks, as_tensor, make_images
 from ttsnap_lib.errors import RewardError
 from ttsnap_lib.rewards import base
 from ttsnap_lib.rewards.base import CallableReward, open_image
@@ -173,6 +173,38 @@ def test_a_function_may_return_its_scores_in_any_of_the_usual_ways(give, n):
     images = [Image.new("RGB", (4, 4))] * n
     got = CallableReward(lambda prompts, images: give(len(images)), "mine").score("a", images)
     assert got.dtype == np.float32 and got.tolist() == [k / 2 for k in range(n)]
+
+
+def test_a_reward_may_read_no_prompt_and_give_several_numbers(images):
+    looks = Looks()
+    scores = looks.score("not read", images, batch_size=3)
+    assert looks.names == ("looks.mean", "looks.sigma") and scores.shape == (7, 2)
+    np.testing.assert_allclose(scores, looks.score_pixels("", looks.preprocess(images)), rtol=1e-5)
+    assert looks.score("", []).shape == (0, 2)
+    looks.outputs = ("one", "two", "three")
+    with pytest.raises(RewardError, match=r"got \(7, 2\), expected \(7, 3\). Return the numbers .* per image"):
+        looks.score("", images)
+
+
+def test_a_function_may_read_metadata_and_give_several_numbers(images):
+    def counted(prompts, images, metadata):
+        found = [[row["count"], len(prompt)] for prompt, row in zip(prompts, metadata, strict=True)]
+        metadata[0]["count"] = 100  # its own copy
+        return found
+
+    counted.outputs = ["count", "length"]
+    reward, given = load_reward(counted), [{"count": k} for k in range(7)]
+    assert reward.names == ("counted.count", "counted.length")
+    for _ in range(2):
+        found = reward.score(PROMPTS, images, metadata=given, batch_size=3)
+        assert found.tolist() == [[k, len(prompt)] for k, prompt in enumerate(PROMPTS)]
+    assert reward.score("a", images[:2], metadata={"count": 5}).tolist() == [[5, 1], [5, 1]]
+    with pytest.raises(RewardError, match=r"counted reads the metadata of prompts: got none, .*Pass metadata="):
+        reward.score(PROMPTS, images)
+    with pytest.raises(RewardError, match="got 2 of them for 7 images"):
+        reward.score(PROMPTS, images, metadata=given[:2])
+    with pytest.raises(RewardError, match=r"outputs of reward counted: got \('a', 'a'\), expected distinct names"):
+        load_reward(counted, outputs=("a", "a"))
 
 
 def test_files_are_opened_by_several_threads_ahead_of_the_model_and_score_the_same(reward, tmp_path, monkeypatch):

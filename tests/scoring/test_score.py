@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests import worlds
 from tests.launch import environment, launcher
-from tests.worlds import IDENTITY, PICTURE, brightness, fill, make_images, prompts_of, save_clip, write_adapters
+from tests.worlds import IDENTITY, PICTURE, Looks, brightness, fill, make_images, prompts_of, save_clip, write_adapters
 from ttsnap_lib import Schedule, open_rewards, simulate
 from ttsnap_lib.diffusion.denoise import Settings
 from ttsnap_lib.errors import CheckpointError, ConfigError, DiskError, RewardError, TensorError, TrajectoryError
@@ -113,6 +113,50 @@ def test_rewards_are_added_to_a_tensor(folder, clip, tmp_path):
     assert list(tensor["reward"].values) == ["tiny-clip", "brightness"]
     assert np.array_equal(tensor["base"].values[0], before)
     assert report.scores == 36 and set(tensor["status"].values) == {"scored"}
+
+
+def wanted(prompts, images, metadata):
+    """Return the count that was asked for, and the brightness."""
+    return [[row["count"], np.asarray(image).mean()] for row, image in zip(metadata, images, strict=True)]
+
+
+wanted.outputs = ("count", "brightness")
+
+
+def test_several_numbers_without_a_prompt_and_with_its_metadata(tmp_path):
+    counts = [{"count": k} for k in (3, 1, 2)]
+    folder, out = fill(tmp_path / "set", metadata=counts), tmp_path / "r.zarr"
+    calls = []
+    looks = Looks()
+    looks.module.register_forward_hook(lambda module, given, found: calls.append(len(found)))
+    report = score(folder, [looks, wanted], out, device="cpu", batch_size=5)
+    tensor = open_rewards(out)
+    names = ["looks.mean", "looks.sigma", "wanted.count", "wanted.brightness"]
+    assert list(tensor["reward"].values) == names and report.scores == 4 * 36 and sum(calls) == 36
+    base = tensor["base"]
+    assert (base.sel(reward="wanted.count") == np.array([3, 1, 2])[:, None, None]).all()
+    np.testing.assert_allclose(base[3].values, expected(folder, load_reward(brightness)), rtol=1e-6)
+    picture = Image.fromarray(Trajectories(folder).read(1, 2, 3))
+    np.testing.assert_allclose(base[:2, 1, 2, 3].values, looks.score("", picture)[0], rtol=1e-5)
+    assert score(folder, [looks, wanted], out).pictures == 0
+
+
+def test_one_of_several_numbers_may_be_missing(folder, tmp_path):
+    def half(prompts, images):
+        return [[1.0, float("nan") if np.asarray(image).mean() > 128 else 2.0] for image in images]
+
+    with pytest.raises(RewardError, match=r"half\.second gave nan"):
+        score(folder, load_reward(half, outputs=("first", "second")), tmp_path / "r.zarr")
+    report = score(folder, load_reward(half, outputs=("first", "second")), tmp_path / "r.zarr", on_error="skip")
+    base = open_rewards(tmp_path / "r.zarr")["base"].values
+    assert (base[0] == 1).all() and 0 < np.isnan(base[1]).sum() == len(report.skipped) < base[1].size
+    assert {entry.reward for entry in report.skipped} == {"half.second"}
+
+
+def test_metadata_that_is_read_and_not_there_is_told_before_any_work(folder, tmp_path):
+    with pytest.raises(RewardError, match=r"wanted reads the metadata of prompts: got prompts without any"):
+        score(folder, wanted, tmp_path / "r.zarr")
+    assert not (tmp_path / "r.zarr").exists()
 
 
 @pytest.mark.parametrize("order", ["together", "later"])
@@ -388,6 +432,13 @@ def test_inline_scores_equal_scoring_the_folder(pipeline, clip, scored_folder, t
     assert np.array_equal(ours["noise_aware_source"].values, theirs["noise_aware_source"].values)
     assert set(ours["status"].values) == {"scored"}
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_metadata_reaches_rewards_while_images_are_generated(pipeline, tmp_path):
+    given = [{"prompt": text, "count": k} for k, text in enumerate(TEXTS)]
+    generate_scores(pipeline, given, tmp_path / "r.zarr", [Looks(), wanted], steps=[-1], **OPTIONS)
+    base = open_rewards(tmp_path / "r.zarr")["base"].isel(step=0)
+    assert (base.sel(reward="wanted.count") == np.arange(3)[:, None]).all() and np.isfinite(base.values).all()
 
 
 def test_inline_scoring_goes_on_by_whole_prompts(pipeline, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from tests.worlds import IDENTITY, fill, prompts_of
@@ -15,6 +17,7 @@ from ttsnap_lib.trajectories.layout import (
     prompt_name,
     step_name,
 )
+from ttsnap_lib.trajectories.prompts import PromptList, read_prompts
 from ttsnap_lib.trajectories.read import Trajectories, verify
 
 PROMPTS = prompts_of(2)
@@ -32,6 +35,17 @@ def test_manifest_goes_round_and_only_grows(tmp_path):
     wider = extend(tmp_path, IDENTITY, [*PROMPTS, "a bird"], 5, {"host": "b"})
     assert Manifest.read(tmp_path) == wider
     assert (len(wider.prompts), wider.images_per_prompt, len(wider.provenance)) == (3, 5, 2)
+
+
+def test_metadata_of_prompts_is_kept_and_may_come_later(tmp_path):
+    extend(tmp_path, IDENTITY, PROMPTS, 3)
+    assert Manifest.read(tmp_path).metadata == ()
+    table = pd.DataFrame({"prompt": PROMPTS[:1], "count": [2], "seen": [np.nan], "box": [np.arange(2)]})
+    extend(tmp_path, IDENTITY, read_prompts(table), 3)
+    extend(tmp_path, IDENTITY, PromptList([*PROMPTS, "a bird"], [{}, {"count": 5}, {}]), 3)
+    extend(tmp_path, IDENTITY, PROMPTS, 3)
+    assert Manifest.read(tmp_path).metadata == ({"count": 2, "seen": None, "box": [0, 1]}, {"count": 5}, {})
+    assert Trajectories(tmp_path).prompts.metadata[1] == {"count": 5}
 
 
 def test_other_settings_are_refused_with_the_difference(tmp_path):

@@ -100,6 +100,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     say_loading(arguments, "torch, diffusers, transformers")
     from ttsnap_lib.diffusion.pipelines import load_pipeline
+    from ttsnap_lib.rewards.base import require_metadata
     from ttsnap_lib.style import progress_bar
     from ttsnap_lib.trajectories.generate import generate
 
@@ -111,6 +112,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     pipeline = load_pipeline(arguments.model, **loading(arguments))
     common_reward = {"device": reward_device(arguments), "compile": arguments.compile is not None}
     rewards = given_rewards(arguments, **common_reward) if arguments.score else []
+    require_metadata(rewards, prompts.metadata)
     common = {
         "images_per_prompt": arguments.images,
         "settings": run,

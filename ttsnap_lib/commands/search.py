@@ -40,8 +40,9 @@ def add(commands: Any) -> None:
         help="reward model; may stand several times, and all select jointly (default: pocket-clip)",
     )  # fmt: skip
     search.add_argument(
-        "--report", action="append", default=[], metavar="NAME", help="reward that is measured but never selects"
-    )
+        "--report", action="append", default=[], metavar="NAME",
+        help="reward that is measured but never selects; also one number of a --reward that gives several",
+    )  # fmt: skip
     search.add_argument("--adapters", metavar="FOLDER", help="noise-aware checkpoints of the first reward, or pocket")
     search.add_argument(
         "--schedule", metavar="FILE",
@@ -142,13 +143,18 @@ def _search(arguments: argparse.Namespace) -> int:
 
     plan |= {"settings": settings(arguments), "negtome": negtome(arguments)}
     adapters, names = find_adapters(arguments.adapters, arguments.model), arguments.reward or ["pocket-clip"]
-    rewards = _rewards(arguments, [*names, *arguments.report], adapters)
+    rewards = _rewards(arguments, names, adapters)
+    # A number of a reward that is there, such as judge.colour, or another reward.
+    known = {name for one in rewards for name in (one.name, *one.names)}
+    others = _rewards(arguments, [name for name in arguments.report if name not in known])
+    report = [*(name for name in arguments.report if name in known), *(one.name for one in others)]
+    rewards += others
     pipeline = _pipeline(arguments)
     if arguments.tiny:
         say_loading(arguments, arguments.tiny)
     options: dict[str, Any] = {
         **plan, "seed": arguments.seed, "combine": arguments.combine, "weights": arguments.weights,
-        "report": [one.name for one in rewards[len(names) :]], "deadline_s": arguments.deadline,
+        "report": report, "deadline_s": arguments.deadline,
         "decoder": load_decoder(arguments.tiny, pipeline),
     }  # fmt: skip
     if arguments.prompts is not None:

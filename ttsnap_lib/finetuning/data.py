@@ -301,7 +301,7 @@ class FolderImages:
 
     def __init__(self, folder: str | Path, workers: int = 4) -> None:
         self._found = Trajectories(folder)
-        self.prompts, self.n_steps = self._found.prompts, self._found.n_steps
+        self.prompts, self.n_steps = list(self._found.prompts), self._found.n_steps
         self.n_images, self.prompt_numbers = self._found.images_per_prompt, self._found.manifest.prompt_numbers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="ttsnap-train")
         for prompt in range(len(self.prompts)):

@@ -291,9 +291,11 @@ class Trainer:
         self.losses: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}  # of the stage: its weights so far, how they did, the time spent
         self.pictures, self.training_s, self.validation_s = 0, 0.0, 0.0
-        with torch.enable_grad():
-            probe = reward.encode_text([data.train.prompts[0]])
-        self._text_is_trained = any(tensor.requires_grad for tensor in probe.tensors.values())
+        self._text_is_trained = False
+        if reward.reads_prompt:
+            with torch.enable_grad():
+                probe = reward.encode_text([data.train.prompts[0]])
+            self._text_is_trained = any(tensor.requires_grad for tensor in probe.tensors.values())
         # One text at a time: encoded together their last bits would hang on where a killed run went on.
         self._texts = TextCache(at_once=1)
 
@@ -383,7 +385,9 @@ class Trainer:
         return {"loss": float(loss.detach()), **{name: value * load.weight for name, value in told.items()}}
 
     @torch.no_grad()
-    def _text(self, prompts: list[str]) -> TextBatch:
+    def _text(self, prompts: list[str]) -> TextBatch | None:
+        if not self.reward.reads_prompt:
+            return None
         return self._texts.rows(prompts, self.reward.encode_text, None)
 
     def _validate(self, stage: Stage, update: int) -> None:

@@ -55,6 +55,11 @@ def trainable_module(reward: Reward) -> torch.nn.Module:
         raise CurriculumError(
             f"reward {reward.name} has no weights to train, or no preprocessing. Finetune a model, not a function."
         )
+    if reward.outputs or reward.reads_metadata:
+        raise CurriculumError(
+            f"reward {reward.name} gives several numbers, or reads metadata: got {reward.names}, expected one number of "
+            "image and prompt. Finetune another reward."
+        )
     if reward.adapter_steps or any("lora_" in name for name, _ in reward.module.named_parameters()):
         raise CurriculumError(
             f"reward {reward.name} has noise-aware weights or adapters already. Load the base reward, without adapters."

@@ -28,6 +28,7 @@ from ttsnap_lib.files import (
 )
 from ttsnap_lib.live.record import SearchResult
 from ttsnap_lib.live.run import Searcher
+from ttsnap_lib.rewards.base import require_metadata
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.simulation.metrics import Estimate
 from ttsnap_lib.trajectories.identity import (
@@ -100,12 +101,15 @@ def search_many(
     searcher = Searcher(pipeline, rewards, together=together, **options)
     if options.get("cost") == AUTO:
         options["cost"] = searcher.cost
+    require_metadata(rewards, prompts.metadata)
     mine = range(index, len(prompts), of)
     tell_outside(searcher.denoiser.pipeline, prompts)
     given = None if prompt_embeds is None else searcher.denoiser.given(prompt_embeds, len(prompts))
     if given is None:
         searcher.denoiser.require_text()
     told = embeds_digests(given) or [""] * len(prompts)
+    if any(one.reads_metadata for one in rewards):
+        told = [before + json.dumps(more, sort_keys=True) for before, more in zip(told, prompts.metadata, strict=True)]
     digests = {number: hashlib.sha256((prompts[number] + told[number]).encode()).hexdigest() for number in mine}
     failed: dict[int, SearchError] = {}
     rows: list[dict[str, Any]] = []
@@ -138,7 +142,9 @@ def search_many(
         for start in range(0, len(left), together):
             group = left[start : start + together]
             embeds = None if given is None else given.take(group)
-            if searcher.run({number: prompts[number] for number in group}, keep, given=embeds) == "interrupt":
+            texts = {number: prompts[number] for number in group}
+            more = {number: prompts.metadata[number] for number in group}
+            if searcher.run(texts, keep, given=embeds, metadata=more) == "interrupt":
                 raise KeyboardInterrupt
 
     if folder is None:

@@ -6,7 +6,7 @@ import contextlib
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +67,7 @@ def measure_costs(
     batch_sizes: Sequence[int] | None = None,
     repeats: int = 3,
     prompt: str = "a photo of a cat",
+    metadata: Mapping[str, Any] | None = None,
 ) -> Measurement:
     """Measure a step, a decode, a check and the text, each alone and by batch size, on the pipeline's device.
 
@@ -85,6 +86,8 @@ def measure_costs(
         Runs per number, after one to warm up; medians are taken.
     prompt : str
         Text to measure with; its length does not matter where prompts are padded.
+    metadata : mapping, optional
+        What is known about the prompt beside its words, for rewards that read it.
 
     Returns
     -------
@@ -125,7 +128,7 @@ def measure_costs(
             "step": (lambda: denoiser.run(start, rows, span - 1), span * size),
             "decode": (lambda: denoiser.decode(start.latents), size),
             # In the reward's own batches, as a search scores.
-            "verify": (lambda: [one.score(prompt, images, check=False) for one in rewards], size),
+            "verify": (lambda: [one.score(prompt, images, metadata=metadata, check=False) for one in rewards], size),
         }
         if decoder is not None:
             found["preview_decode"] = (lambda: denoiser.decode(start.latents, decoder), size)

@@ -36,6 +36,7 @@ from ttsnap_lib.errors import BudgetError, ConfigError, DeviceError, ScheduleErr
 from ttsnap_lib.live.plan import planned
 from ttsnap_lib.live.record import SearchRecord, SearchResult, StageRecord
 from ttsnap_lib.provenance import versions
+from ttsnap_lib.rewards.base import require_metadata
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.schedule import Schedule, choose, kept, selecting_rewards
 
@@ -69,6 +70,7 @@ def search(
     prompt_index: int = 0,
     negtome: NegToMe | None = None,
     prompt_embeds: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     on_check: Callable[[SearchRecord], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SearchResult:
@@ -80,7 +82,8 @@ def search(
         A text-to-image pipeline, or what :func:`ttsnap_lib.load_pipeline` takes.
     prompt : str
     reward : Reward, str, callable, or a list of them
-        What :func:`ttsnap_lib.load_reward` takes. Several select jointly, except those in `report`.
+        What :func:`ttsnap_lib.load_reward` takes. Several, and several numbers of one, select jointly, except those in
+        `report`.
     schedule : Schedule, optional
         None or empty: no pruning.
     budget : float, optional
@@ -115,6 +118,8 @@ def search(
     prompt_embeds : mapping of str to tensor, optional
         The prompt as embeddings of one row, for a pipeline without text encoders; as in :func:`ttsnap_lib.generate`.
         `prompt` is what rewards see.
+    metadata : mapping, optional
+        What is known about the prompt beside its words, for rewards that read it.
     on_check : callable, optional
         Called with the record after each stage, for a live display. Its time, and that of `progress`, is left out of
         the record's ``elapsed_s``.
@@ -144,9 +149,11 @@ def search(
         deadline_s=deadline_s, negtome=negtome, on_check=on_check, progress=progress,
     )  # fmt: skip
     tell_outside(searcher.denoiser.pipeline, [prompt])
+    more = dict(metadata or {})
+    require_metadata(searcher.rewards, [more])
     found: dict[int, SearchResult | SearchError] = {}
     given = None if prompt_embeds is None else searcher.denoiser.given(prompt_embeds, 1)
-    searcher.run({prompt_index: prompt}, found.__setitem__, begin, given)
+    searcher.run({prompt_index: prompt}, found.__setitem__, begin, given, {prompt_index: more})
     result = found[prompt_index]
     if isinstance(result, SearchError):
         raise result
@@ -221,15 +228,19 @@ class Searcher:
             schedule, budget, candidates, cost, method, n_steps, group, batch_size, together
         )  # fmt: skip
         self.rewards = [load_reward(one) for one in (reward if isinstance(reward, list | tuple) else [reward])]
-        self.names = [one.name for one in self.rewards]
+        self.names = [name for one in self.rewards for name in one.names]
         if not self.names or len(set(self.names)) != len(self.names):
             raise ConfigError(
                 f"reward: got {self.names}, expected rewards of distinct names. Use load_reward(name=...)."
             )
-        self.report = [report] if isinstance(report, str) else list(report or ())
+        # The name of a reward of several numbers stands for all of them.
+        known = {one.name: one.names for one in self.rewards}
+        given = [report] if isinstance(report, str) else list(report or ())
+        self.report = [name for one in given for name in known.get(one, (one,))]
         self.combine = combine
         self.selecting, self.weights = selecting_rewards(self.names, self.report, combine, weights)
-        self.method = _method_for(method, self.schedule, [self.rewards[k] for k in self.selecting])
+        self.columns = [one for one in self.rewards for _ in one.names]  # the reward that each name is of
+        self.method = _method_for(method, self.schedule, [self.columns[k] for k in self.selecting])
         self.denoiser = Denoiser(load_pipeline(pipeline) if isinstance(pipeline, str | Path) else pipeline, settings)
         self.decoder = load_decoder(decoder, self.denoiser.pipeline)
         self.negtome = negtome
@@ -255,11 +266,13 @@ class Searcher:
         take: Callable[[int, SearchResult | SearchError], None],
         begin: float | None = None,
         given: Conditioning | None = None,
+        metadata: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> str:
         """Search `prompts`, by their index in a prompt file, together; ``take(index, result)`` gets each when it is there.
 
         Returns "deadline" or "interrupt" when cut short, else "". `begin` is the ``perf_counter`` that time counts from,
-        `given` the prompts as embeddings, a row each in their order, when they need not be encoded.
+        `given` the prompts as embeddings, a row each in their order, when they need not be encoded, `metadata` what is
+        known about each prompt beside its words.
         A prompt without a single score gives a SearchError to `take`, and costs the others nothing.
 
         Raises
@@ -270,7 +283,11 @@ class Searcher:
         begin = time.perf_counter() if begin is None else begin
         self.deadline = None if self.deadline_s is None else begin + self.deadline_s * len(prompts)
         self.take, self.lap_from, self.told_s, self.done = take, begin, 0.0, 0
-        self.work = [_Prompt(self._record(index, prompts), self.selecting, np.arange(self.n)) for index in prompts]
+        more = metadata or {}
+        self.work = [
+            _Prompt(self._record(index, prompts), self.selecting, np.arange(self.n), dict(more.get(index, {})))
+            for index in prompts
+        ]
         if given is not None:
             from ttsnap_lib.trajectories.identity import embeds_digests  # a search by words needs no folders
 
@@ -436,17 +453,22 @@ class Searcher:
     def _scores(self, k: int, rows: np.ndarray, pixels: torch.Tensor) -> np.ndarray:
         """Return (n, reward) scores with the weights of the step; NaN where a reward failed for an image."""
         step, works = self.checks[k], [self.work[place] for place in rows[:, 0]]
-        table = np.full((len(pixels), len(self.rewards)), np.nan, np.float32)
+        told = [one.record.prompt for one in works], [one.metadata for one in works]
+        table = np.full((len(pixels), len(self.names)), np.nan, np.float32)
         reasons: list[str] = []
-        for r, reward in enumerate(self.rewards):
+        for reward in self.rewards:
+            own = [r for r, one in enumerate(self.columns) if one is reward]
             aware = works[0].record.stages[-1].variant == "noise_aware" and step in reward.adapter_steps
             reward.use_step(step if aware else None)
-            scores = _score_each(reward, [one.record.prompt for one in works], pixels, reasons)
-            table[:, r] = np.where(np.isfinite(scores), scores, np.nan)
-            for place in np.unique(rows[np.isnan(table[:, r]), 0]):
-                lost = rows[np.isnan(table[:, r]) & (rows[:, 0] == place), 1].tolist()
+            scores = _score_each(reward, *told, pixels, reasons)
+            table[:, own] = np.where(np.isfinite(scores), scores, np.nan)
+            gone = np.isnan(table[:, own])
+            for place in np.unique(rows[gone.any(1), 0]):
+                here = gone & (rows[:, :1] == place)
+                lost = rows[here.any(1), 1].tolist()
                 of = f" of prompt {self.work[place].record.prompt_index}" if len(self.work) > 1 else ""
-                fate = "drop out" if r in self.selecting else "have no score of it"
+                drops = any(r in self.selecting for r, missing in zip(own, here.any(0), strict=True) if missing)
+                fate = "drop out" if drops else "have no score of it"
                 why = reasons[-1] if reasons else "a score that is not finite"
                 warnings.warn(
                     f"{reward.name} failed at step {step} for the candidates {lost}{of}, which {fate}: {why}",
@@ -560,6 +582,7 @@ class _Prompt:
     record: SearchRecord
     selecting: list[int]
     alive: np.ndarray  # ascending; empty when it is over
+    metadata: dict[str, Any] = field(default_factory=dict)
     pictures: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
 
     def choose(self, k: int, keep_ratio: float | None) -> None:
@@ -595,19 +618,21 @@ class _Prompt:
         return rows[choose(self.record.scores[rows, k][:, self.selecting], keep, self.record.combine, weights)]
 
 
-def _score_each(reward: Any, prompts: list[str], pixels: torch.Tensor, reasons: list[str]) -> np.ndarray:
-    """Return the scores (n,); NaN for the images at which the reward raises."""
+def _score_each(
+    reward: Any, prompts: list[str], metadata: list[dict[str, Any]], pixels: torch.Tensor, reasons: list[str]
+) -> np.ndarray:
+    """Return the scores (n, one for each of its names); NaN for the images at which the reward raises."""
     try:
-        return reward.score(prompts, pixels, check=False)
+        return reward.score(prompts, pixels, metadata=metadata, check=False).reshape(len(pixels), -1)
     except DeviceError:
         raise
     except Exception as error:  # noqa: BLE001 - a reward may be anyone's function
         reasons.append(f"{type(error).__name__}: {error}")
         if len(pixels) == 1:
-            return np.full(1, np.nan, np.float32)
+            return np.full((1, len(reward.names)), np.nan, np.float32)
     # One bad image must not cost the others their scores.
-    each = zip(prompts, pixels, strict=True)
-    return np.concatenate([_score_each(reward, [prompt], one[None], reasons) for prompt, one in each])
+    each = zip(prompts, metadata, pixels, strict=True)
+    return np.concatenate([_score_each(reward, [text], [more], one[None], reasons) for text, more, one in each])
 
 
 def _halved(size: int, group: int, what: str, error: DeviceError) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -11,7 +12,7 @@ import math
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from ttsnap_lib.rewards.pictures import as_rgb, open_picture
 from ttsnap_lib.rewards.pixels import Preprocessing
 
 Images = Sequence[Image.Image | str | Path] | Image.Image | torch.Tensor
+Metadata = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
+"""What is known about the prompt of all images, or about that of each, beside its words."""
 
 _SLACK = 0.01  # decoders overshoot a little
 _CACHED_PROMPTS = 4096  # at most 16 MB for the largest text tower
@@ -45,12 +48,21 @@ _CACHED_PROMPTS = 4096  # at most 16 MB for the largest text tower
 class Reward:
     """A reward model.
 
-    Families fill in :meth:`encode_text` and :meth:`forward`; everything else is shared.
+    Families fill in :meth:`encode_text` and :meth:`forward`; everything else is shared. A family that looks at images
+    alone says ``reads_prompt = False`` and needs no :meth:`encode_text`; one that gives several numbers an image names
+    them in `outputs`.
 
     Attributes
     ----------
     name : str
         The name under which scores are kept.
+    outputs : tuple of str
+        Names of the numbers that one forward gives each image, such as ``("composition", "colour")``; each is a reward
+        of the tensor by its own name, see :attr:`names`. Empty: one number.
+    reads_prompt : bool
+        False: prompts are not encoded, and `forward` gets None for the text.
+    reads_metadata : bool
+        True: `score` wants the metadata of the prompts, which :meth:`_score_batch` gets.
     module : torch.nn.Module or None
         What holds the weights, and what peft adapts; None when there is nothing to train.
     default_lora_targets : str or None
@@ -67,6 +79,10 @@ class Reward:
     batch_size : int
         Images per forward of :meth:`score` unless the call says otherwise.
     """
+
+    outputs: tuple[str, ...] = ()
+    reads_prompt: bool = True
+    reads_metadata: bool = False
 
     def __init__(
         self,
@@ -95,7 +111,7 @@ class Reward:
         """Return the encoded prompts, one row each, on the device; gradients flow where the family has a text tower."""
         raise NotImplementedError
 
-    def forward(self, pixels: torch.Tensor, text: TextBatch | Sequence[str]) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor, text: Any) -> torch.Tensor:
         """Return the rewards of preprocessed images, with gradients to weights and pixels.
 
         Parameters
@@ -103,16 +119,22 @@ class Reward:
         pixels : Tensor (n, 3, size, size)
             What :meth:`preprocess` returns.
         text : TextBatch or list of str
-            What :meth:`encode_text` returns, with n rows or one row for all images; or the prompts themselves.
+            What :meth:`encode_text` returns, with n rows or one row for all images; or the prompts themselves. None
+            for a reward that reads no prompt.
 
         Returns
         -------
-        Tensor (n,)
+        Tensor (n,), or (n, outputs) where `outputs` names several
             float32.
         """
         raise NotImplementedError
 
     # Scoring
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of its rewards in a tensor: ``judge``, or one for each of its outputs, ``judge.composition``."""
+        return tuple(f"{self.name}.{output}" for output in self.outputs) or (self.name,)
 
     def preprocess(self, images: Images, *, differentiable: bool = False) -> torch.Tensor:
         """Return images as model input, float32 (n, 3, size, size) on the reward's device.
@@ -133,6 +155,7 @@ class Reward:
         prompts: str | Sequence[str],
         images: Images,
         *,
+        metadata: Metadata = None,
         batch_size: int | None = None,
         check: bool = True,
     ) -> np.ndarray:
@@ -142,11 +165,14 @@ class Reward:
         ----------
         prompts : str or list of str
             One prompt for all images, or one each. Each distinct prompt is encoded once and kept while the weights
-            stay the same.
+            stay the same. What a reward that reads no prompt is given does not matter.
         images : list of PIL images or paths, one PIL image, or Tensor (n, 3, H, W)
             A picture is scored as it is looked at: upright, over white where it is transparent; files are opened and
             resized ahead of the model, by as many threads as there are cores. Tensors are float in
             [0, 1] and never leave their device; they are rounded to 256 levels as a PNG is.
+        metadata : mapping, or list of mappings, optional
+            What is known about the prompt beside its words, for rewards that read it: one for all images, or one each.
+            ``read_prompts(file).metadata`` has that of a prompt file.
         batch_size : int, optional
             Images per forward.
         check : bool
@@ -154,30 +180,31 @@ class Reward:
 
         Returns
         -------
-        ndarray (n,)
+        ndarray (n,), or (n, outputs) where `outputs` names several
             float32.
 
         Raises
         ------
         RewardError
-            Prompts that do not match the images, an image that cannot be used, a score that is not finite.
+            Prompts or metadata that do not match the images, metadata that is read and not given, an image that cannot
+            be used, a score that is not finite.
         DeviceError
             When the device runs out of memory.
         """
         if not isinstance(images, torch.Tensor):
             images = as_list(images)
         n = len(images)
-        rows = prompt_list(prompts, n)
+        rows, more = prompt_list(prompts, n), self._metadata(metadata, n)
         size = self.batch_size if batch_size is None else integer("batch_size", batch_size, 1)
         with self._scoring(min(n, size)):
             batches = zip(range(0, n, size), self._batches(images, size), strict=True)
-            parts = [self._score_batch(rows[k : k + size], batch) for k, batch in batches]
-        scores = np.concatenate(parts) if parts else np.empty(0, np.float32)
+            parts = [self._score_batch(rows[k : k + size], batch, more[k : k + size]) for k, batch in batches]
+        scores = np.concatenate(parts) if parts else np.empty(self._shape(0), np.float32)
         if check and not np.isfinite(scores).all():
-            bad = np.flatnonzero(~np.isfinite(scores))
+            bad = np.flatnonzero(~np.isfinite(scores.reshape(n, -1)).all(1))
             raise RewardError(
                 f"reward {self.name} gave a score that is not finite for image {bad[0]} (prompt {rows[bad[0]]!r}): got "
-                f"{[float(scores[i]) for i in bad[:8]]!r}, expected finite numbers. Look at the image and the weights; "
+                f"{scores[bad[:8]].tolist()!r}, expected finite numbers. Look at the image and the weights; "
                 "in bfloat16 or float16 try float32."
             )
         return scores
@@ -204,27 +231,43 @@ class Reward:
         while part := list(itertools.islice(opened, size)):
             yield part if self.preprocessing is None else self.preprocessing.batch(part, self.device)
 
-    def score_pixels(self, prompts: str | Sequence[str], pixels: torch.Tensor) -> np.ndarray:
-        """Return the scores (n,) of images that are preprocessed already, without checks of the values."""
-        rows = prompt_list(prompts, len(pixels))
+    def score_pixels(self, prompts: str | Sequence[str], pixels: torch.Tensor, metadata: Metadata = None) -> np.ndarray:
+        """Return the scores of images that are preprocessed already, as :meth:`score`, without checks of the values."""
+        rows, more = prompt_list(prompts, len(pixels)), self._metadata(metadata, len(pixels))
         with self._scoring(len(rows)):
-            return self._score_batch(rows, pixels.to(self.device))
+            return self._score_batch(rows, pixels.to(self.device), more)
 
-    def _score_batch(self, prompts: list[str], images: Any) -> np.ndarray:
+    def _score_batch(self, prompts: list[str], images: Any, metadata: list[dict[str, Any]]) -> np.ndarray:
         """Score one of :meth:`_batches`."""
         # In-place updates (an optimizer's step, load_state_dict) raise a parameter's version: no stale rows.
         versions = sum(p._version for p in self.module.parameters()) if self.module is not None else 0
-        text = self._texts.rows(prompts, self.encode_text, (self.step, versions))
+        text = self._texts.rows(prompts, self.encode_text, (self.step, versions)) if self.reads_prompt else None
         scores = (self._compiled or self.forward)(images, text)
         return self._one_each(scores.float().cpu().numpy(), len(images))
 
+    def _shape(self, n: int) -> tuple[int, ...]:
+        """Return the shape of the scores of `n` images."""
+        return (n, len(self.outputs)) if self.outputs else (n,)
+
     def _one_each(self, scores: np.ndarray, n: int) -> np.ndarray:
-        if scores.shape != (n,):
+        if scores.shape != self._shape(n):
+            numbers = f"the numbers {self.outputs}" if self.outputs else "one number"
             raise RewardError(
-                f"reward {self.name} gave scores of the wrong shape: got {scores.shape}, expected ({n},). Return one "
-                "number per image."
+                f"reward {self.name} gave scores of the wrong shape: got {scores.shape}, expected {self._shape(n)}. "
+                f"Return {numbers} per image."
             )
         return scores
+
+    def _metadata(self, given: Metadata, n: int) -> list[dict[str, Any]]:
+        """Return metadata for each of `n` images; empty ones to a reward that reads none."""
+        rows = [given] * n if given is None or isinstance(given, Mapping) else list(given)
+        if self.reads_metadata and (given is None or len(rows) != n):
+            got = "none" if given is None else f"{len(rows)} of them for {n} images"
+            raise RewardError(
+                f"reward {self.name} reads the metadata of prompts: got {got}, expected a mapping for all images, or one "
+                "each. Pass metadata={...}, or read_prompts(file).metadata."
+            )
+        return [dict(row or {}) for row in rows] if self.reads_metadata else [{}] * n
 
     @contextlib.contextmanager
     def _scoring(self, n: int) -> Iterator[None]:
@@ -340,9 +383,13 @@ class CallableReward(Reward):
     ----------
     function : callable
         Takes a list of prompts and as many images; returns numbers, an array or a tensor of shape (n,) or (n, 1), or a
-        list of tensors of one number each, on any device.
+        list of tensors of one number each, on any device. A function with a third argument named ``metadata`` gets a
+        list of mappings as well: what the prompt file tells about each prompt beside its words.
     name : str, optional
         The function's name when not given.
+    outputs : sequence of str, optional
+        Names of several numbers an image; the function then returns an array of shape (n, outputs). By default what
+        the function's own attribute ``outputs`` says, if it has one.
     takes : {"pil", "tensor"}
         Whether the function gets RGB PIL images or a float tensor (n, 3, H, W) in [0, 1] on `device`. With ``"pil"``
         tensors are rounded to 256 levels, as a PNG is.
@@ -355,22 +402,27 @@ class CallableReward(Reward):
         function: Callable[[list[str], Any], Any],
         name: str | None = None,
         *,
+        outputs: Sequence[str] | None = None,
         takes: str = "pil",
         device: torch.device | str | None = None,
         batch_size: int = 32,
     ) -> None:
         if not callable(function):
             raise RewardError(f"reward function: got {function!r}, expected a callable. Pass a function.")
-        _refuse_swapped(function)
+        arguments = _arguments(function)
+        _refuse_swapped(function, arguments)
         name = str(name or getattr(function, "__name__", type(function).__name__))
         super().__init__(name, device=device or "cpu", batch_size=batch_size)
         self.function = function
         self.takes = choice("takes", takes, ("pil", "tensor"), error=RewardError)
+        self.reads_metadata = "metadata" in arguments
+        self.outputs = check_outputs(name, getattr(function, "outputs", ()) if outputs is None else outputs)
 
-    def _score_batch(self, prompts: list[str], images: Any) -> np.ndarray:
+    def _score_batch(self, prompts: list[str], images: Any, metadata: list[dict[str, Any]]) -> np.ndarray:
         # Copies, all of it: a function may change what it is given, such as normalise pixels in place.
         given = self._as_tensor(images) if self.takes == "tensor" else self._as_pil(images)
-        scores = self.function(list(prompts), given)
+        more = {"metadata": copy.deepcopy(metadata)} if self.reads_metadata else {}
+        scores = self.function(list(prompts), given, **more)
         try:
             scores = np.asarray(_plain(scores), dtype=np.float32)
         except (TypeError, ValueError) as error:
@@ -378,7 +430,9 @@ class CallableReward(Reward):
                 f"reward {self.name} gave something that is not numbers: got {scores!r}, expected {len(prompts)} "
                 "numbers. Return one number per image."
             ) from error
-        return self._one_each(scores[:, 0] if scores.shape[1:] == (1,) else scores, len(prompts))
+        if scores.shape[1:] == (1,) and not self.outputs:
+            scores = scores[:, 0]
+        return self._one_each(scores, len(prompts))
 
     def _as_pil(self, images: Any) -> list[Image.Image]:
         if isinstance(images, torch.Tensor):
@@ -397,12 +451,30 @@ class CallableReward(Reward):
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.device, torch.float32) / 255
 
 
-def _refuse_swapped(function: Callable) -> None:
-    """Refuse a function whose arguments are named images and prompts, in this order: it would get each for the other."""
+def check_outputs(name: str, outputs: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of a reward's numbers, or raise a RewardError."""
+    found = () if isinstance(outputs, str) else tuple(outputs)
+    if (
+        (outputs and not found)
+        or len(set(found)) < len(found)
+        or not all(isinstance(one, str) and one for one in found)
+    ):
+        raise RewardError(
+            f'outputs of reward {name}: got {outputs!r}, expected distinct names, such as ("composition", "colour").'
+        )
+    return found
+
+
+def _arguments(function: Callable) -> list[str]:
     try:
-        first, second = [name.lower().rstrip("s") for name in inspect.signature(function).parameters][:2]
-    except (TypeError, ValueError):  # no signature, or other than two arguments: calling it will tell
-        return
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # no signature: calling it will tell
+        return []
+
+
+def _refuse_swapped(function: Callable, arguments: list[str]) -> None:
+    """Refuse a function whose arguments are named images and prompts, in this order: it would get each for the other."""
+    first, second = [*(name.lower().rstrip("s") for name in arguments[:2]), "", ""][:2]
     if first in ("image", "img", "picture", "pixel") and second in ("prompt", "text", "caption"):
         raise RewardError(
             f"reward function: got {getattr(function, '__name__', function)}({first}s, {second}s), expected prompts before "
@@ -458,6 +530,17 @@ def _file_module(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def require_metadata(rewards: Sequence[Reward], metadata: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse rewards that read the metadata of prompts, where no prompt has any."""
+    reading = [reward.name for reward in rewards if reward.reads_metadata]
+    if reading and not any(metadata):
+        raise RewardError(
+            f"{' and '.join(reading)} read{'s' if len(reading) == 1 else ''} the metadata of prompts: got prompts without "
+            "any, expected keys or columns beside the prompt. Give a prompt file that has them (.jsonl, .csv), or metadata= for a "
+            "single prompt; the same `ttsnap generate` with such a file adds them to a folder."
+        )
 
 
 # Encoded prompts

@@ -89,7 +89,7 @@ def load_reward(
         reward = source
         reward.name = name or reward.name
     elif not isinstance(source, str | Path) or _is_function(str(source)):
-        known_keys("reward function", options, ("takes",))
+        known_keys("reward function", options, ("takes", "outputs"))
         function: Any = import_function(source) if isinstance(source, str) else source
         reward = CallableReward(function, name, device=device, batch_size=batch_size, **options)
     elif str(source) in REWARDS:

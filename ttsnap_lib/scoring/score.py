@@ -20,10 +20,10 @@ from ttsnap_lib.checks import choice, integer
 from ttsnap_lib.errors import CheckpointError, ConfigError, DeviceError, RewardError, TrajectoryError, TTSnapError
 from ttsnap_lib.files import cores, digest, parse_shard, prefetch, write_json
 from ttsnap_lib.provenance import Clock
-from ttsnap_lib.rewards.base import Reward
+from ttsnap_lib.rewards.base import Reward, require_metadata
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.scoring.store import RewardPlan, RewardStore, open_store
-from ttsnap_lib.trajectories.prompts import read_prompts
+from ttsnap_lib.trajectories.prompts import PromptList, read_prompts
 from ttsnap_lib.trajectories.read import Trajectories
 
 Rewards = str | Path | Reward | Callable | Sequence[str | Path | Reward | Callable]
@@ -280,9 +280,10 @@ def load_rewards(rewards: Rewards, noise_aware: NoiseAware = None, *, steps: int
     if not given:
         raise ConfigError(f'rewards: got {given!r}, expected one or more. Name one, for example "pocket-clip".')
     models = [entry if isinstance(entry, Reward) else load_reward(entry, **options) for entry in given]
+    every = [name for model in models for name in model.names]
+    if len(set(every)) != len(every):
+        raise ConfigError(f"rewards: got {every!r}, expected distinct names. Load one with another name=.")
     names = [model.name for model in models]
-    if len(set(names)) != len(names):
-        raise ConfigError(f"rewards: got {names!r}, expected distinct names. Load one with another name=.")
     if noise_aware is not None and not isinstance(noise_aware, Mapping):
         if len(models) > 1:
             example = f"{names[0]}={noise_aware}"
@@ -366,10 +367,11 @@ def plan_work(store: RewardStore, rewards: Sequence[Reward], steps: Sequence[int
         for prompt in chunk:
             calls = []
             for number, reward in enumerate(rewards):
-                base, aware = store.todo(reward.name, prompt, steps, n_images)
+                left = [store.todo(name, prompt, steps, n_images) for name in reward.names]
+                base = sorted({step for open_base, _ in left for step in open_base})
                 if base:
                     calls.append(Call(reward, "base", frozenset(base)))
-                aware = [step for step in aware if step in reward.adapter_steps]
+                aware = sorted({step for _, open_aware in left for step in open_aware if step in reward.adapter_steps})
                 if aware and reward.series_kind == "lora":
                     calls.append(Call(reward, "noise_aware", frozenset(aware)))
                 elif aware:
@@ -442,11 +444,13 @@ def open_scorer(
     skip: bool = False,
 ) -> Iterator[Scorer]:
     """Open the tensor at `out`, and plan what is left to score of trajectories of an `identity`."""
+    prompts = read_prompts(prompts)
+    require_metadata(rewards, prompts.metadata)
     plans = []
     for reward in rewards:
         reward.use_step(None)
         series = {step: reward.step_fingerprint(step) for step in reward.adapter_steps if step in steps}
-        plans.append(RewardPlan(reward.name, reward.fingerprint(), series))
+        plans += [RewardPlan(name, reward.fingerprint(), series) for name in reward.names]
     attributes: dict[str, Any] = {
         "model": str(identity.get("model", "")), "source": source, "trajectories": digest(identity),
     }  # fmt: skip
@@ -469,7 +473,7 @@ class Scorer:
         self,
         store: RewardStore,
         works: list[Work],
-        prompts: Sequence[str],
+        prompts: PromptList,
         where: Callable[[int, int, int], object],
         skip: bool,
     ) -> None:
@@ -506,11 +510,16 @@ class Scorer:
             return
         with call.reward.at(at):
             scores, reasons = self._scores(portion, call, rows)
-        work, name = portion.work, call.reward.name
-        table = work.values.setdefault(
-            (name, call.variant), np.full((self.store.n_images, len(self.store.steps)), np.nan, np.float32)
-        )
-        for value, row in zip(scores, rows, strict=True):
+        for name, values in zip(call.reward.names, scores.reshape(len(rows), -1).T, strict=True):
+            self._keep(portion, (name, call.variant), rows, values, reasons)
+
+    def _keep(
+        self, portion: Portion, key: tuple[str, str], rows: list[int], values: np.ndarray, reasons: dict[int, str]
+    ) -> None:
+        """Put one reward's scores of some rows into the table of their work; a missing one is listed, or raised."""
+        work, (name, variant) = portion.work, key
+        table = work.values.setdefault(key, np.full((self.store.n_images, len(self.store.steps)), np.nan, np.float32))
+        for value, row in zip(values, rows, strict=True):
             step, image = portion.slots[row]
             if row in portion.failed:
                 reason = str(portion.failed[row])
@@ -525,17 +534,18 @@ class Scorer:
                     f"reward {name} gave {value}, not finite for {self.where(work.prompt, image, step)}. Look at the picture "
                     "and the weights; --on-error skip leaves such scores out."
                 )
-            self.report.skipped.append(Skipped(work.prompt, image, step, name, call.variant, reason))
+            self.report.skipped.append(Skipped(work.prompt, image, step, name, variant, reason))
 
     def _scores(self, portion: Portion, call: Call, rows: list[int]) -> tuple[np.ndarray, dict[int, str]]:
         """Return the scores of some rows and, where there is none, why."""
         reward, text = call.reward, self.prompts[portion.work.prompt]
+        metadata = self.prompts.metadata[portion.work.prompt]
 
         def forward(rows: list[int]) -> np.ndarray:
             inputs = portion.inputs(reward, rows)
             if reward.preprocessing is None:
-                return reward.score(text, inputs, batch_size=len(rows), check=False)
-            return reward.score_pixels(text, inputs)
+                return reward.score(text, inputs, metadata=metadata, batch_size=len(rows), check=False)
+            return reward.score_pixels(text, inputs, metadata)
 
         try:
             return forward(rows), {}
@@ -549,7 +559,7 @@ class Scorer:
                     f"reward {reward.name} failed on {self.where(portion.work.prompt, image, step)} and the "
                     f"{len(rows) - 1} after it ({detail}). Mend the reward; the same command goes on from here."
                 ) from error
-        scores, reasons = np.full(len(rows), np.nan, np.float32), {}
+        scores, reasons = np.full((len(rows), len(reward.names)), np.nan, np.float32), {}
         for k, row in enumerate(rows):  # find the pictures that it cannot score
             try:
                 scores[k] = forward([row])[0]

@@ -201,6 +201,8 @@ class Manifest:
     images_per_prompt: int
     provenance: tuple[Mapping[str, Any], ...] = ()
     """Who wrote: versions, commit, host, device; one entry per distinct writer."""
+    metadata: tuple[Mapping[str, Any], ...] = ()
+    """What the prompt file tells about each prompt beside its words; empty where there is nothing."""
 
     @property
     def n_steps(self) -> int:
@@ -247,6 +249,8 @@ class Manifest:
             "images_per_prompt": self.images_per_prompt,
             "provenance": [dict(entry) for entry in self.provenance],
         }
+        if any(self.metadata):
+            content["metadata"] = [dict(entry) for entry in self.metadata]
         write_json(folder / MANIFEST, content)
 
     @classmethod
@@ -277,11 +281,14 @@ class Manifest:
             for number in (numbers := identity.get("prompt_numbers", range(len(prompts)))):
                 integer("prompt number", number, 0)
             integer("count of prompt numbers", len(numbers), len(prompts), len(prompts))
+            metadata = tuple(dict(entry) for entry in content.get("metadata", ()))
+            integer("count of metadata", len(metadata), len(prompts) if metadata else 0, len(prompts))
             return cls(
                 identity,
                 prompts,
                 integer("images_per_prompt", content["images_per_prompt"], 1, MAX_IMAGES),
                 tuple(dict(entry) for entry in content["provenance"]),
+                metadata,
             )
 
 
@@ -294,20 +301,23 @@ def extend(
 ) -> Manifest:
     """Create the manifest of `folder`, or widen the one that is there to more prompts or images.
 
-    Counts only ever grow: asking for fewer leaves the manifest as it is. A TrajectoryError when the folder holds images
+    Counts only ever grow: asking for fewer leaves the manifest as it is. Metadata of a PromptList is kept; where a prompt
+    comes with some, it takes the place of what was there. A TrajectoryError when the folder holds images
     of other settings or other prompts; each difference is shown. Call it under a lock when several processes may start
     at once.
     """
     folder = Path(folder)
     identity = json.loads(json.dumps(identity, allow_nan=False))  # as it will be read back
     entry = dict(provenance or {})
+    metadata = tuple(getattr(prompts, "metadata", ()))
+    metadata = metadata if any(metadata) else ()
     if not (folder / MANIFEST).exists():
         if holds_pictures(folder):
             raise TrajectoryError(
                 f"{folder} holds images but no {MANIFEST}. Choose another output folder, or give it one by "
                 "`ttsnap import-trajectories`."
             )
-        manifest = Manifest(identity, tuple(prompts), images_per_prompt, (entry,) if entry else ())
+        manifest = Manifest(identity, tuple(prompts), images_per_prompt, (entry,) if entry else (), metadata)
         manifest.write(folder)
         return manifest
     old = Manifest.read(folder)
@@ -326,7 +336,12 @@ def extend(
     texts = max(old.prompts, tuple(prompts), key=len)
     same = max(old.identity, identity, key=lambda one: len(one.get(_GIVEN, ())))  # but for more embeddings
     kept = {**old.identity, _GIVEN: same[_GIVEN]} if _GIVEN in same else old.identity
-    manifest = Manifest(kept, texts, max(old.images_per_prompt, images_per_prompt), entries)
+    told = [
+        metadata[k] if k < len(metadata) and metadata[k] else old.metadata[k] if k < len(old.metadata) else {}
+        for k in range(len(texts))
+    ]
+    beside = tuple(told) if any(told) else old.metadata
+    manifest = Manifest(kept, texts, max(old.images_per_prompt, images_per_prompt), entries, beside)
     if manifest != old:
         manifest.write(folder)
     return manifest

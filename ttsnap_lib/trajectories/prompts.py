@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +34,8 @@ class PromptList(list[str]):
     ----------
     metadata : list of dict
         The other keys or columns of each prompt, such as GenEval's ``include``; empty where there is nothing else.
-        Cells of CSV and TSV are texts.
+        Cells of CSV and TSV are texts, missing cells of a table None. Plain values, as JSON has them: a trajectory
+        folder keeps them in its manifest.
     """
 
     def __init__(self, prompts: Iterable[str], metadata: Sequence[dict[str, Any]] | None = None) -> None:
@@ -83,7 +85,7 @@ def read_prompts(source: Any, *, limit: int | None = None, prompt_column: str | 
     else:
         raise PromptError(f"prompts: got {shown(source)}, expected {_SHAPES}. Give a file or a list of texts.")
     pairs = pairs[:limit]
-    return PromptList(check_prompts([prompt for prompt, _ in pairs], name), [more for _, more in pairs])
+    return PromptList(check_prompts([prompt for prompt, _ in pairs], name), [_plain(more) for _, more in pairs])
 
 
 def check_prompts(prompts: Sequence[Any], name: str = "prompts") -> list[str]:
@@ -208,6 +210,18 @@ def _named(columns: Iterable[Any], column: str | None) -> list[Any]:
 def _split(row: dict[Any, Any], key: Any) -> tuple[Any, dict[Any, Any]]:
     """Return the prompt of a row, and the rest of the row."""
     return row.pop(key, None), row
+
+
+def _plain(value: Any) -> Any:
+    """Return metadata as JSON has it: lists instead of arrays, None for what is missing, other things as their text."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _is_text(cell: Any) -> bool:

@@ -24,6 +24,7 @@ from ttsnap_lib.trajectories.layout import (
     read_journals,
     scan_prompt,
 )
+from ttsnap_lib.trajectories.prompts import PromptList
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,9 +38,9 @@ class Trajectories:
         self.manifest = Manifest.read(folder)
 
     @property
-    def prompts(self) -> list[str]:
-        """The prompts; the position is the index."""
-        return list(self.manifest.prompts)
+    def prompts(self) -> PromptList:
+        """The prompts, with their metadata; the position is the index."""
+        return PromptList(self.manifest.prompts, [dict(entry) for entry in self.manifest.metadata] or None)
 
     @property
     def n_steps(self) -> int:

@@ -80,7 +80,7 @@ def import_trajectories(
             f"prompts: got {len(texts)}, expected those of the {len(numbers)} folders, or the whole set, whose position "
             f"{numbers[-1]} is {prompt_name(numbers[-1])}. Give the file that the pictures were made from."
         )
-    chosen = [texts[number] for number in numbers] if by_number else list(texts)
+    chosen = numbers if by_number else range(len(texts))
 
     states = {number: scan_prompt(place, n_steps, image_format) for number, place in places.items()}
     n_images = max(image + 1 for state in states.values() for image in {*state.whole, *state.incomplete})
@@ -97,9 +97,10 @@ def import_trajectories(
         del identity["prompt_numbers"]
     manifest = Manifest(
         identity,
-        tuple(chosen),
+        tuple(texts[place] for place in chosen),
         n_images,
         ({"versions": {"ttsnap": versions().get("ttsnap")}, "time": now()},),
+        tuple(texts.metadata[place] for place in chosen),
     )
     # What tells these pictures from others: the size of every file, and the first clean picture of every prompt.
     digest = hashlib.sha256()
