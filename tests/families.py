@@ -15,6 +15,8 @@ import torch
 import transformers
 
 from tests import worlds
+from ttsnap_lib.diffusion.families import adapter_of
+from ttsnap_lib.diffusion.modular import faced
 from ttsnap_lib.pocket.training.models import make_clip_text, make_t5, make_vae
 from ttsnap_lib.pocket.training.tokens import VOCABULARY, clip_tokenizer, t5_tokenizer
 
@@ -35,6 +37,7 @@ class Family:
     guided: dict[str, Any] = field(default_factory=dict)  # arguments of a stock call with classifier-free guidance
     plain: dict[str, Any] = field(default_factory=dict)  # and of one without
     more: dict[str, Any] = field(default_factory=dict)  # arguments of both
+    call: Callable[..., Any] | None = None  # how diffusers makes pictures, where the pipeline is not what one calls
 
     def stock(self, pipeline: Any, output_type: str = "latent", guided: bool = True, **changes: Any) -> Any:
         """Call the pipeline as its users do; of latents, return those that its scheduler gave at the last step."""
@@ -50,7 +53,10 @@ class Family:
 
         pipeline.scheduler.step = watched
         try:
-            found = pipeline(prompt=list(worlds.CAPTIONS), output_type=output_type, **given).images
+            if self.call is not None:
+                found = self.call(pipeline, list(worlds.CAPTIONS), output_type, **given)
+            else:
+                found = pipeline(prompt=list(worlds.CAPTIONS), output_type=output_type, **given).images
         finally:
             del pipeline.scheduler.step
         return seen[0][0] if output_type == "latent" else found
@@ -229,6 +235,84 @@ def hidream() -> Any:
     return pipeline
 
 
+def _processor() -> Any:
+    """Return what FLUX.3 takes for a tokenizer: the processor that holds one."""
+    tokenizer = _chat()
+    images, videos = transformers.Qwen2VLImageProcessor(), transformers.Qwen3VLVideoProcessor()
+    return transformers.Qwen3VLProcessor(images, tokenizer, videos, chat_template=tokenizer.chat_template)
+
+
+def flux3(distilled: bool = False) -> Any:
+    """Return the modular pipeline of FLUX.3, without its prompt upsampler: it stacks eight layers of its text model."""
+    vae, _ = _flux2_parts(1)
+    model = _seeded(
+        "Flux3Transformer2DModel", in_channels=4 * worlds.LATENTS, cond_in_channels=4 * worlds.LATENTS, num_layers=1,
+        num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=8 * WIDTH,
+        timestep_channels=32, axes_dims_rope=(4, 4, 4, 4), flow_map=distilled
+    )  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "mrope_interleaved": True}
+    config = transformers.Qwen3VLConfig(
+        text_config={**_DECODER, "num_hidden_layers": 32, "rope_scaling": rope},
+        vision_config={
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH,
+            "deepstack_visual_indexes": [],
+        },
+    )  # fmt: skip
+    config.image_token_id = config.video_token_id = 1000  # of no text here
+    text = _seeded("Qwen3VLForConditionalGeneration", config)
+    blocks = (diffusers.Flux3DistilledAutoBlocks if distilled else diffusers.Flux3AutoBlocks)()
+    blocks.sub_blocks.pop("prompt_upsampler")
+    pipeline = blocks.init_pipeline()
+    pipeline.update_components(vae=vae, transformer=model, text_encoder=text, tokenizer=_processor())
+    return faced(pipeline)
+
+
+def anima() -> Any:
+    """Return the modular pipeline of Anima."""
+    model = _seeded(
+        "CosmosTransformer3DModel", in_channels=worlds.LATENTS, out_channels=worlds.LATENTS, num_attention_heads=2,
+        attention_head_dim=16, num_layers=1, mlp_ratio=1.0, text_embed_dim=WIDTH, adaln_lora_dim=8, max_size=(4, 16, 16),
+        rope_scale=(1.0, 1.0, 1.0), extra_pos_embed_type=None
+    )  # fmt: skip
+    conditioner = _seeded(
+        "AnimaTextConditioner", source_dim=WIDTH, target_dim=WIDTH, model_dim=WIDTH, num_layers=1, num_attention_heads=2,
+        mlp_ratio=1.0, target_vocab_size=len(VOCABULARY), min_sequence_length=24
+    )  # fmt: skip
+    pipeline = diffusers.AnimaModularPipeline()
+    pipeline.update_components(
+        vae=qwen_image().vae, transformer=model, text_conditioner=conditioner, text_encoder=_text("Qwen3Model", "Qwen3Config", 2),
+        tokenizer=_chat(), t5_tokenizer=t5_tokenizer(), scheduler=_flow()
+    )  # fmt: skip
+    return faced(pipeline)
+
+
+def _modular_call(face: Any, prompts: list[str], output_type: str, **given: Any) -> Any:
+    """Let the blocks of diffusers make the pictures of all prompts in one call: their own loop, on stacked embeddings."""
+    blocks = face.modular.blocks.get_execution_blocks(prompt=True).sub_blocks
+    after = {name: block for name, block in blocks.items() if not name.startswith("text_encoder")}
+    after.pop("denoise.text_conditioning", None)
+    pipeline = diffusers.modular_pipelines.SequentialPipelineBlocks.from_blocks_dict(after).init_pipeline()
+    pipeline.update_components(**{name: part for name, part in face.components.items() if part is not None})
+    pipeline.scheduler = face.scheduler
+    guidance, length = given.pop("guidance_scale", 1.0), given.pop("max_sequence_length")
+    if getattr(pipeline, "guider", None) is not None:
+        pipeline.update_components(guider=pipeline.guider.new(guidance_scale=guidance))
+    if "generator" in given:  # drawn on the CPU, as everywhere
+        adapter, size = adapter_of(face), (given["height"], given["width"])
+        noise = torch.stack(
+            [torch.randn(adapter.latent_shape(face, *size), generator=one) for one in given.pop("generator")]
+        )
+        given["latents"] = adapter.given(face, adapter.pack(noise), *size)
+    texts = {"prompt_embeds": prompts, "negative_prompt_embeds": [""] * len(prompts) if guidance > 1 else None}
+    given |= {
+        name: torch.stack(face.encode_prompt(text, max_sequence_length=length)[0])
+        for name, text in texts.items()
+        if text
+    }
+    state = pipeline(**given, output_type="pt")
+    return state.values["latents" if output_type == "latent" else "images"]
+
+
 _CFG = {"guided": {"guidance_scale": 3.0}, "plain": {"guidance_scale": 1.0}}
 _TRUE = {"guided": {"true_cfg_scale": 3.0, "negative_prompt": ["the cat"] * 3}, "plain": {"true_cfg_scale": 1.0}}
 _CHAT_TEXT = {"max_sequence_length": 64}
@@ -250,6 +334,13 @@ FAMILIES: dict[str, Family] = {
     "pixart": Family(pixart, **_CFG, more={**_AS_IT_IS, "max_sequence_length": worlds.TOKENS}),
     "hidream": Family(hidream, **_CFG, more={"max_sequence_length": worlds.TOKENS}),
 }
+if hasattr(diffusers, "Flux3ModularPipeline"):  # not in the oldest diffusers
+    _MODULAR = {"more": {"max_sequence_length": 64}, "call": _modular_call}
+    FAMILIES |= {
+        "flux3": Family(flux3, **_CFG, **_MODULAR),
+        "flux3-distilled": Family(lambda: flux3(distilled=True), **_MODULAR),
+        "anima": Family(anima, **_CFG, **_MODULAR),
+    }
 """The families by a short name."""
 
 

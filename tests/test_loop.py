@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
     "name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )
 def test_the_whole_loop(name, tmp_path):
-    FAMILIES[name].build().save_pretrained(tmp_path / "model")
+    FAMILIES[name].build().save_pretrained(str(tmp_path / "model"))
     pipeline = load_pipeline(tmp_path / "model", device="cpu")
     if name == "hidream":  # not kept in the folder
         pipeline.default_sample_size = worlds.SIZE // 4

@@ -1,20 +1,22 @@
-"""LoRA adapters and single files: what users have besides pipeline folders."""
+"""LoRA adapters, single files and quantized weights: what users have besides pipeline folders."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from tests import worlds
 from tests.families import FAMILIES, write_lora
-from tests.worlds import in_parts, settings
+from tests.worlds import generators, in_parts, settings
 from ttsnap_lib.diffusion.denoise import Denoiser
 from ttsnap_lib.diffusion.pipelines import load_pipeline
 from ttsnap_lib.errors import ConfigError, PipelineError
+from ttsnap_lib.trajectories.identity import weights_digest
 
 CPU = {"device": "cpu"}
 PIECES = ("sdxl", "flux", "z-image")
@@ -127,3 +129,58 @@ def test_single_files_that_cannot_be_loaded(folders, tmp_path, monkeypatch):
         load_pipeline(file, **CPU)
     with pytest.raises(ConfigError, match="base: got 'x' for a model that is not one"):
         load_pipeline(folders["sdxl"], base="x", **CPU)
+
+
+# Quantized weights
+
+
+def _gguf(transformer: Any, path: Path) -> None:
+    """Write a transformer as a GGUF file: matrices in 8 bits, where a row can be cut into blocks of 32."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    writer, kind = gguf.GGUFWriter(path, "flux"), gguf.GGMLQuantizationType.Q8_0
+    for name, value in transformer.state_dict().items():
+        plain = value.float().numpy()
+        if plain.ndim == 2 and plain.shape[1] % 32 == 0:
+            writer.add_tensor(name, gguf.quants.quantize(plain, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, plain)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "quanto", "gguf"]
+)
+def test_quantized_weights_are_used_as_diffusers_uses_them(tmp_path, how):
+    """bf16, as their libraries want it; another quantization of the same weights is another folder."""
+    family = FAMILIES["flux"]
+    family.build().save_pretrained(tmp_path)
+    cls, options = diffusers.FluxTransformer2DModel, {"subfolder": "transformer", "torch_dtype": torch.bfloat16}
+    if how == "gguf":
+        _gguf(cls.from_pretrained(tmp_path, subfolder="transformer"), tmp_path / "flux.gguf")
+        config = diffusers.GGUFQuantizationConfig(compute_dtype=torch.bfloat16)
+        model = cls.from_single_file(
+            str(tmp_path / "flux.gguf"), config=str(tmp_path), quantization_config=config, **options
+        )
+    elif how == "quanto":
+        pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+        config = diffusers.QuantoConfig(weights_dtype="int8")
+        model = cls.from_pretrained(tmp_path, quantization_config=config, **options)
+    else:
+        torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+        config = diffusers.TorchAoConfig(getattr(torchao, how)())
+        model = cls.from_pretrained(tmp_path, quantization_config=config, **options)
+    pipeline = diffusers.FluxPipeline.from_pretrained(tmp_path, transformer=model, torch_dtype=torch.bfloat16)
+    plain = load_pipeline(tmp_path, device="cpu", dtype="bf16")
+    for one in (pipeline, plain):
+        one.set_progress_bar_config(disable=True)
+    denoiser = Denoiser(pipeline, settings(max_sequence_length=worlds.TOKENS))
+    given = {"latents": denoiser.noise(generators()).latents, "guidance_scale": denoiser.settings.guidance}
+    expected = family.stock(pipeline, "latent", guided=False, **given)
+    assert not torch.equal(expected, family.stock(plain, "latent", guided=False, **given))
+    for cuts in ((5,), (2, 5), (0, 2, 3, 5)):
+        assert torch.equal(in_parts(denoiser, cuts)[0].latents, expected), cuts
+    assert weights_digest(pipeline) not in (None, weights_digest(plain))

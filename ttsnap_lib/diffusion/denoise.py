@@ -31,6 +31,7 @@ import torch
 from ttsnap_lib.checks import MAX_PIXELS, MAX_STEPS, Plain, integer, known_keys, memory_errors, real
 from ttsnap_lib.diffusion.compiling import padded
 from ttsnap_lib.diffusion.families import adapter_of
+from ttsnap_lib.diffusion.modular import faced
 from ttsnap_lib.diffusion.schedulers import History, history_of, make_segment, noise_levels, prepare
 from ttsnap_lib.errors import ConfigError, PipelineError
 
@@ -69,7 +70,7 @@ class Settings(Plain):
     true_guidance: float | None = None
 
     def __post_init__(self) -> None:
-        bounds = {"n_steps": MAX_STEPS, "height": MAX_PIXELS, "width": MAX_PIXELS, "max_sequence_length": 512}
+        bounds = {"n_steps": MAX_STEPS, "height": MAX_PIXELS, "width": MAX_PIXELS, "max_sequence_length": 8192}
         for name, high in bounds.items():
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, integer(name, getattr(self, name), 1, high))
@@ -282,7 +283,7 @@ class Denoiser:
     """
 
     def __init__(self, pipeline: Any, settings: Settings | Mapping[str, Any] | None = None) -> None:
-        self.pipeline = pipeline
+        self.pipeline = pipeline = faced(pipeline)
         self._adapter = adapter_of(pipeline)
         self._scheduler = prepare(pipeline.scheduler)
         self.settings = resolve(as_settings(settings), pipeline)

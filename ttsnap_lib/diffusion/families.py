@@ -32,9 +32,7 @@ class Adapter:
     pipeline: str  # name of the class
     model: str  # name of the denoising component
     embeds: tuple[str | None, ...]  # arguments of the call that encode_prompt returns, in its order; None is dropped
-    layout: str = (
-        "plain"  # of latents: "plain" (n, channels, height, width), "packed" into tokens of 2 x 2, or "patched"
-    )
+    layout: str = "plain"  # of latents: "plain" (n, channels, height, width), "packed" into tokens of 2 x 2, "patched" or "framed"
     guidance: str | None = "guidance_scale"  # argument of classifier-free guidance; None where there is none
     unguided: float = 1.0  # its largest value at which the model runs once a step
     unless: str = ""  # entry of the pipeline's configuration by which it leaves guidance out
@@ -186,7 +184,7 @@ class Adapter:
 
     def channels(self, pipeline: Any) -> int:
         """Return how many channels the VAE's latents should have, by what the model takes in."""
-        return self.component(pipeline).config.in_channels // (1 if self.layout == "plain" else 4)
+        return self.component(pipeline).config.in_channels // (4 if self.layout in ("packed", "patched") else 1)
 
     def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, int, int]:
         """Return (channels, height, width) of one image's noise, not packed into tokens."""
@@ -200,6 +198,8 @@ class Adapter:
         if self.layout == "packed":
             patches = latents.view(n, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
             return patches.reshape(n, height * width // 4, channels * 4)
+        if self.layout == "framed":
+            return latents[:, :, None]
         return latents.flatten(2).transpose(1, 2) if self.layout == "patched" else latents
 
     def given(self, pipeline: Any, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -211,7 +211,8 @@ class Adapter:
     def unpack(self, pipeline: Any, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Bring latents of the loop to (n, channels, height, width)."""
         if self.layout != "packed":
-            return self.given(pipeline, latents, height, width)
+            given = self.given(pipeline, latents, height, width)
+            return given[:, :, 0] if self.layout == "framed" else given
         channels, height, width = self.latent_shape(pipeline, height, width)
         tokens = latents.view(len(latents), height // 2, width // 2, channels, 2, 2)
         return tokens.permute(0, 3, 1, 4, 2, 5).reshape(len(latents), channels, height, width)
@@ -265,6 +266,13 @@ ADAPTERS: dict[str, Adapter] = {
         ),
         Adapter(
             "Flux2KleinPipeline", "transformer", ("prompt_embeds", None), layout="patched", unless="is_distilled"
+        ),
+        Adapter("Flux3ModularPipeline", "transformer", ("prompt_embeds",), layout="patched", listed=True),
+        Adapter(
+            "Flux3DistilledModularPipeline", "transformer", ("prompt_embeds",), layout="patched", listed=True, guidance=None
+        ),
+        Adapter(
+            "AnimaModularPipeline", "transformer", ("prompt_embeds",), layout="framed", listed=True, float32=True, video=True
         ),
         Adapter(
             "QwenImagePipeline", "transformer", ("prompt_embeds", "prompt_embeds_mask"), layout="packed",

@@ -29,6 +29,7 @@ from packaging.version import Version
 from ttsnap_lib.checks import as_device, as_dtype, choice
 from ttsnap_lib.diffusion.compiling import COMPILE, compile_decoder, compile_pipeline, compile_told
 from ttsnap_lib.diffusion.families import ADAPTERS, adapter_of, unsupported
+from ttsnap_lib.diffusion.modular import FACES, load_modular
 from ttsnap_lib.diffusion.schedulers import schedulable
 from ttsnap_lib.diffusion.weights import SINGLE_FILE, load_loras, load_single_file
 from ttsnap_lib.errors import ConfigError, DeviceError, PipelineError
@@ -140,11 +141,14 @@ def load_pipeline(
         raise ConfigError(f"base: got {base!r} for a model that is not one {SINGLE_FILE} file. Leave it out.")
     try:
         # The index names the class before any weights are fetched. (A list would name code of the folder: not run.)
-        index = {} if single else DiffusionPipeline.load_config(source, **options)
+        index = {} if single else _index(source, options)
         kind = str(index.get("_class_name", "pipeline without a class name"))
         if single:
             pipeline = load_single_file(Path(source), base, **{_DTYPE: number})
             kind = type(pipeline).__name__
+        elif kind in FACES:
+            with quiet_loading() if is_folder else contextlib.nullcontext():
+                pipeline = load_modular(kind, source, options, **{_DTYPE: number})
         elif kind in ADAPTERS:
             with quiet_loading() if is_folder else contextlib.nullcontext():
                 pipeline = DiffusionPipeline.from_pretrained(source, variant=variant, **{_DTYPE: number}, **options)
@@ -165,6 +169,11 @@ def load_pipeline(
         load_loras(pipeline, lora)
     if fp8:
         adapter.component(pipeline).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=number)
+    if offload != "none" and kind in FACES:
+        raise DeviceError(
+            f"offload: got {offload!r} for a {kind}, whose parts a ComponentsManager of diffusers moves. Load it yourself with "
+            "enable_auto_cpu_offload() and pass the object."
+        )
     if offload == "model":
         pipeline.enable_model_cpu_offload(device=place)
     elif offload == "sequential":
@@ -173,7 +182,7 @@ def load_pipeline(
         pipeline.to(place)
     if compile is not None:
         compile_pipeline(pipeline, compile)
-    pipeline.ttsnap_defaults = _defaults(source) if is_folder else {}
+    pipeline.ttsnap_defaults = {**getattr(pipeline, "ttsnap_defaults", {}), **(_defaults(source) if is_folder else {})}
     commit = None if is_folder or single else _commit(source, revision)
     more = {"base": base, "lora_from": [lora] if isinstance(lora, str) else list(lora)}
     told = {key: value for key, value in more.items() if value}
@@ -237,6 +246,19 @@ def pipeline_facts(denoiser: Any) -> dict[str, Any]:
         "dtype": str(denoiser.dtype).removeprefix("torch."),
         **({"compile": told} if (told := compile_told(pipeline)) else {}),
     }
+
+
+def _index(source: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the index of a pipeline folder or hub id, or that of a modular pipeline where there is no other."""
+    try:
+        return DiffusionPipeline.load_config(source, **options)
+    except OSError as error:
+        offline = type(error.__context__).__name__ == "LocalEntryNotFoundError"
+        if offline or "file named" not in str(error):
+            raise
+        with contextlib.suppress(OSError, AttributeError):  # diffusers too old for modular ones
+            return diffusers.ModularPipeline.load_config(source, **options)
+        raise
 
 
 def _dtype(name: Any, place: torch.device) -> torch.dtype:
