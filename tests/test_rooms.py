@@ -22,9 +22,9 @@ FLOORS = {
     "diffusion": (5, "drive a stock diffusers pipeline, part by part"),
     "tensors": (4, "the reward tensor: made, opened, saved, checked"),
     "pocket": (4, "the tiny world that ships"),
-    "ground": (0, "schedule, costs, files, argument checks, errors, provenance, style"),
+    "ground": (0, "schedule, sets, costs, files, argument checks, errors, provenance, style"),
 }
-GROUND = {"__init__", "__main__", "checks", "costs", "errors", "files", "provenance", "schedule", "style"}
+GROUND = {"__init__", "__main__", "checks", "costs", "errors", "files", "provenance", "schedule", "sets", "style"}
 LIBRARY = Path(ttsnap_lib.__file__).parent
 
 

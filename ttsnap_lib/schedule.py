@@ -191,22 +191,25 @@ def choose(scores: np.ndarray, keep: int, combine: str = "rank_sum", weights: np
     int64 (keep,)
         Positions, ascending. Of equal candidates the first ones stay; of equal values the first ranks higher.
     """
-    scores = np.asarray(scores, np.float64)
-    if combine == "weighted_sum":
-        cost = -(scores @ np.asarray(weights, np.float64))
-    elif combine == "z_score" and scores.shape[1] > 1:
-        cost = -np.rint(_z_scores(scores).cumsum(1)[:, -1] * Z_GRID)
-    else:
-        order = np.argsort(-scores, axis=0, kind="stable")
-        cost = np.argsort(order, axis=0, kind="stable").sum(1)
+    cost = costs_of(np.asarray(scores, np.float64), combine, weights)
     return np.sort(np.argsort(cost, kind="stable")[:keep])
+
+
+def costs_of(scores: np.ndarray, combine: str, weights: np.ndarray | None) -> np.ndarray:
+    """Return what candidates are chosen by, the lowest first, (..., candidate), of float64 `scores` (..., candidate, reward)."""
+    if combine == "weighted_sum":
+        return -(scores @ np.asarray(weights, np.float64))
+    if combine == "z_score" and scores.shape[-1] > 1:
+        return -np.rint(_z_scores(scores).cumsum(-1)[..., -1] * Z_GRID)
+    order = np.argsort(-scores, axis=-2, kind="stable")
+    return np.argsort(order, axis=-2, kind="stable").sum(-1)
 
 
 def _z_scores(scores: np.ndarray) -> np.ndarray:
     """Return z-scores within the set; a reward that says nothing about it has no vote."""
     # Summed one by one as the compiled loop of `prune` does: another order of additions gives other last bits.
-    n = len(scores)
-    centered = scores - scores.cumsum(0)[-1] / n
-    variance = (centered * centered).cumsum(0)[-1] / n
+    n = scores.shape[-2]
+    centered = scores - scores.cumsum(-2)[..., -1:, :] / n
+    variance = (centered * centered).cumsum(-2)[..., -1:, :] / n
     scale = 1.0 / np.sqrt(np.where(variance > 0, variance, 1.0))
     return np.where(variance > 0, centered * scale, 0.0)

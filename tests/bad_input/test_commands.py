@@ -36,6 +36,8 @@ REFUSED = [
     ("search --candidates 4 --out s", "prompt"),
     ("search cat --out s", "budget"),
     ("search cat --candidates 0 --out s", "candidates"),
+    ("search cat --candidates 4 --keep 5 --out s", "keep: got 5"),
+    ("search cat --candidates 4 --diversity 0.5 --out s", "keep=1"),
     ("search cat --budget 1e18 --cost cost.json --out s", "unit"),
     ("search cat --candidates 4 --schedule none.yaml --out s", "schedule"),
     ("search cat --candidates 4 --cost list.yaml --out s", "mapping"),

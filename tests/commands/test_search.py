@@ -40,14 +40,16 @@ def test_cost_then_search(cost_file, schedule_file, tmp_path, capsys):
     budget = costs.total(4, Schedule((1,), (0.5,)))
     out = tmp_path / "out"
     arguments = ["--budget", str(budget), "--cost", str(cost_file), "--schedule", str(schedule_file), "-o", str(out)]
+    arguments += ["--keep", "2", "--diversity", "0.5"]
     assert main(["search", "a small red ring", *POCKET, *arguments, "--tiny", "pocket-tiny"]) == 0
     said = capsys.readouterr().out
     record = SearchRecord.load(out)
+    assert len(record.chosen) == 2 and record.diversity == 0.5 and "set_distance" in said
     assert len(record.seeds) == 4 and record.method == "ttsp" and record.checks == [1, 3]
     assert json.loads((out / "record.json").read_text())["cost"] == pytest.approx(budget)
     assert str(record.seeds[record.winner]) in said and "gallery.png" in said and " cost: " in said
     assert "stopped:" not in said  # it was not
-    for name in ("image.png", "gallery.png"):
+    for name in ("image.png", "image_1.png", "gallery.png"):
         with Image.open(out / name) as picture:
             picture.verify()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.worlds import PROMPTS, Looks, as_tensor, make_images
+from tests.worlds import PROMPTS, Looks, as_tensor, embedding, make_images
 from ttsnap_lib.errors import RewardError
 from ttsnap_lib.rewards import base
 from ttsnap_lib.rewards.base import CallableReward, open_image
@@ -229,3 +229,33 @@ def test_one_image_that_pillow_has_not_loaded_yet_may_stand_in_a_list_often(rewa
     with Image.open(tmp_path / "one.png") as lazy:
         scores = reward.score("a red ring", [lazy] * 16)
     assert np.array_equal(scores, reward.score("a red ring", [tmp_path / "one.png"] * 16))
+
+
+# Embeddings
+
+
+def test_embeddings_come_from_the_pass_that_scores(reward, images):
+    plain = reward.score(PROMPTS, images, batch_size=3)
+    passes = []
+    handle = reward.module.vision_model.register_forward_hook(lambda *_: passes.append(1))
+    with reward.embeddings() as found:
+        assert np.array_equal(reward.score(PROMPTS, images, batch_size=3), plain)
+    handle.remove()
+    assert len(passes) == len(found) == 3
+    reward.score(PROMPTS, images)
+    assert len(found) == 3  # gathered inside the block alone
+    with torch.no_grad():
+        own = embedding(reward.module.get_image_features(pixel_values=reward.preprocess(images)))
+    torch.testing.assert_close(torch.cat(found), torch.nn.functional.normalize(own, dim=-1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_reward_without_an_image_tower_gives_no_embeddings(reward):
+    class Own(type(reward)):
+        """Scores in a way of its own, so what the towers say is not what is scored."""
+
+        def forward(self, pixels, text):
+            return pixels.mean((1, 2, 3))
+
+    assert reward.embeds and not Own.embeds.fget(Own.__new__(Own))
+    with pytest.raises(RewardError, match="reward redness gives no embeddings"), load_reward(redness).embeddings():
+        pass

@@ -95,6 +95,16 @@ def test_tensors_score_as_images(small, images):
     assert np.array_equal(reward.score(PROMPTS, as_tensor(images)), reward.score(PROMPTS, images))
 
 
+def test_embeddings_are_the_class_tokens_that_the_text_tower_looks_at(small, images):
+    reward = ImageRewardModel("image_reward", small, device="cpu")
+    plain = reward.score(PROMPTS, images)
+    with reward.embeddings() as found:
+        assert np.array_equal(reward.score(PROMPTS, images), plain)
+    with torch.no_grad():
+        seen = small.blip.visual_encoder(pixel_values=reward.preprocess(images)).last_hidden_state[:, 0]
+    torch.testing.assert_close(found[0], torch.nn.functional.normalize(seen, dim=-1))
+
+
 def test_forward_trains(small, images):
     reward = ImageRewardModel("image_reward", small, device="cpu")
     out = reward.forward(reward.preprocess(images[:3]), reward.encode_text(PROMPTS[:3]))

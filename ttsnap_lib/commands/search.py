@@ -57,6 +57,11 @@ def add(commands: Any) -> None:
         "--cost", default="auto", metavar="PRESET_OR_FILE",
         help="a preset or a file of `ttsnap cost` (default: the preset of model, size and reward, where there is one)",
     )  # fmt: skip
+    search.add_argument("--keep", type=int, default=1, metavar="K", help="images to return, the best ones (default: 1)")
+    search.add_argument(
+        "--diversity", type=float, default=0.0, metavar="W",
+        help="what difference between the --keep images weighs against their reward, such as 0.5 (default: 0)",
+    )  # fmt: skip
     search.add_argument("--deadline", type=float, metavar="SECONDS", help="stop then, with the best so far")
     search.add_argument(
         "--combine",
@@ -112,6 +117,7 @@ def _search(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.files import shard_lock
     from ttsnap_lib.live.plan import planned
     from ttsnap_lib.schedule import Schedule
+    from ttsnap_lib.sets import check_set
     from ttsnap_lib.style import progress_bar
 
     # What costs nothing to check comes before any library or model is loaded.
@@ -128,7 +134,8 @@ def _search(arguments: argparse.Namespace) -> int:
         "method": arguments.method, "batch_size": arguments.batch_size,
     }  # fmt: skip
     group = 1 if arguments.negtome is None else integer("--negtome", arguments.negtome, 1)
-    planned(**plan, n_steps=arguments.steps, group=group, together=together)
+    pruning, _, n = planned(**plan, n_steps=arguments.steps, group=group, together=together)
+    check_set(arguments.keep, arguments.diversity, n, pruning)
     if arguments.prompts is not None:
         from ttsnap_lib.trajectories.prompts import read_prompts
 
@@ -155,7 +162,7 @@ def _search(arguments: argparse.Namespace) -> int:
     options: dict[str, Any] = {
         **plan, "seed": arguments.seed, "combine": arguments.combine, "weights": arguments.weights,
         "report": report, "deadline_s": arguments.deadline,
-        "decoder": load_decoder(arguments.tiny, pipeline),
+        "decoder": load_decoder(arguments.tiny, pipeline), "keep": arguments.keep, "diversity": arguments.diversity,
     }  # fmt: skip
     if arguments.prompts is not None:
         from ttsnap_lib.live.many import search_many
@@ -180,6 +187,9 @@ def _search(arguments: argparse.Namespace) -> int:
         if value not in (None, ""):  # no cost model, not cut short
             print(f"{key:>14}: {digits(value) if isinstance(value, float) else value}")
     large = " (image_large.png: the same, enlarged)" if (Path(arguments.out) / "image_large.png").exists() else ""
+    if result.record.chosen:
+        print(result.set_frame().to_string(index=False, float_format=digits))
+        large += f", image_0.png to image_{len(result.images) - 1}.png"
     print(f"{arguments.out}: image.png{large}, record.json, candidates.parquet, gallery.png")
     return 130 if result.record.stopped == "interrupt" else 0
 

@@ -68,7 +68,7 @@ def search_many(
         Prompts, or what :func:`ttsnap_lib.trajectories.prompts.read_prompts` reads; their places give the seeds.
     folder : path or None
         Gets ``p0000/image.png``, ``record.json``, ``candidates.parquet`` and ``summary.json`` per prompt, and the
-        returned table, see :func:`collect`. None keeps nothing but the table of this shard.
+        returned table, see :func:`collect`; with `keep`, also ``image_0.png`` and so on. None keeps nothing but the table of this shard.
     together : int
         How many prompts run through the stages together: survivors of different prompts share batches, each prompt is
         pruned by itself. Winners are those of one prompt at a time up to rounding. Not with NegToMe. Prompts that run
@@ -223,7 +223,8 @@ def compare(
 def _identity(denoiser: Denoiser, rewards: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides the results, as plain values: models by their weights, options by their content."""
     pipeline, known = denoiser.pipeline, identity_of(denoiser)
-    plain = {key: value for key, value in options.items() if key not in _NOT_IDENTITY}
+    usual = {"keep": 1, "diversity": 0}  # folders of before sets say nothing of them
+    plain = {k: v for k, v in options.items() if k not in _NOT_IDENTITY and (k not in usual or v != usual[k])}
     if isinstance(plain.get("cost"), str | Path):
         plain["cost"] = CostModel.load(plain["cost"])
     plain = {key: value.to_dict() if hasattr(value, "to_dict") else value for key, value in plain.items()}

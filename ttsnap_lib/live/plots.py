@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ttsnap_lib.sets import mean_distance
 from ttsnap_lib.style import COLORS, METHOD_LABELS, axes_or_new, method_style, reward_label, tidy
 
 if TYPE_CHECKING:
@@ -40,15 +41,17 @@ def gallery(record: SearchRecord, *, columns: int = 16) -> Figure:
         order = np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable").tolist()
         shown = [candidate for candidate in order if (candidate, step) in record.previews]
         is_final = k == len(record.checks) - 1
+        if is_final and record.chosen:  # not beyond the columns, however low its reward
+            shown = [*record.chosen, *(candidate for candidate in shown if candidate not in record.chosen)]
         for place, candidate in enumerate(shown[:columns]):
             ax = axes[row, place]
             failed = np.isnan(scores[candidate])
             dropped = failed or record.pruned_at[candidate] == step
-            lost = dropped or (is_final and candidate != record.winner)
+            lost = dropped or (is_final and candidate not in record.set)
             ax.imshow(record.previews[candidate, step], interpolation="nearest")
             label = "failed" if failed else f"{scores[candidate]:.2f}"
             ax.set_title(f"#{candidate}  {label}", fontsize=7, pad=2, color="0.45" if lost else "black")
-            if dropped or candidate == record.winner:
+            if dropped or candidate in record.set:
                 ax.set_axis_on()
                 ax.set(xticks=[], yticks=[])
                 for spine in ax.spines.values():
@@ -72,7 +75,13 @@ def _headline(record: SearchRecord, selecting: int) -> str:
         return line
     best = record.scores[record.winner, seen[-1], selecting]
     what = "winner" if seen[-1] == len(record.checks) - 1 else "best so far"
-    return f"{line}\n{what}: candidate {record.winner}, {record.rewards[selecting]} {best:.3f}"
+    line = f"{line}\n{what}: candidate {record.winner}, {record.rewards[selecting]} {best:.3f}"
+    if record.chosen:
+        mean = np.nanmean(record.scores[record.chosen, seen[-1], selecting])
+        line += f"; set of {len(record.chosen)}: mean {mean:.3f}"
+        if len(record.distances) > 1:
+            line += f", mean distance {mean_distance(np.array(record.distances)):.3f}"
+    return line
 
 
 class LiveGallery:
@@ -109,6 +118,28 @@ def winners(results: Mapping[str, SearchResult]) -> Figure:
         count = len(result.record.seeds)
         ax.set_title(f"{METHOD_LABELS.get(method, method)}\n{name} {score:.3f}, {count} candidates", fontsize=8)
         ax.set_axis_off()
+    return figure
+
+
+def image_sets(results: Mapping[str, SearchResult]) -> Figure:
+    """Draw the set of each method in a row, the winner first; each image with its reward, each row with its means."""
+    import matplotlib.pyplot as plt
+
+    columns = max(len(result.images) for result in results.values())
+    figure, axes = plt.subplots(
+        len(results), columns, squeeze=False, figsize=(1.5 * columns + 1.2, 1.9 * len(results)), layout="constrained"
+    )
+    for ax in axes.ravel():
+        ax.set_axis_off()
+    for row, (method, result) in zip(axes, results.items(), strict=True):
+        name, table = next(one for one in result.record.rewards if one not in result.record.report), result.set_frame()
+        for ax, image, candidate, reward in zip(row, result.images, table["candidate"], table[name], strict=False):
+            ax.imshow(image, interpolation="nearest")
+            ax.set_title(f"#{candidate}  {reward:.2f}", fontsize=8)
+        told = f"{METHOD_LABELS.get(method, method)}\nmean {name} {table[name].mean():.3f}"
+        if result.record.distances:
+            told += f"\nmean distance {table['distance'].mean():.3f}"
+        row[0].annotate(told, (-0.1, 0.5), xycoords="axes fraction", ha="right", va="center", fontsize=8)
     return figure
 
 

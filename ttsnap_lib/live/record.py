@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ttsnap_lib.costs import CostModel
 
 
+_NOT_PLAIN = ("scores", "previews", "embeddings")
+
+
 @dataclass
 class StageRecord:
     """One stage as it ran: the forwards, decodes and scores that were done, and the seconds they took.
@@ -103,9 +106,20 @@ class SearchRecord:
     stopped: str = ""  # "deadline" or "interrupt" when cut short
     cost_model: dict[str, Any] | None = None  # it priced the stages
     together: list[int] = field(default_factory=list)  # indices of the prompts that shared its batches; empty alone
+    keep: int = 1  # how many images were asked for
+    diversity: float = 0.0  # what their difference weighed
+    chosen: list[int] = field(default_factory=list)  # the set, the winner first; empty where one image was asked for
+    distances: list[list[float]] = field(default_factory=list)  # between its images; empty without an image tower
     facts: dict[str, Any] = field(default_factory=dict)  # model, scheduler, device, precision, decoder, versions
     # (candidate, step) to a small uint8 picture (H, W, 3); not saved
     previews: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
+    # (candidate, check) to what the image tower says (d,), float16, where a set was asked for; not saved
+    embeddings: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
+
+    @property
+    def set(self) -> list[int]:
+        """The chosen candidates, the winner first: of a search for one image the winner alone."""
+        return self.chosen or [self.winner]
 
     def price(self, cost: CostModel) -> float:
         """Return what the run cost in the unit of `cost`, from the forwards, decodes and scores that were done."""
@@ -121,6 +135,8 @@ class SearchRecord:
             "pruned_at": self.pruned_at,
             "winner": np.arange(len(self.seeds)) == self.winner,
         }
+        if self.chosen:
+            rows["place"] = [self.chosen.index(k) if k in self.chosen else -1 for k in range(len(self.seeds))]
         for r, name in enumerate(self.rewards):
             for k, step in enumerate(self.checks):
                 rows[f"{name}_s{step:02d}"] = self.scores[:, k, r]
@@ -134,7 +150,7 @@ class SearchRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain JSON content; NaN becomes null, pictures are left out."""
-        plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("scores", "previews")}
+        plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _NOT_PLAIN}
         plain["stages"] = [asdict(stage) for stage in self.stages]
         values = self.scores.astype(float).astype(object)
         values[np.isnan(self.scores)] = None
@@ -171,6 +187,8 @@ class SearchResult:
     record : SearchRecord
     cost : float, counted from the work that was done; NaN without a cost model
     complete : bool, False when cut short by a deadline or by Ctrl-C (``record.stopped`` says which)
+    images : tuple of PIL.Image.Image
+        The set, the chosen image first; that image alone unless more were asked for.
     """
 
     image: Image
@@ -178,13 +196,31 @@ class SearchResult:
     record: SearchRecord
     cost: float
     complete: bool
+    images: tuple[Image, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            object.__setattr__(self, "images", (self.image,))
 
     @property
     def scores(self) -> dict[str, float]:
         """Rewards of the winner at the last check it reached; NaN when it reached none."""
-        seen = np.flatnonzero(~np.isnan(self.record.scores[self.winner]).all(-1))
-        row = self.record.scores[self.winner, seen[-1] if len(seen) else 0]
+        return self._scores_of(self.winner)
+
+    def _scores_of(self, candidate: int) -> dict[str, float]:
+        seen = np.flatnonzero(~np.isnan(self.record.scores[candidate]).all(-1))
+        row = self.record.scores[candidate, seen[-1] if len(seen) else 0]
         return {name: float(row[r]) for r, name in enumerate(self.record.rewards)}
+
+    def set_frame(self) -> pd.DataFrame:
+        """Return one row per image of the set, the winner first: candidate, seed, rewards, mean distance to the others."""
+        import pandas as pd
+
+        record, others = self.record, max(1, len(self.record.distances) - 1)
+        frame = pd.DataFrame(
+            [{"candidate": one, "seed": record.seeds[one], **self._scores_of(one)} for one in record.set]
+        )
+        return frame.assign(distance=np.sum(record.distances, axis=1) / others if record.distances else np.nan)
 
     def summary(self) -> dict[str, Any]:
         """Return the run in one flat row of JSON values; None where there is no number."""
@@ -202,28 +238,41 @@ class SearchResult:
             "complete": self.complete,
             "stopped": record.stopped,
         }
+        if record.chosen:
+            table = self.set_frame()
+            row["set"] = " ".join(map(str, record.chosen))
+            row |= {f"set_{name}": float(table[name].mean()) for name in record.rewards}
+            row["set_distance"] = float(table["distance"].mean())
         missing = [key for key, value in row.items() if isinstance(value, float) and np.isnan(value)]
         return {**row, **dict.fromkeys(missing)}  # NaN is not JSON
 
     def save(self, folder: str | Path) -> Path:
         """Write ``image.png`` (seed, schedule and rewards in its metadata), ``candidates.parquet`` and ``record.json``.
 
-        A picture of less than 128 pixels also comes enlarged, pixel by pixel, as ``image_large.png``. ``record.json`` comes
-        last: a folder that has it is whole.
+        A set comes as ``image_0.png``, which is the same, ``image_1.png`` and so on. A picture of less than 128 pixels also
+        comes enlarged, pixel by pixel, as ``image_large.png``. ``record.json`` comes last: a folder that has it is whole.
         """
         from PIL.Image import Resampling
         from PIL.PngImagePlugin import PngInfo
 
         folder, record = Path(folder), self.record
-        notes = PngInfo()
         facts = {
             **self.summary(), "rewards": record.rewards, "schedule": record.schedule, "settings": record.settings,
             "base_seed": record.seed, **record.facts,
         }  # fmt: skip
-        for key, value in facts.items():
-            notes.add_itxt(f"ttsnap:{key}", value if isinstance(value, str) else json.dumps(value))
-        with atomic_write(folder / "image.png") as file:
-            self.image.save(file, format="PNG", pnginfo=notes)
+        wanted = {"image.png": (self.image, facts)}
+        for place, (image, candidate) in enumerate(zip(self.images, record.chosen, strict=False)):
+            own = {"candidate": candidate, "seed": record.seeds[candidate], **self._scores_of(candidate)}
+            wanted[f"image_{place}.png"] = (image, {**facts, **own})
+        for left in folder.glob("image_[0-9]*.png"):  # of a larger set before
+            if left.name not in wanted:
+                left.unlink()
+        for name, (image, told) in wanted.items():
+            notes = PngInfo()
+            for key, value in told.items():
+                notes.add_itxt(f"ttsnap:{key}", value if isinstance(value, str) else json.dumps(value))
+            with atomic_write(folder / name) as file:
+                image.save(file, format="PNG", pnginfo=notes)
         if max(self.image.size) < 128:
             factor = 512 // max(self.image.size)
             large = self.image.resize((self.image.width * factor, self.image.height * factor), Resampling.NEAREST)

@@ -38,7 +38,8 @@ from ttsnap_lib.live.record import SearchRecord, SearchResult, StageRecord
 from ttsnap_lib.provenance import versions
 from ttsnap_lib.rewards.base import require_metadata
 from ttsnap_lib.rewards.loading import load_reward
-from ttsnap_lib.schedule import Schedule, choose, kept, selecting_rewards
+from ttsnap_lib.schedule import Schedule, kept, selecting_rewards
+from ttsnap_lib.sets import check_set, choose_set, pairwise_distances
 
 if TYPE_CHECKING:
     from ttsnap_lib.diffusion.negtome import NegToMe
@@ -60,6 +61,8 @@ def search(
     seed: int = 0,
     method: str | None = None,
     *,
+    keep: int = 1,
+    diversity: float = 0.0,
     settings: Settings | Mapping[str, Any] | None = None,
     combine: str = "rank_sum",
     weights: Mapping[str, float] | Sequence[float] | None = None,
@@ -98,6 +101,13 @@ def search(
     method : {"best_of_n", "ttsp", "ttsnap"}, optional
         None: ``best_of_n`` without a schedule, ``ttsnap`` with a reward that has noise-aware weights, else ``ttsp``.
         ``best_of_n`` does not read the schedule.
+    keep : int
+        How many images to return, the best ones: ``result.images``. The schedule has to leave as many.
+    diversity : float
+        What difference between the images weighs against their reward, at the end and at every check; 0 takes the best
+        rewards. The mean distance of two candidates then counts as much as `diversity` standard deviations of the reward;
+        0.25 to 1 is a range to try. The first selecting reward with an image tower tells images apart. See
+        :func:`ttsnap_lib.sets.choose_set`.
     settings : Settings or mapping, optional
         Steps, size, guidance; the pipeline's defaults when not given.
     combine, weights, report
@@ -145,7 +155,7 @@ def search(
     prompt_index = integer("prompt_index", prompt_index, 0)
     searcher = Searcher(
         pipeline, reward, schedule, budget, candidates, cost, seed, method,
-        settings=settings, combine=combine, weights=weights, report=report, decoder=decoder, batch_size=batch_size,
+        keep=keep, diversity=diversity, settings=settings, combine=combine, weights=weights, report=report, decoder=decoder, batch_size=batch_size,
         deadline_s=deadline_s, negtome=negtome, on_check=on_check, progress=progress,
     )  # fmt: skip
     tell_outside(searcher.denoiser.pipeline, [prompt])
@@ -207,6 +217,8 @@ class Searcher:
         seed: int = 0,
         method: str | None = None,
         *,
+        keep: int = 1,
+        diversity: float = 0.0,
         settings: Settings | Mapping[str, Any] | None = None,
         combine: str = "rank_sum",
         weights: Mapping[str, float] | Sequence[float] | None = None,
@@ -227,6 +239,7 @@ class Searcher:
         self.schedule, self.cost, self.n = planned(
             schedule, budget, candidates, cost, method, n_steps, group, batch_size, together
         )  # fmt: skip
+        self.keep, self.diversity = check_set(keep, diversity, self.n, self.schedule)
         self.rewards = [load_reward(one) for one in (reward if isinstance(reward, list | tuple) else [reward])]
         self.names = [name for one in self.rewards for name in one.names]
         if not self.names or len(set(self.names)) != len(self.names):
@@ -241,6 +254,13 @@ class Searcher:
         self.selecting, self.weights = selecting_rewards(self.names, self.report, combine, weights)
         self.columns = [one for one in self.rewards for _ in one.names]  # the reward that each name is of
         self.method = _method_for(method, self.schedule, [self.columns[k] for k in self.selecting])
+        seeing = [self.columns[k] for k in self.selecting if self.columns[k].embeds]
+        self.eye = seeing[0] if self.keep > 1 and seeing else None  # the reward that tells images apart
+        if self.diversity and self.eye is None:
+            raise ConfigError(
+                f"diversity: got {self.diversity:g} with {[self.names[k] for k in self.selecting]}, expected a reward with an "
+                "image tower to tell images apart. Add a CLIP reward or image_reward, or leave diversity out."
+            )
         self.denoiser = Denoiser(load_pipeline(pipeline) if isinstance(pipeline, str | Path) else pipeline, settings)
         self.decoder = load_decoder(decoder, self.denoiser.pipeline)
         self.negtome = negtome
@@ -320,6 +340,7 @@ class Searcher:
             scores=np.full((self.n, len(self.checks), len(self.names)), np.nan, np.float32), pruned_at=[-1] * self.n,
             combine=self.combine, weights=None if self.weights is None else self.weights.tolist(), report=self.report,
             cost_model=None if self.cost is None else self.cost.to_dict(), facts=facts,
+            keep=self.keep, diversity=self.diversity,
             together=list(prompts) if len(prompts) > 1 else [],
         )  # fmt: skip
 
@@ -460,7 +481,10 @@ class Searcher:
             own = [r for r, one in enumerate(self.columns) if one is reward]
             aware = works[0].record.stages[-1].variant == "noise_aware" and step in reward.adapter_steps
             reward.use_step(step if aware else None)
-            scores = _score_each(reward, *told, pixels, reasons)
+            seen: list[Any] | None = [] if reward is self.eye else None
+            scores = _score_each(reward, *told, pixels, reasons, seen)
+            for one, candidate, embedding in zip(works, rows[:, 1].tolist(), seen or (), strict=seen is not None):
+                one.record.embeddings[candidate, k] = embedding
             table[:, own] = np.where(np.isfinite(scores), scores, np.nan)
             gone = np.isnan(table[:, own])
             for place in np.unique(rows[gone.any(1), 0]):
@@ -487,15 +511,16 @@ class Searcher:
             return
         self._tell(self.on_check, one.record)
         if is_final:
-            self._finish(one, one.pictures[one.record.winner, k])
+            self._finish(one, [one.pictures[candidate, k] for candidate in one.record.set])
 
-    def _finish(self, one: _Prompt, picture: np.ndarray) -> None:
+    def _finish(self, one: _Prompt, pictures: Sequence[np.ndarray]) -> None:
         record = one.record
         one.end()
         record.facts |= pipeline_facts(self.denoiser)  # compiling may have failed meanwhile
         record.elapsed_s = record.text_s + sum(stage.elapsed_s for stage in record.stages)
         spent = float("nan") if self.cost is None else record.price(self.cost)
-        result = SearchResult(Image.fromarray(picture), record.winner, record, spent, not record.stopped)
+        images = tuple(Image.fromarray(picture) for picture in pictures)
+        result = SearchResult(images[0], record.winner, record, spent, not record.stopped, images)
         self.take(record.prompt_index, result)
 
     def _cut_short(self, stop: BaseException) -> str:
@@ -503,39 +528,38 @@ class Searcher:
         late = isinstance(stop, _TimeUp)
         unfinished = [one for one in self.work if len(one.alive)]
         shown = [self._best_so_far(place) for place, one in enumerate(self.work) if len(one.alive)]
-        if len(unfinished) == len(self.work) and all(picture is None for picture in shown):
+        if len(unfinished) == len(self.work) and not any(shown):
             if late:
                 raise BudgetError(
                     f"deadline_s: got {self.deadline_s}, expected time for one step of one batch. Raise it or lower "
                     "batch_size."
                 ) from None
             raise stop
-        for one, picture in zip(unfinished, shown, strict=True):
+        for one, pictures in zip(unfinished, shown, strict=True):
             one.record.stopped = "deadline" if late else "interrupt"
-            if picture is not None:
-                self._finish(one, picture)
+            if pictures:
+                self._finish(one, pictures)
             elif late:
                 self.take(one.record.prompt_index, SearchError("the deadline came before its first step."))
         return "deadline" if late else "interrupt"
 
-    def _best_so_far(self, place: int) -> np.ndarray | None:
-        """Return the picture of a prompt's best candidate at the furthest check that anyone reached, and note the winner.
+    def _best_so_far(self, place: int) -> list[np.ndarray]:
+        """Return the pictures of a prompt's best at the furthest check that anyone reached, and note which they are.
 
-        Before the first score it is the present estimate of the first candidate; None before the first step.
+        Before the first score it is the present estimate of the first candidate; none before the first step.
         """
         one = self.work[place]
         for k in reversed(range(len(self.checks))):
             ready = one.scored(k) & [(candidate, k) in one.pictures for candidate in range(self.n)]
             if ready.any():
-                one.record.winner = int(one.best(k, np.flatnonzero(ready), 1)[0])
-                return one.pictures[one.record.winner, k]
+                return [one.pictures[candidate, k] for candidate in one.settle(k, np.flatnonzero(ready))]
         rows, x0 = self.estimate or (np.empty((0, 2), int), torch.empty(0))
         mine = np.flatnonzero(rows[:, 0] == place)
         if not len(mine):
-            return None
+            return []
         one.record.winner = int(rows[mine[0], 1])
         warnings.warn("cut short before the first check: no reward has seen the image, an estimate", stacklevel=3)
-        return _picture(self.denoiser.decode(x0[mine[:1]], self.decoder)[0])
+        return [_picture(self.denoiser.decode(x0[mine[:1]], self.decoder)[0])]
 
     # Time
 
@@ -576,7 +600,7 @@ class _Prompt:
     """One prompt at work: the record that it fills, who is left of it, and what can be shown.
 
     ``pictures`` keeps full-size pictures (uint8, H x W x 3) by (candidate, check): those of the check at work, and of
-    earlier checks the best one.
+    earlier checks the best ones.
     """
 
     record: SearchRecord
@@ -586,7 +610,7 @@ class _Prompt:
     pictures: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
 
     def choose(self, k: int, keep_ratio: float | None) -> None:
-        """Prune at check `k`, whose scores are all there; keep the winner alone at the last one (None)."""
+        """Prune at check `k`, whose scores are all there; keep the winner, or the set, at the last one (None)."""
         record, last = self.record, self.record.checks[k]
         scored = self.alive[self.scored(k)[self.alive]]
         for lost in np.setdiff1d(self.alive, scored):
@@ -595,14 +619,14 @@ class _Prompt:
             raise SearchError(
                 f"no candidate could be scored at step {last} by {record.rewards}. The warnings before this say why."
             )
-        # A candidate without a score leaves its place to the others.
-        keep = 1 if keep_ratio is None else min(kept(len(self.alive), keep_ratio), len(scored))
-        self.alive = self.best(k, scored, keep)
-        record.winner = int(self.best(k, self.alive, 1)[0])
-        self.pictures = {(record.winner, k): self.pictures[record.winner, k]}
-        if keep_ratio is not None:
+        if keep_ratio is None:
+            self.alive = scored
+        else:  # a candidate without a score leaves its place to the others
+            keep = min(max(kept(len(self.alive), keep_ratio), record.keep), len(scored))
+            self.alive = np.sort(self.best(k, scored, keep))
             for dropped in np.setdiff1d(scored, self.alive):
                 record.pruned_at[int(dropped)] = last
+        self.pictures = {(candidate, k): self.pictures[candidate, k] for candidate in self.settle(k, self.alive)}
 
     def end(self) -> None:
         """Leave the batches."""
@@ -613,26 +637,58 @@ class _Prompt:
         return ~np.isnan(self.record.scores[:, k][:, self.selecting]).any(1)
 
     def best(self, k: int, rows: np.ndarray, keep: int) -> np.ndarray:
-        """Return the `keep` best of the candidates `rows` at check `k`, ascending."""
-        weights = None if self.record.weights is None else np.array(self.record.weights)
-        return rows[choose(self.record.scores[rows, k][:, self.selecting], keep, self.record.combine, weights)]
+        """Return the `keep` best of the candidates `rows` at check `k`, as a set where that was asked for; the best first."""
+        record = self.record
+        weights = None if record.weights is None else np.array(record.weights)
+        scores, distances = record.scores[rows, k][:, self.selecting], None
+        if record.diversity:
+            distances = self.distances(k, rows)
+        return rows[choose_set(scores, keep, record.diversity, distances, record.combine, weights)]
+
+    def settle(self, k: int, rows: np.ndarray) -> list[int]:
+        """Note, and return, the winner among `rows` at check `k`, or the set with its distances, the winner first."""
+        record = self.record
+        chosen = self.best(k, rows, min(record.keep, len(rows)))
+        record.winner = int(chosen[0])
+        if record.keep > 1:
+            record.chosen = chosen.tolist()
+            record.distances = self.distances(k, chosen).tolist() if record.embeddings else []
+        return record.set
+
+    def distances(self, k: int, rows: np.ndarray) -> np.ndarray:
+        """Return the distances (n, n) between candidates at check `k`."""
+        return pairwise_distances(np.stack([self.record.embeddings[row, k] for row in rows.tolist()]))
 
 
 def _score_each(
-    reward: Any, prompts: list[str], metadata: list[dict[str, Any]], pixels: torch.Tensor, reasons: list[str]
+    reward: Any,
+    prompts: list[str],
+    metadata: list[dict[str, Any]],
+    pixels: torch.Tensor,
+    reasons: list[str],
+    seen: list[Any] | None = None,
 ) -> np.ndarray:
-    """Return the scores (n, one for each of its names); NaN for the images at which the reward raises."""
+    """Return the scores (n, one for each of its names); NaN for the images at which the reward raises.
+
+    `seen` gets the embeddings of the images, None for those.
+    """
     try:
-        return reward.score(prompts, pixels, metadata=metadata, check=False).reshape(len(pixels), -1)
+        with contextlib.nullcontext([]) if seen is None else reward.embeddings() as found:
+            scores = reward.score(prompts, pixels, metadata=metadata, check=False)
+        if seen is not None:
+            seen.extend(torch.cat(found).half().cpu().numpy())  # as they are recorded
+        return scores.reshape(len(pixels), -1)
     except DeviceError:
         raise
     except Exception as error:  # noqa: BLE001 - a reward may be anyone's function
         reasons.append(f"{type(error).__name__}: {error}")
         if len(pixels) == 1:
+            if seen is not None:
+                seen.append(None)
             return np.full((1, len(reward.names)), np.nan, np.float32)
     # One bad image must not cost the others their scores.
     each = zip(prompts, metadata, pixels, strict=True)
-    return np.concatenate([_score_each(reward, [text], [more], one[None], reasons) for text, more, one in each])
+    return np.concatenate([_score_each(reward, [text], [more], one[None], reasons, seen) for text, more, one in each])
 
 
 def _halved(size: int, group: int, what: str, error: DeviceError) -> int:

@@ -48,9 +48,9 @@ _CACHED_PROMPTS = 4096  # at most 16 MB for the largest text tower
 class Reward:
     """A reward model.
 
-    Families fill in :meth:`encode_text` and :meth:`forward`; everything else is shared. A family that looks at images
-    alone says ``reads_prompt = False`` and needs no :meth:`encode_text`; one that gives several numbers an image names
-    them in `outputs`.
+    Families fill in :meth:`encode_text` and :meth:`forward`, or :meth:`forward_embedding` where an image tower gives an
+    embedding beside the reward; everything else is shared. A family that looks at images alone says ``reads_prompt = False``
+    and needs no :meth:`encode_text`; one that gives several numbers an image names them in `outputs`.
 
     Attributes
     ----------
@@ -104,6 +104,7 @@ class Reward:
         self._series: StepSeries | None = None
         self._texts = TextCache()
         self._compiled: Any = None
+        self._embeddings: list[torch.Tensor] | None = None  # where they go while somebody gathers them
 
     # What a family fills in
 
@@ -127,7 +128,19 @@ class Reward:
         Tensor (n,), or (n, outputs) where `outputs` names several
             float32.
         """
+        return self.forward_embedding(pixels, text)[0]
+
+    def forward_embedding(
+        self, pixels: torch.Tensor, text: TextBatch | Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rewards (n,), as :meth:`forward`, and what the image tower says of each image, (n, d) of length 1."""
         raise NotImplementedError
+
+    @property
+    def embeds(self) -> bool:
+        """Whether scoring also gives an embedding of each image, see :meth:`embeddings`."""
+        own = type(self)
+        return own.forward is Reward.forward and own.forward_embedding is not Reward.forward_embedding
 
     # Scoring
 
@@ -242,7 +255,10 @@ class Reward:
         # In-place updates (an optimizer's step, load_state_dict) raise a parameter's version: no stale rows.
         versions = sum(p._version for p in self.module.parameters()) if self.module is not None else 0
         text = self._texts.rows(prompts, self.encode_text, (self.step, versions)) if self.reads_prompt else None
-        scores = (self._compiled or self.forward)(images, text)
+        found = (self._compiled or self._forward)(images, text)
+        if self._embeddings is not None:
+            self._embeddings.append(found[1])
+        scores = found[0] if self.embeds else found
         return self._one_each(scores.float().cpu().numpy(), len(images))
 
     def _shape(self, n: int) -> tuple[int, ...]:
@@ -269,6 +285,32 @@ class Reward:
             )
         return [dict(row or {}) for row in rows] if self.reads_metadata else [{}] * n
 
+    @property
+    def _forward(self) -> Callable[..., Any]:
+        return self.forward_embedding if self.embeds else self.forward
+
+    @contextlib.contextmanager
+    def embeddings(self) -> Iterator[list[torch.Tensor]]:
+        """Gather the embeddings of the images that are scored inside the block: one (n, d) for each forward, in order.
+
+        They come from the pass of the image tower that gives the scores, and cost nothing more.
+
+        Raises
+        ------
+        RewardError
+            When the reward has no image tower that gives one.
+        """
+        if not self.embeds:
+            raise RewardError(
+                f"reward {self.name} gives no embeddings, expected one with an image tower. Distances between images "
+                "need a CLIP reward (pocket-clip, pickscore, clipscore, hpsv2) or image_reward."
+            )
+        before, self._embeddings = self._embeddings, []
+        try:
+            yield self._embeddings
+        finally:
+            self._embeddings = before
+
     @contextlib.contextmanager
     def _scoring(self, n: int) -> Iterator[None]:
         """For `n` images at once: no gradients, no dropout; training mode comes back afterwards."""
@@ -290,7 +332,7 @@ class Reward:
             self._compiled = None
             warnings.warn(f"reward {self.name} runs without being compiled: {reason}", stacklevel=2)
 
-        self._compiled = or_eager(torch.compile(self.forward), self.forward, failed)
+        self._compiled = or_eager(torch.compile(self._forward), self._forward, failed)
         return self
 
     def clear_cache(self) -> None:

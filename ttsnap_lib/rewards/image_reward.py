@@ -77,8 +77,10 @@ class BlipScorer(torch.nn.Module):
         self.mlp = torch.nn.ModuleDict({"layers": layers})
         self.tokenizer = tokenizer
 
-    def forward(self, pixels: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Return the raw rewards (n,), float32, of preprocessed images and one prompt each."""
+    def forward(
+        self, pixels: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the raw rewards (n,), float32, of preprocessed images and one prompt each, and the class token (n, d)."""
         image = self.blip.visual_encoder(pixel_values=pixels).last_hidden_state
         read = self.blip.text_encoder(
             input_ids=input_ids,
@@ -87,7 +89,7 @@ class BlipScorer(torch.nn.Module):
             encoder_attention_mask=torch.ones(image.shape[:-1], dtype=torch.long, device=image.device),
             is_decoder=False,  # no causal mask
         )
-        return self.mlp.layers(read.last_hidden_state[:, 0, :]).squeeze(-1).float()
+        return self.mlp.layers(read.last_hidden_state[:, 0, :]).squeeze(-1).float(), image[:, 0]
 
 
 class ImageRewardModel(Reward):
@@ -111,13 +113,16 @@ class ImageRewardModel(Reward):
         )
         return TextBatch({key: tokens[key].to(self.device) for key in ("input_ids", "attention_mask")})
 
-    def forward(self, pixels: torch.Tensor, text: TextBatch | Sequence[str]) -> torch.Tensor:
-        """Return the rewards (n,) of preprocessed images; see :meth:`Reward.forward`."""
+    def forward_embedding(
+        self, pixels: torch.Tensor, text: TextBatch | Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rewards (n,) and the image tower's class tokens (n, d); see :meth:`Reward.forward_embedding`."""
         if not isinstance(text, TextBatch):
             text = self.encode_text(text)
         tokens = text.expand(len(pixels)).tensors
-        raw = self.module(pixels.to(self.dtype), tokens["input_ids"], tokens["attention_mask"])
-        return (raw - self.module.mean) / self.module.std if self.standardize else raw
+        raw, image = self.module(pixels.to(self.dtype), tokens["input_ids"], tokens["attention_mask"])
+        scores = (raw - self.module.mean) / self.module.std if self.standardize else raw
+        return scores, torch.nn.functional.normalize(image.float(), dim=-1)
 
 
 def load_image_reward(

@@ -49,12 +49,14 @@ class CosineReward(Reward):
         """Return the normalized text embeddings ``features`` (n, d), float32."""
         return TextBatch({"features": functional.normalize(self.text_features(list(prompts)).float(), dim=-1)})
 
-    def forward(self, pixels: torch.Tensor, text: TextBatch | Sequence[str]) -> torch.Tensor:
-        """Return the rewards (n,) of preprocessed images; see :meth:`Reward.forward`."""
+    def forward_embedding(
+        self, pixels: torch.Tensor, text: TextBatch | Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rewards (n,) and the embeddings (n, d) of preprocessed images; see :meth:`Reward.forward_embedding`."""
         if not isinstance(text, TextBatch):
             text = self.encode_text(text)
         image = functional.normalize(self.image_features(pixels.to(self.dtype)).float(), dim=-1)
-        return (image * text.expand(len(pixels)).tensors["features"]).sum(-1) * self.factor()
+        return (image * text.expand(len(pixels)).tensors["features"]).sum(-1) * self.factor(), image
 
 
 class ClipReward(CosineReward):
