@@ -221,6 +221,7 @@ def test_presets_are_those_of_the_design():
         "black-forest-labs/FLUX.2-klein-4B": "flux2-klein-4b", "black-forest-labs/FLUX.2-dev": "flux2-dev",
         "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana", "lodestones/Chroma1-HD": "chroma",
         "black-forest-labs/FLUX.1-Krea-dev": "flux", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart-sigma",
+        "black-forest-labs/flux-3-image-klein-base": "flux3-klein-base", "black-forest-labs/flux-3-image-klein": "flux3-klein",
     }  # fmt: skip
     assert {model: preset_for(model, "hpsv2", 1024) for model in names} == {
         model: f"{short}-1024+hpsv2" for model, short in names.items()

@@ -28,6 +28,8 @@ _FAMILIES = {
     "flux2-dev": re.compile(r"flux\.2-dev", re.IGNORECASE),
     "flux2-klein-4b": re.compile(r"flux\.2-klein-4b", re.IGNORECASE),
     "flux2-klein-9b": re.compile(r"flux\.2-klein-9b", re.IGNORECASE),
+    "flux3-klein-base": re.compile(r"flux-3-image-klein-base", re.IGNORECASE),
+    "flux3-klein": re.compile(r"flux-3-image-klein", re.IGNORECASE),
     "qwen-image": re.compile(r"qwen-image(-2512)?", re.IGNORECASE),
     "z-image": re.compile(r"z-image", re.IGNORECASE),
     "z-image-turbo": re.compile(r"z-image-turbo", re.IGNORECASE),
@@ -483,6 +485,8 @@ _COUNTED: dict[str, tuple[Any, ...]] = {
     "flux2-dev": (87.8, 283, 23.6, _FLUX2),
     "flux2-klein-4b": (10.2, 34.8, 4.27, _FLUX2),  # the distilled ones, without guidance
     "flux2-klein-9b": (22.7, 75.5, 7.90, _FLUX2),
+    "flux3-klein-base": (19.2, 83.0, 1.29, _FLUX2),
+    "flux3-klein": (9.60, 41.5, 0.647, _FLUX2),
     "qwen-image": (31.4, 139, 2.78, _QWEN),
     "z-image": (25.8, 111, 7.75, _KL),
     "z-image-turbo": (12.9, 55.6, 3.88, _KL),

@@ -58,6 +58,14 @@ def flux2(model: Any, side: int, width: int) -> Any:
     return model(empty(1, n, 128), empty(1, 512, width), empty(1), empty(1, n, 4), empty(1, 512, 4), empty(1))
 
 
+def flux3(model: Any, side: int) -> Any:
+    n = (side // 16) ** 2
+    given = {"img_ids": empty(n, 4), "txt_ids": empty(80, 4)}  # the shortest window of text
+    if model.config.flow_map:
+        given["target_timestep"] = empty(1)
+    return model(empty(1, n, 128), encoder_hidden_states=empty(1, 80, 20480), timestep=empty(1), **given)
+
+
 def qwen(model: Any, side: int) -> Any:
     grid, n = side // 16, (side // 16) ** 2
     return model(empty(1, n, 64), empty(1, TOKENS, 3584), None, empty(1), [[(1, grid, grid)]])
@@ -115,6 +123,8 @@ STEPS: dict[str, tuple[str, dict[str, Any], Callable[..., Any], int]] = {
         {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288,
          "guidance_embeds": False}, lambda model, side: flux2(model, side, 12288), 1,
     ),
+    "flux3-klein-base": ("Flux3Transformer2DModel", {}, flux3, 2),
+    "flux3-klein": ("Flux3Transformer2DModel", {"flow_map": True}, flux3, 1),
     "qwen-image": ("QwenImageTransformer2DModel", {}, qwen, 2),
     "z-image": ("ZImageTransformer2DModel", {}, z_image, 2),
     "z-image-turbo": ("ZImageTransformer2DModel", {}, z_image, 1),
@@ -216,6 +226,8 @@ TEXTS: dict[str, list[tuple[str, int]]] = {
     "flux2-dev": [("mistral-24b", 512)],
     "flux2-klein-4b": [("qwen3-4b", 512)],
     "flux2-klein-9b": [("qwen3-8b", 512)],
+    "flux3-klein-base": [("qwen3-4b", 80)] * 2,
+    "flux3-klein": [("qwen3-4b", 80)],
     "qwen-image": [("qwen2.5-7b", 34 + TOKENS)] * 2,
     "z-image": [("qwen3-4b-headless", 512)] * 2,
     "z-image-turbo": [("qwen3-4b-headless", 512)],

@@ -55,6 +55,7 @@ _KNOWN_IDS = (  # what a misspelt name is compared with
     "SG161222/RealVisXL_V4.0", "stabilityai/stable-diffusion-xl-base-1.0",
     "stabilityai/stable-diffusion-3.5-medium", "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "black-forest-labs/FLUX.1-Krea-dev", "black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-klein-4B",
+    "black-forest-labs/flux-3-image-klein-base", "black-forest-labs/flux-3-image-klein",
     "Qwen/Qwen-Image", "Tongyi-MAI/Z-Image", "Tongyi-MAI/Z-Image-Turbo", "Alpha-VLLM/Lumina-Image-2.0",
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers", "lodestones/Chroma1-HD", "HiDream-ai/HiDream-I1-Full",
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
