@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import worlds
 from tests.launch import environment, launcher
@@ -25,7 +26,7 @@ from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.scoring.score import InlineScorer, generate_scores, open_scorer, score
 from ttsnap_lib.simulation.simulate import TinyChecksWarning
 from ttsnap_lib.tensors.tensor import drop_missing
-from ttsnap_lib.trajectories.generate import generate
+from ttsnap_lib.trajectories.generate import BatchMaker, generate
 from ttsnap_lib.trajectories.read import Trajectories
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -458,6 +459,30 @@ def test_inline_scoring_goes_on_by_whole_prompts(pipeline, tmp_path):
     generate_scores(pipeline, TEXTS, quiet, brightness, **OPTIONS)
     assert np.array_equal(open_rewards(out)["base"].values, open_rewards(quiet)["base"].values)
     assert generate_scores(pipeline, TEXTS, out, brightness, **OPTIONS).pictures == 0
+
+
+def test_inline_scoring_waits_for_the_device_at_the_end_of_a_batch_alone(pipeline, clip, tmp_path, monkeypatch):
+    waits: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    reads, hand_over, to_host = [], BatchMaker._hand_over, torch.Tensor.cpu
+    waiting = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.index.Tensor}  # a float; rows by a list
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            reads.extend({func} & waiting)
+            return func(*args, **(kwargs or {}))
+
+    def counted(maker, rows, places, at, step, images):
+        reads.clear()
+        with Reads():
+            hand_over(maker, rows, places, at, step, images)
+        waits[step].append(len(reads))
+
+    monkeypatch.setattr(BatchMaker, "_hand_over", counted)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (reads.append("cpu"), to_host(self))[1])
+    reward = load_reward(clip, device="cpu")
+    reward.preprocessing = replace(reward.preprocessing, levels=False)  # a CPU resizes levels by Pillow, on the host
+    assert generate_scores(pipeline, TEXTS, tmp_path / "r.zarr", reward, **OPTIONS).scores == 27
+    assert waits[1] == [0, 0, 0] and min(waits[2]) > 0  # the first step encodes the batch's prompt
 
 
 def test_inline_scoring_of_some_steps_decodes_no_others(pipeline, tmp_path):

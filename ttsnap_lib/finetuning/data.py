@@ -374,7 +374,7 @@ def score_step(
 
 def _scores(reward: Reward, images: Images, prompts: np.ndarray, numbers: np.ndarray, step: int) -> np.ndarray:
     pixels = model_pixels(reward, images.read(prompts, numbers, step))
-    return reward.score_pixels([images.prompts[prompt] for prompt in prompts], pixels)
+    return reward.score_pixels([images.prompts[prompt] for prompt in prompts], pixels).cpu().numpy()
 
 
 # Targets

@@ -212,7 +212,7 @@ class Reward:
         with self._scoring(min(n, size)):
             batches = zip(range(0, n, size), self._batches(images, size), strict=True)
             parts = [self._score_batch(rows[k : k + size], batch, more[k : k + size]) for k, batch in batches]
-        scores = np.concatenate(parts) if parts else np.empty(self._shape(0), np.float32)
+            scores = torch.cat(parts).cpu().numpy() if parts else np.empty(self._shape(0), np.float32)
         if check and not np.isfinite(scores).all():
             bad = np.flatnonzero(~np.isfinite(scores.reshape(n, -1)).all(1))
             raise RewardError(
@@ -244,14 +244,20 @@ class Reward:
         while part := list(itertools.islice(opened, size)):
             yield part if self.preprocessing is None else self.preprocessing.batch(part, self.device)
 
-    def score_pixels(self, prompts: str | Sequence[str], pixels: torch.Tensor, metadata: Metadata = None) -> np.ndarray:
-        """Return the scores of images that are preprocessed already, as :meth:`score`, without checks of the values."""
+    def score_pixels(
+        self, prompts: str | Sequence[str], pixels: torch.Tensor, metadata: Metadata = None
+    ) -> torch.Tensor:
+        """Return the scores of images that are preprocessed already, as :meth:`score`, without checks of the values.
+
+        They are float32 on the reward's device, which may still be at work on them: a caller that copies them to the
+        host later lets it go on.
+        """
         rows, more = prompt_list(prompts, len(pixels)), self._metadata(metadata, len(pixels))
         with self._scoring(len(rows)):
             return self._score_batch(rows, pixels.to(self.device), more)
 
-    def _score_batch(self, prompts: list[str], images: Any, metadata: list[dict[str, Any]]) -> np.ndarray:
-        """Score one of :meth:`_batches`."""
+    def _score_batch(self, prompts: list[str], images: Any, metadata: list[dict[str, Any]]) -> torch.Tensor:
+        """Score one of :meth:`_batches`; an accelerator is not waited for."""
         # In-place updates (an optimizer's step, load_state_dict) raise a parameter's version: no stale rows.
         versions = sum(p._version for p in self.module.parameters()) if self.module is not None else 0
         text = self._texts.rows(prompts, self.encode_text, (self.step, versions)) if self.reads_prompt else None
@@ -259,17 +265,17 @@ class Reward:
         if self._embeddings is not None:
             self._embeddings.append(found[1])
         scores = found[0] if self.embeds else found
-        return self._one_each(scores.float().cpu().numpy(), len(images))
+        return self._one_each(scores.float(), len(images))
 
     def _shape(self, n: int) -> tuple[int, ...]:
         """Return the shape of the scores of `n` images."""
         return (n, len(self.outputs)) if self.outputs else (n,)
 
-    def _one_each(self, scores: np.ndarray, n: int) -> np.ndarray:
+    def _one_each(self, scores: torch.Tensor, n: int) -> torch.Tensor:
         if scores.shape != self._shape(n):
             numbers = f"the numbers {self.outputs}" if self.outputs else "one number"
             raise RewardError(
-                f"reward {self.name} gave scores of the wrong shape: got {scores.shape}, expected {self._shape(n)}. "
+                f"reward {self.name} gave scores of the wrong shape: got {tuple(scores.shape)}, expected {self._shape(n)}. "
                 f"Return {numbers} per image."
             )
         return scores
@@ -460,13 +466,13 @@ class CallableReward(Reward):
         self.reads_metadata = "metadata" in arguments
         self.outputs = check_outputs(name, getattr(function, "outputs", ()) if outputs is None else outputs)
 
-    def _score_batch(self, prompts: list[str], images: Any, metadata: list[dict[str, Any]]) -> np.ndarray:
+    def _score_batch(self, prompts: list[str], images: Any, metadata: list[dict[str, Any]]) -> torch.Tensor:
         # Copies, all of it: a function may change what it is given, such as normalise pixels in place.
         given = self._as_tensor(images) if self.takes == "tensor" else self._as_pil(images)
         more = {"metadata": copy.deepcopy(metadata)} if self.reads_metadata else {}
         scores = self.function(list(prompts), given, **more)
         try:
-            scores = np.asarray(_plain(scores), dtype=np.float32)
+            scores = torch.tensor(np.asarray(_plain(scores), dtype=np.float32))
         except (TypeError, ValueError) as error:
             raise RewardError(
                 f"reward {self.name} gave something that is not numbers: got {scores!r}, expected {len(prompts)} "
@@ -676,7 +682,7 @@ def check_tensor(images: torch.Tensor) -> torch.Tensor:
             "[0, 1]. Scale 8-bit images by 1/255 and put the channels second."
         )
     if len(images):
-        low, high = (float(value) for value in torch.aminmax(images.detach()))
+        low, high = torch.stack(torch.aminmax(images.detach())).tolist()  # one wait for the device
         if not (low >= -_SLACK and high <= 1 + _SLACK):  # NaN fails too
             scale = "Scale 8-bit images by 1/255, and [-1, 1] by x / 2 + 0.5."
             remedy = scale if math.isfinite(low) and math.isfinite(high) else FINITE_VAE

@@ -156,9 +156,7 @@ class Preprocessing:
         return functional.interpolate(pixels, size=(height, width), mode=mode, antialias=True, align_corners=False)
 
     def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        mean = torch.tensor(self.mean, dtype=torch.float32, device=pixels.device)[:, None, None]
-        std = torch.tensor(self.std, dtype=torch.float32, device=pixels.device)[:, None, None]
-        return (pixels - mean) / std
+        return (pixels - _channels(self.mean, pixels.device)) / _channels(self.std, pixels.device)
 
 
 IMAGE_REWARD_PIXELS = Preprocessing(224, rgb_first=False)
@@ -200,6 +198,23 @@ def from_clip_processor(processor: Any, source: str) -> Preprocessing:
     )
 
 
+# What is copied to a device is kept there: each copy would wait until the device has done all that came before.
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept ones may meet gradients later
+def _channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Return one value per channel as float32 (channels, 1, 1) on `device`."""
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _fractions(before: int, after: int, resample: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return Pillow's weights (after, before) on `device`."""
+    return (_weights(before, after, resample) / (1 << _PRECISION)).to(device, dtype)
+
+
 def _levels(image: Image.Image) -> torch.Tensor:
     """Return an RGB image as uint8 (height, width, 3)."""
     return torch.from_numpy(np.array(image, dtype=np.uint8))
@@ -229,7 +244,6 @@ def _bicubic(x: float) -> float:
 _FILTERS = {2: (_bilinear, 1.0), 3: (_bicubic, 2.0)}  # PIL.Image.Resampling value -> filter, its support
 
 
-@functools.lru_cache(maxsize=64)
 def _weights(before: int, after: int, resample: int) -> torch.Tensor:
     """Return Pillow's integer weights (after, before), float64 on the CPU (libImaging/Resample.c)."""
     kernel, support = _FILTERS[resample]
@@ -267,7 +281,7 @@ def resize_levels(
     for axis, size in ((-1, width), (-2, height)):
         if pixels.shape[axis] == size:
             continue
-        table = (_weights(pixels.shape[axis], size, resample) / (1 << _PRECISION)).to(pixels.device, dtype)
+        table = _fractions(pixels.shape[axis], size, resample, pixels.device, dtype)
         pixels = pixels @ table.mT if axis == -1 else table @ pixels
         if rounded:
             pixels = (pixels + 0.5).floor()

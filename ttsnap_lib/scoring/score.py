@@ -237,8 +237,9 @@ def generate_scores(
 class InlineScorer:
     """What ``generate(on_batch=...)`` hands its pictures to, which never leave the device.
 
-    A prompt is written when all its images have come. What a process that is killed leaves is a tensor of whole
-    prompts; :attr:`only` names the images of the others, for ``generate(only=...)``.
+    Their scores come to the host once in a batch, so that the device goes on to the next step. A prompt is written when
+    all its images have come. What a process that is killed leaves is a tensor of whole prompts; :attr:`only` names the
+    images of the others, for ``generate(only=...)``.
     """
 
     def __init__(self, scorer: Scorer) -> None:
@@ -260,15 +261,18 @@ class InlineScorer:
         prepared: dict[Any, torch.Tensor] = {}
 
         def inputs(reward: Reward, rows: list[int]) -> torch.Tensor:
-            if reward.preprocessing is None:
-                return pixels[rows]
-            key = (reward.preprocessing, reward.device)
-            if key not in prepared:  # rewards with equal preprocessing share the pixels
-                prepared[key] = reward.preprocess(pixels)
-            return prepared[key][rows]
+            found = pixels
+            if reward.preprocessing is not None:
+                key = (reward.preprocessing, reward.device)
+                if key not in prepared:  # rewards with equal preprocessing share the pixels
+                    prepared[key] = reward.preprocessing.tensor(pixels.to(reward.device))
+                found = prepared[key]
+            return found if len(rows) == len(found) else found[rows]  # an index would wait for the device
 
         if self._scorer.take(Portion(work, [(step, image) for image in images], inputs)):
             del self._works[prompt]
+        elif step == work.steps[-1]:
+            self._scorer.settle(work)
 
 
 def load_rewards(rewards: Rewards, noise_aware: NoiseAware = None, *, steps: int | None = None, **options: Any) -> list:
@@ -330,6 +334,7 @@ class Work:
     calls: list[Call]
     n_images: int
     values: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    scored: list[Scored] = field(default_factory=list)
     done: int = 0
     """Pictures that are through."""
 
@@ -340,6 +345,18 @@ class Work:
 
     def __len__(self) -> int:
         return len(self.steps) * self.n_images
+
+
+@dataclass
+class Scored:
+    """Scores that a call gave, where they were computed: copying them to the host would wait for the device."""
+
+    call: Call
+    slots: list[tuple[int, int]]
+    """(step, image)."""
+    scores: torch.Tensor
+    reasons: dict[int, str]
+    """Place in `slots` -> why there is no score."""
 
 
 @dataclass
@@ -499,6 +516,7 @@ class Scorer:
         work.done += len(portion.slots)
         if work.done < len(work):
             return False
+        self.settle(work)
         with self.clock("write"):
             self.store.write(work.prompt, work.values)
         work.values = {}
@@ -510,41 +528,46 @@ class Scorer:
             return
         with call.reward.at(at):
             scores, reasons = self._scores(portion, call, rows)
-        for name, values in zip(call.reward.names, scores.reshape(len(rows), -1).T, strict=True):
-            self._keep(portion, (name, call.variant), rows, values, reasons)
+        reasons |= {k: str(portion.failed[row]) for k, row in enumerate(rows) if row in portion.failed}
+        portion.work.scored.append(Scored(call, [portion.slots[row] for row in rows], scores, reasons))
 
-    def _keep(
-        self, portion: Portion, key: tuple[str, str], rows: list[int], values: np.ndarray, reasons: dict[int, str]
-    ) -> None:
-        """Put one reward's scores of some rows into the table of their work; a missing one is listed, or raised."""
-        work, (name, variant) = portion.work, key
-        table = work.values.setdefault(key, np.full((self.store.n_images, len(self.store.steps)), np.nan, np.float32))
-        for value, row in zip(values, rows, strict=True):
-            step, image = portion.slots[row]
-            if row in portion.failed:
-                reason = str(portion.failed[row])
-            elif np.isfinite(value):
+    def settle(self, work: Work) -> None:
+        """Bring the scores of a work so far to the host, and look at them."""
+        with self.clock("model"):
+            found = [(one, one.scores.cpu().numpy()) for one in work.scored]
+        work.scored = []
+        for one, scores in found:
+            for name, values in zip(one.call.reward.names, scores.reshape(len(one.slots), -1).T, strict=True):
+                self._keep(work, one, name, values)
+
+    def _keep(self, work: Work, one: Scored, name: str, values: np.ndarray) -> None:
+        """Put one reward's scores of some pictures into the table of their work; a missing one is listed, or raised."""
+        table = work.values.setdefault(
+            (name, one.call.variant), np.full((self.store.n_images, len(self.store.steps)), np.nan, np.float32)
+        )
+        for k, ((step, image), value) in enumerate(zip(one.slots, values, strict=True)):
+            if k not in one.reasons and np.isfinite(value):
                 table[image, self._column[step]] = value
                 self.report.scores += 1
                 continue
-            elif self.skip:
-                reason = reasons.get(row, f"score {value}")
-            else:
+            if not self.skip:
                 raise RewardError(
-                    f"reward {name} gave {value}, not finite for {self.where(work.prompt, image, step)}. Look at the picture "
-                    "and the weights; --on-error skip leaves such scores out."
+                    f"reward {name} gave {value}, not finite for {self.where(work.prompt, image, step)}. Look at the "
+                    "picture and the weights; --on-error skip leaves such scores out."
                 )
-            self.report.skipped.append(Skipped(work.prompt, image, step, name, variant, reason))
+            reason = one.reasons.get(k, f"score {value}")
+            self.report.skipped.append(Skipped(work.prompt, image, step, name, one.call.variant, reason))
 
-    def _scores(self, portion: Portion, call: Call, rows: list[int]) -> tuple[np.ndarray, dict[int, str]]:
-        """Return the scores of some rows and, where there is none, why."""
+    def _scores(self, portion: Portion, call: Call, rows: list[int]) -> tuple[torch.Tensor, dict[int, str]]:
+        """Return the scores of some rows and, by place among them, why there is none."""
         reward, text = call.reward, self.prompts[portion.work.prompt]
         metadata = self.prompts.metadata[portion.work.prompt]
 
-        def forward(rows: list[int]) -> np.ndarray:
+        def forward(rows: list[int]) -> torch.Tensor:
             inputs = portion.inputs(reward, rows)
             if reward.preprocessing is None:
-                return reward.score(text, inputs, metadata=metadata, batch_size=len(rows), check=False)
+                found = reward.score(text, inputs, metadata=metadata, batch_size=len(rows), check=False)
+                return torch.from_numpy(found)
             return reward.score_pixels(text, inputs, metadata)
 
         try:
@@ -559,10 +582,10 @@ class Scorer:
                     f"reward {reward.name} failed on {self.where(portion.work.prompt, image, step)} and the "
                     f"{len(rows) - 1} after it ({detail}). Mend the reward; the same command goes on from here."
                 ) from error
-        scores, reasons = np.full((len(rows), len(reward.names)), np.nan, np.float32), {}
+        scores, reasons = torch.full((len(rows), len(reward.names)), torch.nan), {}
         for k, row in enumerate(rows):  # find the pictures that it cannot score
             try:
                 scores[k] = forward([row])[0]
             except Exception as error:  # noqa: BLE001
-                reasons[row] = f"{type(error).__name__}: {error}"
+                reasons[k] = f"{type(error).__name__}: {error}"
         return scores, reasons

@@ -117,7 +117,8 @@ def generate(
     folder : str or Path, optional
         The trajectory folder to fill.
     on_batch : callable, optional
-        Called per batch, step and prompt; see :data:`OnBatch`. The tensor is the caller's to keep.
+        Called per batch, step and prompt; see :data:`OnBatch`. The tensor is the caller's to keep. A batch with
+        pictures of NaN ends in an error before its last step is handed over.
     images_per_prompt : int
         The same for every prompt.
     settings : Settings or mapping, optional
@@ -441,6 +442,8 @@ class BatchMaker:
     given: Conditioning | None = None
     """The prompts as embeddings, when they need not be encoded."""
     _encoded: tuple[int, Conditioning] | None = None
+    _finite: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    """Steps for the callback, and which rows of the batch are finite there, on the device."""
 
     def make(self, start: tuple[int, int], wanted: Wanted) -> None:
         """Make the batch that begins at `start`, and of it what is `wanted`."""
@@ -453,6 +456,9 @@ class BatchMaker:
                 if self.writer is not None:
                     self.writer.start(*row, wanted[row])
                     steps.update(wanted[row])
+        self._finite.clear()
+        # On the device before it is at work: a copy would wait for it.
+        at = {prompt: torch.tensor(found, device=denoiser.device) for prompt, found in places.items()}
         with clock("encode"):
             conditioning = self._conditioning(start[0])
             candidates = denoiser.noise([image_generator(self.seed, *row) for row in rows])
@@ -460,7 +466,7 @@ class BatchMaker:
         def decode(step: int, x0: torch.Tensor) -> None:
             with clock("decode"):
                 images = denoiser.decode(x0, self.decoder)
-            self._hand_over(rows, places, step, images)
+            self._hand_over(rows, places, at, step, images)
 
         last = denoiser.settings.n_steps - 1
         early = sorted(steps - {last})
@@ -475,7 +481,7 @@ class BatchMaker:
         if last in steps:
             with clock("decode"):
                 images = denoiser.final(done)
-            self._hand_over(rows, places, last, images)
+            self._hand_over(rows, places, at, last, images)
 
     def _conditioning(self, first_prompt: int) -> Conditioning:
         """Return one row per image; the prompts of a batch are encoded together, always as many."""
@@ -490,7 +496,12 @@ class BatchMaker:
         return self._encoded[1]
 
     def _hand_over(
-        self, rows: list[tuple[int, int]], places: dict[int, list[int]], step: int, images: torch.Tensor
+        self,
+        rows: list[tuple[int, int]],
+        places: dict[int, list[int]],
+        at: dict[int, torch.Tensor],
+        step: int,
+        images: torch.Tensor,
     ) -> None:
         with self.clock("hand_over"):
             if self.writer is not None:
@@ -498,10 +509,19 @@ class BatchMaker:
                 for place in itertools.chain(*places.values()):
                     self.writer.put(*rows[place], step, partial(pixels, place))
             if self.on_batch is not None and step in self.chosen:
+                self._finite.append((step, images.isfinite().flatten(1).all(1)))
+                if step == max(self.chosen):
+                    self._require_finite(places)
                 for prompt, found in places.items():
-                    if not images[found].isfinite().all():
-                        raise not_finite(f"prompt {prompt}, step {step}")
-                    self.on_batch(prompt, [rows[place][1] for place in found], step, images[found])
+                    self.on_batch(prompt, [rows[place][1] for place in found], step, images.index_select(0, at[prompt]))
+
+    def _require_finite(self, places: dict[int, list[int]]) -> None:
+        """Look at all steps of a batch at once, since every look waits for the device."""
+        finite = torch.stack([rows for _, rows in self._finite]).cpu().numpy()
+        for (step, _), rows in zip(self._finite, finite, strict=True):
+            for prompt, found in places.items():
+                if not rows[found].all():
+                    raise not_finite(f"prompt {prompt}, step {step}")
 
 
 def host_pixels(images: torch.Tensor, names: Sequence[str]) -> Callable[[int], np.ndarray]:
