@@ -408,7 +408,7 @@ def test_explore_saves_when_nobody_watches(dataset, tmp_path, monkeypatch, headl
     [
         (True, False, "", False),  # JupyterLab
         (True, True, "", False),  # jupyter console, Spyder
-        (False, False, "", False),  # front ends that cannot ask a person for input: VS Code for long, Colab
+        (False, False, "", False),  # front ends that cannot ask a person for input
         (False, True, "", True),  # papermill, nbclient
         (False, True, "voila/0.5", False),
     ],
@@ -423,6 +423,48 @@ def test_who_watches_is_told_by_the_request(monkeypatch, tmp_path, asks, python,
     monkeypatch.setattr("ttsnap_lib.explorer.explorer.get_ipython", lambda: shell)
     monkeypatch.setenv("SERVER_SOFTWARE", server)
     assert nobody_watches(Run(tmp_path)) == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "python", "asks", "alone"),
+    [
+        # VS Code sends cells through @jupyterlab/services (a UUID for session and message) with allow_stdin: true; source:
+        # microsoft/vscode-jupyter, src/kernels/execution/cellExecution.ts and raw/session/rawKernelConnection.node.ts.
+        ({"VSCODE_PID": "1", "VSCODE_CWD": "/", "VSCODE_IPC_HOOK": "/tmp/hook"}, False, True, False),
+        # Colab runs an ipykernel of its own class, with the front end's session in the parent header; source:
+        # googlecolab/colabtools, google/colab/_kernel.py and _message.py. Whether it lets a cell ask is nowhere written.
+        ({"COLAB_RELEASE_TAG": "release", "COLAB_GPU": "", "COLAB_JUPYTER_IP": "172.28.0.12"}, False, True, False),
+        ({"COLAB_RELEASE_TAG": "release", "COLAB_GPU": "", "COLAB_JUPYTER_IP": "172.28.0.12"}, False, False, False),
+        ({"VSCODE_PID": "1", "COLAB_RELEASE_TAG": "release"}, True, False, True),  # papermill in a terminal of either
+    ],
+)
+def test_a_real_kernel_is_asked_as_vs_code_and_colab_ask(environment, python, asks, alone, monkeypatch):
+    from jupyter_client.manager import KernelManager
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel()
+    client = manager.blocking_client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=120)
+        code = "from pathlib import Path; from ttsnap_lib.explorer.explorer import nobody_watches; from ttsnap_lib.runs.run import Run"
+        ask = {"code": code, "silent": False, "store_history": True, "allow_stdin": asks, "stop_on_error": False}
+        ask["user_expressions"] = {"alone": "nobody_watches(Run(Path()))"}
+        message = client.session.msg("execute_request", ask)
+        if not python:
+            message["header"] |= {"session": str(uuid.uuid4()), "msg_id": str(uuid.uuid4())}
+            message["msg_id"] = message["header"]["msg_id"]
+        client.shell_channel.send(message)
+        while (reply := client.get_shell_msg(timeout=120))["parent_header"]["msg_id"] != message["header"]["msg_id"]:
+            pass  # replies to the greeting before
+        told = reply["content"]["user_expressions"]["alone"]
+        assert told["status"] == "ok" and told["data"]["text/plain"] == str(alone)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
 def test_tensors_of_the_data_cache_are_offered(dataset, tmp_path, monkeypatch):

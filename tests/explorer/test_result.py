@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from ttsnap_lib import CostModel, Schedule
 from ttsnap_lib.errors import BudgetError, ConfigError, TTSnapError
 from ttsnap_lib.explorer.pool import Pool
 from ttsnap_lib.explorer.result import State, compute, lacking
+from ttsnap_lib.explorer.view import numbers_html
 from ttsnap_lib.simulation.metrics import kendall_tau
+from ttsnap_lib.simulation.plots import headline
 from ttsnap_lib.simulation.simulate import curves
 from ttsnap_lib.tensors.tensor import RepeatedImagesWarning, synthetic_rewards
 
@@ -55,6 +58,10 @@ def test_numbers_are_those_of_the_simulation(dataset, pool, method, rewards, com
         gain = result.gains["current"]
         assert gain.value == pytest.approx(gains["relative_gain"], abs=1e-9)
         assert (gain.low, gain.high) == pytest.approx((gains["low"], gains["high"]), abs=1e-9)
+        needs = expected.needs().query("reward == 'b' and budget == @BUDGETS[2]").iloc[0]
+        assert result.needs == pytest.approx(needs["needs"]) and result.most == expected.ladder_spent[-1]
+        told = headline(expected, COST, method, "b").split(" [")[0]  # the intervals have other resamples
+        assert told in html.unescape(numbers_html(result))
 
 
 def test_best_of_n_by_one_reward_is_exact_and_also_told_for_another_reward(dataset, pool):

@@ -114,7 +114,7 @@ def nobody_watches(run: Run) -> bool:
         return True
     request = getattr(get_ipython(), "parent_header", None) or {}  # the message that asked for this cell
     asks = request.get("content", {}).get("allow_stdin", True)
-    # Not every front end lets a cell ask for input (VS Code for long, Colab). Those are written in JavaScript, though:
+    # Not every front end lets a cell ask for input (Lab and VS Code do). They are written in JavaScript, though:
     # only Python's client numbers its messages <session>_<process>_<count>. Voila's executor is such a client, too, and
     # yet has somebody to look on.
     header = request.get("header", {})

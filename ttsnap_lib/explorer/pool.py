@@ -56,6 +56,7 @@ class Pool:
             for name in ("base", "noise_aware")
         }
         self._final = self._scores["base"][-1].astype(np.float64)
+        self.is_whole = not np.isnan(self._final).any()
         tell_repeats(dataset, self._final)
         self.repeats = repeats(dataset, self._final)
         rng = np.random.default_rng(self._seed)  # in the order of simulate: the same subsets

@@ -21,7 +21,7 @@ from ttsnap_lib.simulation.metrics import (
     relative_gain_of,
 )
 from ttsnap_lib.simulation.pruning import step_positions
-from ttsnap_lib.simulation.simulate import candidates_table, tiny_checks
+from ttsnap_lib.simulation.simulate import candidates_table, falls_to_zero, rungs, tiny_checks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,6 +95,8 @@ class Result:
     curves: dict[str, Curve]  # best_of_n, current and those pins that can run at the chosen budget
     at: dict[str, Curve]  # the same at the chosen budget alone
     over: dict[str, Interval]  # paired differences of the schedule to the others at the chosen budget, in reward
+    needs: float  # what Best-of-N needs for the reward of the schedule: infinite beyond the pool, 0 below one image
+    most: float  # what it needs for the whole pool
     # Budgets that both can run, and the paired difference there: of each curve to Best-of-N, of the schedule to each pin.
     above: dict[str, tuple[np.ndarray, Interval]]
     changes: dict[str, tuple[np.ndarray, Interval]]
@@ -135,11 +137,14 @@ def compute(state: State, pool: Pool, iterations: int | None = None) -> Result:
     at, curves = _curves(state, pool, shown, iterations)
     gains, gain_changes = _gains(curves)
     current, best_of_n = curves["current"], curves["best_of_n"]
+    spent, ladder = _ladder(state, pool, shown, iterations)
     return Result(
         state=state,
         curves=curves,
         at=at,
         over={name: _over(at["current"], other) for name, other in at.items() if name != "current"},
+        needs=falls_to_zero(spent, at["current"].reward.value[0] - ladder),
+        most=float(spent[-1]),
         above={name: curve.minus(best_of_n) for name, curve in curves.items() if curve is not best_of_n},
         changes={name: current.minus(curve) for name, curve in curves.items() if name in PINS},
         gains=gains,
@@ -156,6 +161,7 @@ def compute(state: State, pool: Pool, iterations: int | None = None) -> Result:
 def lacking(state: State, pool: Pool) -> list[tuple[Job, int]]:
     """Return what has to be pruned yet before `compute` has all iterations of `state` at once."""
     wanted = [(_job(state, pool, name), n) for name in state.plans for _, n in _affordable(state, pool, name)]
+    wanted += [(_job(state, pool, "best_of_n"), n) for n in _rungs(state, pool)]
     return [(job, n) for job, n in dict.fromkeys(wanted) if not pool.has(job, n)]
 
 
@@ -205,6 +211,20 @@ def _curves(state: State, pool: Pool, shown: int, iterations: int) -> tuple[dict
                 method, budgets[part], n[part], spent[part], rewards[name][part], samples[:, part], reward
             )
     return at, curves
+
+
+def _rungs(state: State, pool: Pool) -> list[int]:
+    """Return the numbers of candidates of Best-of-N's curve; of a pool that lacks scores as far as the budgets go."""
+    known = rungs(pool.n_images).tolist() if pool.is_whole else []
+    return sorted({*known, *(n for _, n in _affordable(state, pool, "best_of_n"))})
+
+
+def _ladder(state: State, pool: Pool, shown: int, iterations: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return cost and mean reward of Best-of-N, from one candidate to the whole pool."""
+    numbers = _rungs(state, pool)
+    # By seconds of batches a larger number may cost less than a smaller one, which then nobody runs.
+    spent = np.minimum.accumulate([state.cost.total(n) for n in numbers[::-1]])[::-1]
+    return spent, pool.per_prompt(_job(state, pool, "best_of_n"), numbers, iterations)[:, :, shown].mean(1)
 
 
 def _over(one: Curve, other: Curve) -> Interval:

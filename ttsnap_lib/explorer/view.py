@@ -11,6 +11,7 @@ import numpy as np
 
 from ttsnap_lib.explorer.result import PINS, Interval, Result, State
 from ttsnap_lib.schedule import Schedule
+from ttsnap_lib.simulation.plots import headline_of
 from ttsnap_lib.style import COLORS, METHOD_LABELS, method_style, reward_label, tidy
 
 if TYPE_CHECKING:
@@ -78,10 +79,11 @@ def numbers_html(result: Result) -> str:
             over = _told(result.over[name], ".3f") if name in result.over else ""
             body += f"<tr><td>{_name(name)}</td><td>{at.n[0]}</td><td>{_number(at.spent[0])}</td>"
             body += f"<td>{at.reward.value[0]:.3f}</td><td>{over}</td></tr>"
-    images = f"{state.budget / state.cost.total(1):.3g}"
-    words = f"At the price of {images} images ({_number(state.budget)} {unit}), {METHOD_LABELS[state.method]} tries "
-    words += f"{result.at['current'].n[0]} candidates, Best-of-N {result.at['best_of_n'].n[0]}; it gains "
-    words += f"<b>{_told(result.over['best_of_n'], '.3f')}</b> {shown} over Best-of-N."
+    one, paired = state.cost.total(1), result.over["best_of_n"]
+    words = headline_of(
+        state.method, state.shown, state.budget / one, int(result.at["current"].n[0]), (paired.value, paired.low, paired.high),
+        result.needs / one, result.most / one,
+    )  # fmt: skip
     gain = "Relative gain: not defined over these budgets."
     if result.gains:
         low, high = _number(state.budgets[0]), _number(state.budgets[-1])
@@ -93,7 +95,7 @@ def numbers_html(result: Result) -> str:
     note = f"<span class='ttsnap-note'>{' '.join([done, *map(html.escape, result.notes)])}</span>"
     paragraphs = "".join(f"<p>{line}</p>" for line in (gain, note))
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<div class='ttsnap-numbers'><p>{words}</p>{table}{paragraphs}</div>"
+    return f"<div class='ttsnap-numbers'><p><b>{html.escape(words)}</b></p>{table}{paragraphs}</div>"
 
 
 def message_html(text: str) -> str:

@@ -113,20 +113,34 @@ def headline(curves: Curves, cost: CostModel, method: str = "ttsnap", reward: st
     rows = curves.frame().merge(curves.needs(), on=["method", "reward", "budget"])
     rows = rows[(rows["method"] == method) & (rows["reward"] == reward)]
     row = rows.iloc[_told_budget(curves, cost)]
-    gain = _interval(row["gain"], row["gain_low"], row["gain_high"], "+.3f")
-    seeds = f"{row['n']} seed{'s' if row['n'] > 1 else ''}"
-    told = f"At the price of {_images(row['budget'] / one)}, {METHOD_LABELS[method]} tries {seeds}"
-    if row["gain_low"] <= 0 <= row["gain_high"]:
-        return f"{told}; its difference to Best-of-N, {gain} {reward_label(reward)}, may be chance: the interval includes 0."
-    told = f"{told} and {'gains' if row['gain'] >= 0 else 'loses'} {gain} {reward_label(reward)}"
-    if np.isnan(row["gain_low"]):
+    return headline_of(
+        method, reward, row["budget"] / one, row["n"], (row["gain"], row["gain_low"], row["gain_high"]),
+        row["needs"] / one, curves.ladder_spent[-1] / one,
+    )  # fmt: skip
+
+
+def headline_of(
+    method: str, reward: str, images: float, n: int, gain: Sequence[float], needs: float, most: float
+) -> str:
+    """Return :func:`headline` for numbers: a budget, what Best-of-N needs, and the whole pool, in finished images.
+
+    `n` seeds gain the first of `gain` over Best-of-N, with its interval behind it.
+    """
+    told = f"At the price of {_images(images)}, {METHOD_LABELS[method]} tries {n} seed{'s' if n > 1 else ''}"
+    if method == "best_of_n":
+        return f"{told}."
+    value, low, high = gain
+    over = f"{_interval(value, low, high, '+.3f')} {reward_label(reward)}"
+    if low <= 0 <= high:
+        return f"{told}; its difference to Best-of-N, {over}, may be chance: the interval includes 0."
+    told = f"{told} and {'gains' if value >= 0 else 'loses'} {over}"
+    if np.isnan(low):
         return f"{told}. One prompt tells no interval."
-    if np.isinf(row["needs"]):
-        return f"{told}; Best-of-N does not get there with all {_images(curves.ladder_spent[-1] / one)} of the pool."
-    if not row["needs"]:
+    if np.isinf(needs):
+        return f"{told}; Best-of-N does not get there with all {_images(most)} of the pool."
+    if not needs:
         return f"{told}; a single image of Best-of-N is better."
-    ratio = f"{row['needs'] / row['budget']:.2f}"
-    return f"{told}; Best-of-N needs {_images(row['needs'] / one)} for that: {ratio} x the compute."
+    return f"{told}; Best-of-N needs {_images(needs)} for that: {needs / images:.2f} x the compute."
 
 
 def over_ttsp(curves: Curves, reward: str | None = None) -> str:

@@ -254,7 +254,7 @@ class Curves:
                 samples = self.boot[:, m, :, r, None] - self.ladder_boot[:, None, :, r]
                 bounds = np.stack([ahead, *self.interval(ahead, samples)])
                 for b, budget in enumerate(self.budgets):
-                    needs = [_falls_to_zero(self.ladder_spent, bound[b]) for bound in bounds]
+                    needs = [falls_to_zero(self.ladder_spent, bound[b]) for bound in bounds]
                     known = needs[0] if 0 < needs[0] < np.inf else np.nan
                     ends = np.fmin(needs[1], self.ladder_spent[-1]), max(needs[2], self.ladder_spent[0])
                     saved = [1 - self.spent[m, b] / value if value else -np.inf for value in (known, *ends)]
@@ -376,11 +376,15 @@ def curves(
     )
 
 
+def rungs(pool: int) -> np.ndarray:
+    """Return the numbers of candidates, int64 (point,), at which Best-of-N's curve up to the whole pool is known."""
+    return np.unique(np.geomspace(1, pool, 2 + int(np.log(pool) / np.log(_LADDER))).round().astype(np.int64))
+
+
 def _ladder(values, selecting, numbers, subsets, labels, combine, shares) -> tuple[np.ndarray, np.ndarray]:
     """Return Best-of-N's mean rewards (point, reward, prompt) and numbers of candidates, one to the whole pool."""
     pool = values.shape[1]
-    rungs = np.geomspace(1, pool, 2 + int(np.log(pool) / np.log(_LADDER))).round().astype(np.int64)
-    for wanted in (np.union1d(rungs, numbers), np.unique(numbers)):
+    for wanted in (np.union1d(rungs(pool), numbers), np.unique(numbers)):
         try:
             sums, _ = prune_columns(
                 [values[:, :, selecting]],
@@ -397,7 +401,7 @@ def _ladder(values, selecting, numbers, subsets, labels, combine, shares) -> tup
     return np.moveaxis(sums, 1, 2) / len(subsets), wanted
 
 
-def _falls_to_zero(costs: np.ndarray, ahead: np.ndarray) -> float:
+def falls_to_zero(costs: np.ndarray, ahead: np.ndarray) -> float:
     """Return the cost at which a lead over Best-of-N, falling with its cost, is used up; 0 or infinite beyond the ends."""
     lead = np.minimum.accumulate(ahead)
     if np.isnan(lead).any():
