@@ -334,13 +334,12 @@ FAMILIES: dict[str, Family] = {
     "pixart": Family(pixart, **_CFG, more={**_AS_IT_IS, "max_sequence_length": worlds.TOKENS}),
     "hidream": Family(hidream, **_CFG, more={"max_sequence_length": worlds.TOKENS}),
 }
-if hasattr(diffusers, "Flux3ModularPipeline"):  # not in the oldest diffusers
-    _MODULAR = {"more": {"max_sequence_length": 64}, "call": _modular_call}
-    FAMILIES |= {
-        "flux3": Family(flux3, **_CFG, **_MODULAR),
-        "flux3-distilled": Family(lambda: flux3(distilled=True), **_MODULAR),
-        "anima": Family(anima, **_CFG, **_MODULAR),
-    }
+_MODULAR = {"more": {"max_sequence_length": 64}, "call": _modular_call}
+if hasattr(diffusers, "AnimaModularPipeline"):  # since diffusers 0.39
+    FAMILIES["anima"] = Family(anima, **_CFG, **_MODULAR)
+if hasattr(diffusers, "Flux3ModularPipeline"):  # since 0.42
+    FAMILIES["flux3"] = Family(flux3, **_CFG, **_MODULAR)
+    FAMILIES["flux3-distilled"] = Family(lambda: flux3(distilled=True), **_MODULAR)
 """The families by a short name."""
 
 

@@ -186,7 +186,6 @@ def test_what_a_pipeline_does_when_it_is_not_told(name):
         ("flux2", {"negative_prompt": "the cat"}, "negative_prompt.*distilled to do without"),
         ("klein-distilled", {"guidance": 4.0}, "guidance: got 4.0.*distilled to do without"),
         ("z-image", {"guidance": 0.0, "negative_prompt": "the cat"}, "Set guidance above 0"),
-        ("flux3-distilled", {"guidance": 4.0}, "guidance: got 4.0.*distilled to do without"),
         ("qwen-image", {"true_guidance": 2.0}, "Set guidance: it is classifier-free here"),
         ("hidream", {"height": 64, "width": 64}, r"got \(64, 64\), expected the area of \(32, 32\).*make \(32, 32\)"),
         ("lumina2", {"height": 40}, "multiple of 16"),

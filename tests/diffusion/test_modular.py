@@ -12,7 +12,7 @@ from tests.worlds import RELATIVE, generators, in_parts, same_to, settings
 from ttsnap_lib.diffusion.denoise import Denoiser
 from ttsnap_lib.diffusion.modular import faced
 from ttsnap_lib.diffusion.pipelines import load_pipeline
-from ttsnap_lib.errors import DeviceError, PipelineError
+from ttsnap_lib.errors import ConfigError, DeviceError, PipelineError
 
 if not hasattr(diffusers, "Flux3ModularPipeline"):
     pytest.skip("this diffusers has no FLUX.3", allow_module_level=True)
@@ -31,6 +31,11 @@ def test_prompts_of_several_lengths_share_a_batch():
         noise = denoiser.noise([generators()[row]])
         alone = denoiser.run(noise, conditioning.take([row]), 5)
         same_to(together.latents[[row]], alone.latents, RELATIVE)
+
+
+def test_the_distilled_model_takes_no_guidance():
+    with pytest.raises(ConfigError, match=r"guidance: got 4.0.*distilled to do without"):
+        Denoiser(FAMILIES["flux3-distilled"].build(), settings(guidance=4.0))
 
 
 def test_a_guider_that_remembers_is_refused():

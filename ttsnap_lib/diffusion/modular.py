@@ -93,6 +93,7 @@ class ModularFace:
             if negative_prompt_embeds:
                 given["negative_prompt_embeds"] = torch.stack([negative_prompt_embeds[row] for row in rows])
             given |= {"height": height, "width": width, "num_inference_steps": num_inference_steps}
+            given["num_images_per_prompt"] = 1  # diffusers 0.39 has no defaults here
             states.append(self._loop.get_block_state(self._state(self._before, **given)))
         return (self._walk(groups, states),)
 
