@@ -108,8 +108,8 @@ class MissingExtraError(TTSnapError, ImportError):
 
 _EXTRAS = {
     "models": (
-        "accelerate", "diffusers", "huggingface_hub", "open_clip", "peft", "safetensors", "sentencepiece", "tokenizers",
-        "torch", "torchvision", "transformers",
+        "accelerate", "diffusers", "httpx", "huggingface_hub", "open_clip", "peft", "safetensors", "sentencepiece",
+        "tokenizers", "torch", "torchvision", "transformers",
     ),
     "notebooks": (
         "IPython", "ipykernel", "ipywidgets", "jupyter_client", "jupyterlab", "nbclient", "nbconvert", "nbformat",

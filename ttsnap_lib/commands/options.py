@@ -149,9 +149,9 @@ def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that :func:`given_rewards` reads."""
     parser.add_argument(
         "--reward", action="append", default=[], metavar="[NAME=]SOURCE",
-        help="image_reward, pickscore, hpsv2, hpsv2.1, clipscore, pocket-clip, a folder, a hub id, or your own function as "
-        "module:function or ./file.py:function, def reward(prompts: list[str], images: list[Image]) -> list[float]; "
-        "several are scored in one pass (default: pocket-clip)",
+        help="image_reward, pickscore, hpsv2, hpsv2.1, clipscore, pocket-clip, a folder, a hub id, your own function as "
+        "module:function or ./file.py:function, def reward(prompts: list[str], images: list[Image]) -> list[float], or "
+        "judge.yaml, a judge over HTTP; several are scored in one pass (default: pocket-clip)",
     )  # fmt: skip
     parser.add_argument(
         "--reward-option", action="append", default=[], metavar="[NAME.]KEY=VALUE",
@@ -171,7 +171,9 @@ def given_rewards(arguments: argparse.Namespace, **common: Any) -> list[Any]:
     sources: dict[str, str] = {}
     for entry in arguments.reward or ["pocket-clip"]:
         *named, source = entry.split("=", 1)
-        name = named[0] if named else source.rpartition(":")[2] if ":" in source else Path(source).name
+        path = Path(source)
+        own = path.stem if path.suffix in (".yaml", ".yml") else path.name
+        name = named[0] if named else source.rpartition(":")[2] if ":" in source else own
         if name in sources:
             raise ConfigError(f"--reward: got {name!r} twice. Write another name: --reward other={source}.")
         sources[name] = source

@@ -153,6 +153,12 @@ def measure_costs(
     single = parts(1)
     single["verify"][0]()  # the prompt's embedding is kept from here on, as in a search
     tflops: dict[str, Any] = {name: count_tflops(function) / units for name, (function, units) in single.items()}
+    if not tflops["verify"]:
+        warnings.warn(
+            f"scoring by {[one.name for one in rewards]} counts no FLOPs here, because it runs elsewhere or is no model of "
+            "torch: a budget in TFLOPs takes its checks for free. Take its seconds (--unit seconds).",
+            stacklevel=2,
+        )
     rows: list[dict[str, Any]] = []
     for size in sizes:
         try:

@@ -675,6 +675,7 @@ def _score_each(
     try:
         with contextlib.nullcontext([]) if seen is None else reward.embeddings() as found:
             scores = reward.score(prompts, pixels, metadata=metadata, check=False)
+        reasons.extend(reward.failures.values())
         if seen is not None:
             seen.extend(torch.cat(found).half().cpu().numpy())  # as they are recorded
         return scores.reshape(len(pixels), -1)

@@ -31,7 +31,7 @@ from ttsnap_lib.checks import (
     memory_errors,
     or_eager,
 )
-from ttsnap_lib.errors import CheckpointError, RewardError
+from ttsnap_lib.errors import CheckpointError, RewardError, TTSnapError
 from ttsnap_lib.files import cores, failures_as, prefetch, reason
 from ttsnap_lib.rewards.checkpoints import StepSeries, sampled_digest
 from ttsnap_lib.rewards.pictures import as_rgb, open_picture
@@ -76,6 +76,8 @@ class Reward:
         Type of weights and activations; scores are always float32.
     step : int or None
         The denoising step whose noise-aware weights are active; None is the base model.
+    failures : dict of int to str
+        Why images of the last call of :meth:`score` have no score, by their place, where the reward told.
     batch_size : int
         Images per forward of :meth:`score` unless the call says otherwise.
     """
@@ -101,6 +103,8 @@ class Reward:
         self.dtype = dtype
         self.batch_size = integer("batch_size", batch_size, 1)
         self.step: int | None = None
+        self.failures: dict[int, str] = {}
+        self._failed: dict[int, str] = {}  # of the batch at work
         self._series: StepSeries | None = None
         self._texts = TextCache()
         self._compiled: Any = None
@@ -209,12 +213,21 @@ class Reward:
         n = len(images)
         rows, more = prompt_list(prompts, n), self._metadata(metadata, n)
         size = self.batch_size if batch_size is None else integer("batch_size", batch_size, 1)
+        self.failures, parts = {}, []
         with self._scoring(min(n, size)):
-            batches = zip(range(0, n, size), self._batches(images, size), strict=True)
-            parts = [self._score_batch(rows[k : k + size], batch, more[k : k + size]) for k, batch in batches]
+            for k, batch in zip(range(0, n, size), self._batches(images, size), strict=True):
+                self._failed = {}
+                parts.append(self._score_batch(rows[k : k + size], batch, more[k : k + size]))
+                self.failures |= {k + row: why for row, why in self._failed.items()}
             scores = torch.cat(parts).cpu().numpy() if parts else np.empty(self._shape(0), np.float32)
         if check and not np.isfinite(scores).all():
             bad = np.flatnonzero(~np.isfinite(scores.reshape(n, -1)).all(1))
+            if why := self.failures.get(int(bad[0])):
+                others = f" and {len(bad) - 1} others" if len(bad) > 1 else ""
+                raise RewardError(
+                    f"reward {self.name} gave no score for image {bad[0]} (prompt {rows[bad[0]]!r}){others}: {why}. "
+                    "check=False leaves such scores out."
+                )
             raise RewardError(
                 f"reward {self.name} gave a score that is not finite for image {bad[0]} (prompt {rows[bad[0]]!r}): got "
                 f"{scores[bad[:8]].tolist()!r}, expected finite numbers. Look at the image and the weights; "
@@ -432,7 +445,8 @@ class CallableReward(Reward):
     function : callable
         Takes a list of prompts and as many images; returns numbers, an array or a tensor of shape (n,) or (n, 1), or a
         list of tensors of one number each, on any device. A function with a third argument named ``metadata`` gets a
-        list of mappings as well: what the prompt file tells about each prompt beside its words.
+        list of mappings as well: what the prompt file tells about each prompt beside its words. In a list, an exception
+        in the place of a number says why that picture has none.
     name : str, optional
         The function's name when not given.
     outputs : sequence of str, optional
@@ -471,6 +485,14 @@ class CallableReward(Reward):
         given = self._as_tensor(images) if self.takes == "tensor" else self._as_pil(images)
         more = {"metadata": copy.deepcopy(metadata)} if self.reads_metadata else {}
         scores = self.function(list(prompts), given, **more)
+        if isinstance(scores, list | tuple) and any(isinstance(one, Exception) for one in scores):
+            self._failed = {
+                row: str(one) if isinstance(one, TTSnapError) else f"{type(one).__name__}: {one}"
+                for row, one in enumerate(scores)
+                if isinstance(one, Exception)
+            }
+            blank = [math.nan] * len(self.outputs) or math.nan
+            scores = [blank if isinstance(one, Exception) else one for one in scores]
         try:
             scores = torch.tensor(np.asarray(_plain(scores), dtype=np.float32))
         except (TypeError, ValueError) as error:

@@ -54,7 +54,8 @@ def load_reward(
         - ``"pocket-clip"``: the reward that ships with this project.
         - a folder or hub id of a `transformers.CLIPModel` with its processor;
         - a run folder of noise-aware checkpoints, whose ``curriculum.json`` names its base under ``reward``;
-        - ``"package.module:function"``, ``"./file.py:function"`` or a Python function, see :class:`CallableReward`.
+        - ``"package.module:function"``, ``"./file.py:function"`` or a Python function, see :class:`CallableReward`;
+        - a YAML file of a judge over HTTP, see :class:`ttsnap_lib.rewards.judge.Judge`.
     name : str, optional
         Name under which scores are kept; the source's when not given.
     device : str or torch.device, optional
@@ -92,6 +93,11 @@ def load_reward(
         known_keys("reward function", options, ("takes", "outputs"))
         function: Any = import_function(source) if isinstance(source, str) else source
         reward = CallableReward(function, name, device=device, batch_size=batch_size, **options)
+    elif Path(source).suffix in (".yaml", ".yml"):
+        from ttsnap_lib.rewards.judge import load_judge
+
+        known_keys(f"reward {source}", options, ())
+        reward = load_judge(source, name, batch_size=batch_size)
     elif str(source) in REWARDS:
         known_keys(f"reward {source}", options, REWARDS[str(source)])
         reward = _named(str(source), name or str(source), {**common, **options})
@@ -146,7 +152,8 @@ def _clip(source: str, name: str | None, options: dict[str, Any]) -> Reward:
 def _from_run(folder: Path, name: str | None, options: dict[str, Any]) -> Reward:
     base = read_curriculum(folder).get("reward")
     # A file must not name code to import, nor a run folder, which could name itself.
-    if not isinstance(base, str) or _is_function(base) or (Path(base) / CURRICULUM).exists():
+    code = isinstance(base, str) and (_is_function(base) or Path(base).suffix in (".yaml", ".yml"))
+    if not isinstance(base, str) or code or (Path(base) / CURRICULUM).exists():
         raise RewardError(
             f"curriculum.json of {folder} does not name its base reward: got {base!r}, expected a model under "
             f'"reward": one of {list(REWARDS)}, a folder of a model, or a hub id. Load the base by name with '

@@ -571,7 +571,7 @@ class Scorer:
             return reward.score_pixels(text, inputs, metadata)
 
         try:
-            return forward(rows), {}
+            scores = forward(rows)
         except DeviceError:
             raise
         except Exception as error:  # a function given as a reward may raise anything
@@ -582,6 +582,16 @@ class Scorer:
                     f"reward {reward.name} failed on {self.where(portion.work.prompt, image, step)} and the "
                     f"{len(rows) - 1} after it ({detail}). Mend the reward; the same command goes on from here."
                 ) from error
+        else:
+            failures = dict(reward.failures) if reward.preprocessing is None else {}
+            if failures and not self.skip:
+                k = min(failures)
+                step, image = portion.slots[rows[k]]
+                raise RewardError(
+                    f"reward {reward.name} gave no score for {self.where(portion.work.prompt, image, step)}: {failures[k]}. "
+                    "The same command goes on from here; --on-error skip leaves such scores out."
+                )
+            return scores, failures
         scores, reasons = torch.full((len(rows), len(reward.names)), torch.nan), {}
         for k, row in enumerate(rows):  # find the pictures that it cannot score
             try:
