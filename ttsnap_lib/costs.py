@@ -18,7 +18,7 @@ import numpy as np
 from ttsnap_lib.checks import MAX_IMAGES, Plain, choice, integer, real, text
 from ttsnap_lib.errors import CostError
 from ttsnap_lib.files import as_path, read_json, read_yaml, write_json
-from ttsnap_lib.schedule import Schedule
+from ttsnap_lib.schedule import Draft, Schedule
 
 AUTO = "auto"
 # The last part of a model's name or path; turbo and lightning variants of SDXL run without guidance, at half the price.
@@ -182,14 +182,17 @@ class CostModel(Plain):
             )
         )
 
-    def total(self, n: int, schedule: Schedule | None = None) -> float:
+    def total(self, n: int, schedule: Schedule | Draft | None = None) -> float:
         """Return the cost of `n` candidates of one prompt, in `unit`.
 
+        With a :class:`Draft` all `n` pay its steps, a decode and a score, and the best ones the full run besides.
         ``None`` is Best-of-N. It is the same as ``Schedule()`` under exact accounting; under published accounting
         ``None`` is charged all steps, a schedule (also the empty one) one fewer, as released. With tables a few more
         candidates may cost less than a few fewer.
         """
         n = integer("n", n, 0, error=CostError)
+        if isinstance(schedule, Draft):
+            return self._drafting(schedule).total(n) + self.total(min(n, schedule.finish)) - self.per_prompt
         wholes = _stage_wholes(self, None if schedule is None else schedule.steps)
         counts = self._counts(n, schedule)
         return self.per_prompt + sum(self._spend(count, whole) for count, whole in zip(counts, wholes, strict=True))
@@ -203,11 +206,15 @@ class CostModel(Plain):
         batches = full * wholes[:, -1] + wholes[np.arange(len(wholes)), rest]
         return self.per_prompt + batches.sum(-1) / self.prompts_together
 
-    def candidates(self, budget: float, schedule: Schedule | None = None) -> int:
+    def candidates(self, budget: float, schedule: Schedule | Draft | None = None) -> int:
         """Return the largest n with ``total(n, schedule) <= budget * (1 + 1e-9)``; 0 when not even one fits.
 
-        With tables it is exact up to a million candidates; beyond, all batches count as full.
+        A :class:`Draft` takes as many candidates as it finishes, or more. With tables it is exact up to a million candidates; beyond, all batches count as full.
         """
+        if isinstance(schedule, Draft):
+            left = real("budget", budget, 0, error=CostError) - (self.total(schedule.finish) - self.per_prompt)
+            n = self._drafting(schedule).candidates(max(0.0, left))
+            return n if n >= schedule.finish else 0
         budget = real("budget", budget, 0, error=CostError) * (1 + _TOLERANCE)
         if self.batch_size is not None:
             size = 256
@@ -230,6 +237,16 @@ class CostModel(Plain):
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.total(middle, schedule) <= budget else (low, middle - 1)
         return low
+
+    def _drafting(self, draft: Draft) -> CostModel:
+        """Return the costs of a run of the draft's steps: each of them costs what a step of the full run does."""
+        draft.check(self.n_steps)
+        if self.accounting == "published":
+            raise CostError(
+                "cost.accounting: got 'published' with a draft, expected 'exact': the released formula knows no drafts. "
+                "Set accounting='exact'."
+            )
+        return replace(self, n_steps=draft.steps)
 
     def beyond(self, schedule: Schedule | None = None) -> int:
         """Return k such that n + k candidates and more never cost less than n: 0 without tables."""

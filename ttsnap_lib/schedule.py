@@ -1,4 +1,4 @@
-"""The pruning schedule, the names of the methods, and how one set of candidates is pruned."""
+"""The pruning schedule, the draft, the names of the methods, and how one set of candidates is pruned."""
 
 from __future__ import annotations
 
@@ -124,6 +124,45 @@ class Schedule(Plain):
         if not self.steps:
             return "no pruning"
         return ", ".join(f"step {s} keep {r:g}" for s, r in zip(self.steps, self.keep_ratios, strict=True))
+
+
+@dataclass(frozen=True)
+class Draft(Plain):
+    """Every candidate in a few steps, and the best of them in full, from the same seeds.
+
+    Fewer steps are another trajectory from the same noise, so a draft is thrown away once it has been scored.
+
+    Parameters
+    ----------
+    steps : int
+        Denoising steps of a draft, fewer than those of the full run.
+    finish : int
+        How many of the candidates run in full; the best picture of these is chosen.
+
+    Raises
+    ------
+    ConfigError
+        A number below 1.
+    """
+
+    steps: int
+    finish: int
+    _what = "draft"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "finish"):
+            object.__setattr__(self, name, integer(f"draft.{name}", getattr(self, name), 1))
+
+    def check(self, n_steps: int) -> None:
+        """Refuse a draft that takes as many steps as the full run of `n_steps`, or more."""
+        integer("steps of a draft", self.steps, 1, n_steps - 1)
+
+    def survivors(self, n: int) -> tuple[int, ...]:
+        """Return how many are drafted and how many run in full, of `n` candidates."""
+        return n, min(n, self.finish)
+
+    def __str__(self) -> str:
+        return f"draft {self.steps}, finish {self.finish}"
 
 
 def _sequence(name: str, value: Any) -> tuple:

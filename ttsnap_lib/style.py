@@ -12,7 +12,7 @@ from ttsnap_lib.checks import choice
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-METHOD_LABELS = {"best_of_n": "Best-of-N", "ttsp": "TTSp", "ttsnap": "TTSnap"}
+METHOD_LABELS = {"best_of_n": "Best-of-N", "ttsp": "TTSp", "ttsnap": "TTSnap", "draft": "Drafts"}
 # Ten of seaborn's colour-blind palette; seaborn itself, with the widgets it imports, would slow every command down.
 COLORS = (
     "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9",
@@ -33,6 +33,11 @@ _open_bars: list[Any] = []
 def reward_label(name: str) -> str:
     """Return how a reward is written in a figure."""
     return _REWARD_LABELS.get(name, name)
+
+
+def method_label(method: str) -> str:
+    """Return how a method is written in a figure."""
+    return METHOD_LABELS.get(method, method)
 
 
 def method_style(method: str) -> dict:

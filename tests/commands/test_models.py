@@ -246,6 +246,12 @@ def test_generate_and_score(tmp_path, capsys):
     inline, after = open_rewards(tmp_path / "inline.zarr"), open_rewards(tmp_path / "after.zarr")
     assert inline["base"].shape == (1, 2, 2, 3)
     assert np.array_equal(inline["base"].values, after["base"].values)
+    assert inline.attrs["made_with"] == after.attrs["made_with"] and inline.attrs["made_with"]["seed"] == 0
+    assert main([*common, "--draft", "2", "--score", str(tmp_path / "drafts.zarr")]) == 0
+    drafts = open_rewards(tmp_path / "drafts.zarr")
+    assert drafts["step"].values.tolist() == [1] and drafts.attrs["made_with"] == inline.attrs["made_with"]
+    assert main([*common, "--draft", "2", "--out", str(tmp_path / "set")]) == 1
+    assert "--draft keeps no pictures" in capsys.readouterr().err
     assert main(common) == 1 and "neither --out nor --score" in capsys.readouterr().err
     assert main([*common, "--score", str(tmp_path / "third.zarr"), "--format", "webp"]) == 1
     assert "no picture is kept" in capsys.readouterr().err and not (tmp_path / "third.zarr").exists()

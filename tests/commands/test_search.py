@@ -12,6 +12,7 @@ from ttsnap_lib import CostModel, Schedule
 from ttsnap_lib.__main__ import main, parser
 from ttsnap_lib.commands import COMMANDS
 from ttsnap_lib.live.record import SearchRecord
+from ttsnap_lib.schedule import Draft
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,6 +66,25 @@ def test_a_budget_is_priced_by_the_models_own_preset(tmp_path, capsys):
     assert "Name one (" in capsys.readouterr().err
 
 
+def test_drafts_are_priced_and_told(tmp_path, capsys):
+    cost = CostModel.preset("pocket-flux+pocket-clip", n_steps=4)
+    arguments = [
+        "--budget",
+        str(cost.total(3, Draft(2, 1))),
+        "--draft",
+        "2",
+        "--finish",
+        "1",
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    assert main(["search", "a small red ring", *POCKET, *arguments]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "candidates: 3 draft_steps: 2 finished: 1" in said
+    record = SearchRecord.load(tmp_path / "out")
+    assert len(record.seeds) == 3 and record.price(cost) == pytest.approx(cost.total(3, Draft(2, 1)))
+
+
 def test_search_a_file_twice(tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red ring\na blue disk\na green star\n")
@@ -83,6 +103,8 @@ def test_search_a_file_twice(tmp_path, capsys):
         (["a ring", "--prompts", "x.txt", "--candidates", "2"], "exactly one"),
         (["a ring", "--together", "4", "--candidates", "2"], "for several prompts"),
         (["--prompts", "x.txt", "--together", "4", "--candidates", "4", "--negtome", "2"], "together with NegToMe"),
+        (["a ring", "--candidates", "4", "--draft", "6"], "expected both or none"),
+        (["a ring", "--candidates", "4", "--draft", "6", "--finish", "5"], "expected at least 5"),
         (["a ring", "--budget", "1", "--cost", "flux-512+hpsv2"], "the cost of one candidate"),
         (["a ring", "--candidates", "2", "--schedule", "nowhere.yaml"], "schedule file nowhere.yaml"),
         (["--prompts", "nowhere.txt", "--candidates", "2"], "nowhere.txt"),

@@ -216,8 +216,12 @@ def test_the_notebook_answers_for_a_tensor_without_noise_aware_rewards(tmp_path,
     monkeypatch.setenv("TTSNAP_DATA_CACHE", str(tmp_path))
     values = synthetic_rewards(4, 24, 20, rewards=("image_reward",))["base"].values
     save_rewards(make_rewards(values, rewards=["image_reward"]), tmp_path / "base.zarr")
+    drafts = make_rewards(values[..., 7:8], rewards=["image_reward"], steps=[7])
+    save_rewards(drafts, tmp_path / "drafts.zarr")
+    methods = ["best_of_n", "ttsp", "ttsnap", {"drafts": str(tmp_path / "drafts.zarr"), "finish": 1}]
     given = {
         "tensor": str(tmp_path / "base.zarr"),
+        "methods": repr(methods),
         "cost": PRESET,
         "multiples": "[2, 3]",
         "iterations": "20",
@@ -227,7 +231,8 @@ def test_the_notebook_answers_for_a_tensor_without_noise_aware_rewards(tmp_path,
     lines = capsys.readouterr().out.splitlines()
     optimize, search = (next(line for line in lines if f"ttsnap {word} " in line) for word in ("optimize", "search"))
     assert "--method ttsp" in optimize and "--adapters" not in search
-    assert next((tmp_path / "runs" / "simulate").glob("*/schedules.csv"))
+    folder = next((tmp_path / "runs" / "simulate").glob("*/schedules.csv")).parent
+    assert set(pd.read_csv(folder / "relative_gains.csv")["method"]) == {"ttsp", "ttsnap", "draft 8, finish 1"}
 
 
 @pytest.mark.parametrize(("methods", "report", "wanted"), [

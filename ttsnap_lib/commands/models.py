@@ -48,6 +48,9 @@ def _add_generate(commands: Any) -> None:
         "--score", metavar="TENSOR.zarr",
         help="score the images into a reward tensor; without --out while they are made, and none is kept",
     )  # fmt: skip
+    generate.add_argument(
+        "--draft", type=int, metavar="STEPS", help="with --score alone: score drafts of so few steps, nothing else"
+    )
     add_reward_arguments(generate)
     generate.add_argument("--images", type=int, default=8, metavar="N", help="images per prompt")
     add_settings_arguments(generate)
@@ -92,6 +95,10 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"--format {arguments.format} without --out: no picture is kept. Leave it out, or give --out."
         )
+    if arguments.draft is not None and (arguments.out or not arguments.score):
+        raise ConfigError(
+            "--draft keeps no pictures and no estimates, only scores. Give --score TENSOR.zarr and no --out."
+        )
     if not arguments.score and (arguments.reward or arguments.reward_option or arguments.noise_aware):
         raise ConfigError(
             "--reward, --reward-option or --noise-aware without --score. Add --score TENSOR.zarr, or run `ttsnap score` "
@@ -127,9 +134,11 @@ def _generate(arguments: argparse.Namespace) -> int:
         "progress": progress_bar(quiet=arguments.quiet),
     }
     if not arguments.out:
-        from ttsnap_lib.scoring.score import generate_scores
+        from ttsnap_lib.scoring.score import draft_scores, generate_scores
 
-        print(generate_scores(pipeline, prompts, arguments.score, rewards, **common))
+        given = (pipeline, prompts, arguments.score, rewards)
+        drafting = arguments.draft is not None
+        print(draft_scores(*given, arguments.draft, **common) if drafting else generate_scores(*given, **common))
         return 0
     print(generate(pipeline, prompts, arguments.out, image_format=arguments.format, **common))
     if arguments.score:

@@ -51,6 +51,8 @@ def add(commands: Any) -> None:
     search.add_argument(
         "--method", choices=("best_of_n", "ttsp", "ttsnap"), help="default: as --schedule and --adapters suggest"
     )
+    search.add_argument("--draft", type=int, metavar="STEPS", help="steps of a draft of every candidate; with --finish")
+    search.add_argument("--finish", type=int, metavar="K", help="run the K best drafts in full, from the same seeds")
     search.add_argument("--budget", type=float, metavar="COMPUTE", help="per prompt, in the unit of --cost")
     search.add_argument("--candidates", type=int, metavar="N", help="seeds to try, instead of a budget")
     search.add_argument(
@@ -115,7 +117,7 @@ def _search(arguments: argparse.Namespace) -> int:
     from ttsnap_lib.checks import MAX_STEPS, integer, text
     from ttsnap_lib.errors import ConfigError
     from ttsnap_lib.files import shard_lock
-    from ttsnap_lib.live.plan import planned
+    from ttsnap_lib.live.plan import as_draft, planned
     from ttsnap_lib.schedule import Schedule
     from ttsnap_lib.sets import check_set
     from ttsnap_lib.style import progress_bar
@@ -134,8 +136,9 @@ def _search(arguments: argparse.Namespace) -> int:
         "method": arguments.method, "batch_size": arguments.batch_size,
     }  # fmt: skip
     group = 1 if arguments.negtome is None else integer("--negtome", arguments.negtome, 1)
-    pruning, _, n = planned(**plan, n_steps=arguments.steps, group=group, together=together)
-    check_set(arguments.keep, arguments.diversity, n, pruning)
+    drafting = as_draft(arguments.draft, arguments.finish)
+    pruning, _, n = planned(**plan, n_steps=arguments.steps, group=group, together=together, draft=drafting)
+    check_set(arguments.keep, arguments.diversity, n if drafting is None else drafting.finish, pruning)
     if arguments.prompts is not None:
         from ttsnap_lib.trajectories.prompts import read_prompts
 
@@ -164,6 +167,8 @@ def _search(arguments: argparse.Namespace) -> int:
         "report": report, "deadline_s": arguments.deadline,
         "decoder": load_decoder(arguments.tiny, pipeline), "keep": arguments.keep, "diversity": arguments.diversity,
     }  # fmt: skip
+    if drafting is not None:  # else not among the options, which a folder made before compares
+        options |= {"draft": arguments.draft, "finish": arguments.finish}
     if arguments.prompts is not None:
         from ttsnap_lib.live.many import search_many
 

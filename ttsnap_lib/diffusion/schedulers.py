@@ -7,10 +7,11 @@ that is to be run, and reads the x0 (Tweedie) estimate as the steps go by. The n
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,6 +183,24 @@ def prepare(scheduler: Any) -> Any:
     segment.__class__ = _segment_class(base)
     segment._known = known
     return segment
+
+
+@contextlib.contextmanager
+def spaced_for_drafts(pipeline: Any) -> Iterator[None]:
+    """Give `pipeline` the spacing of timesteps that a run of few steps needs, for as long as this lasts.
+
+    With "leading" spacing, SDXL's own, fewer steps begin at less noise, so that pure noise is no start for them; with
+    "trailing" they begin where noise is all there is (Lin et al., arXiv 2305.08891, section 3.3).
+    """
+    own = pipeline.scheduler
+    try:
+        if own.config.get("timestep_spacing") == "leading":
+            scheduler = copy.deepcopy(own)
+            scheduler.register_to_config(timestep_spacing="trailing")
+            vars(pipeline)["scheduler"] = scheduler
+        yield
+    finally:
+        vars(pipeline)["scheduler"] = own
 
 
 def set_at_run_time(scheduler: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ttsnap_lib.checks import MAX_IMAGES, choice, integer
 from ttsnap_lib.costs import CostModel, check_n_steps
 from ttsnap_lib.errors import BudgetError, ConfigError, CostError, ScheduleError
-from ttsnap_lib.schedule import METHODS, Schedule
+from ttsnap_lib.schedule import METHODS, Draft, Schedule
 
 
 def planned(
@@ -21,6 +21,7 @@ def planned(
     group: int = 1,
     batch_size: int | None = None,
     together: int = 1,
+    draft: Draft | None = None,
 ) -> tuple[Schedule, CostModel | None, int]:
     """Return the schedule, the cost model and how many candidates start: whole groups, as many as the budget buys."""
     if schedule is not None and not isinstance(schedule, Schedule):
@@ -37,7 +38,14 @@ def planned(
     size = None if batch_size is None else integer("batch_size", batch_size, 1)
     if isinstance(costs, CostModel):
         costs = replace(costs, prompts_together=together, batch_size=size or costs.batch_size)
-    n = _candidates_for(budget, candidates, costs, schedule, n_steps, group)
+    if draft is not None:
+        draft.check(n_steps)
+        if len(schedule) or method not in (None, "best_of_n") or group > 1:
+            unfit = f"schedule {schedule}" if len(schedule) else f"method {method}" if group == 1 else "NegToMe"
+            raise ConfigError(
+                f"draft: got one with {unfit}, expected none: a draft is what chooses who runs in full. Leave one out."
+            )
+    n = _candidates_for(budget, candidates, costs, schedule if draft is None else draft, n_steps, group)
     if size is not None and size % group:
         raise ConfigError(
             f"batch_size with NegToMe: got {size}, expected a multiple of its group_size, {group}. Set one."
@@ -45,9 +53,25 @@ def planned(
     return schedule, costs, n
 
 
+def as_draft(draft: int | None, finish: int | None) -> Draft | None:
+    """Return the draft that its steps and the number of full runs tell; None without one."""
+    if (draft is None) != (finish is None):
+        raise ConfigError(
+            f"draft and finish: got {draft} and {finish}, expected both or none. Give the steps of a draft and how many run "
+            "in full."
+        )
+    return None if draft is None or finish is None else Draft(draft, finish)
+
+
 def _candidates_for(
-    budget: float | None, candidates: int | None, cost: CostModel | None, schedule: Schedule, n_steps: int, group: int
+    budget: float | None,
+    candidates: int | None,
+    cost: CostModel | None,
+    schedule: Schedule | Draft,
+    n_steps: int,
+    group: int,
 ) -> int:
+    least = schedule.finish if isinstance(schedule, Draft) else group
     if (budget is None) == (candidates is None):
         raise BudgetError(
             f"budget and candidates: got {budget} and {candidates}, expected either budget or candidates. Give one."
@@ -56,6 +80,11 @@ def _candidates_for(
         check_n_steps(cost, n_steps)
     if budget is None:
         n = integer("candidates", candidates, 1, MAX_IMAGES, error=BudgetError)
+        if isinstance(schedule, Draft) and n < least:
+            raise BudgetError(
+                f"candidates: got {n}, expected at least {least}, as many as run in full after the drafts. Draft more, or "
+                "finish fewer."
+            )
         if n % group:
             raise BudgetError(
                 f"candidates with NegToMe: got {n}, expected a multiple of its group_size, {group}. The nearest is "
@@ -78,9 +107,11 @@ def _candidates_for(
             "candidates. Check the unit of the cost model."
         )
     if n < 1:
-        what = "one candidate" if group == 1 else f"one group of {group} candidates"
+        what = "one candidate" if least == 1 else f"one group of {group} candidates"
+        if isinstance(schedule, Draft):
+            what = f"{least} drafts and as many full runs"
         raise BudgetError(
-            f"budget: got {budget}, expected at least {cost.total(group, schedule):.6g} {cost.unit}, the cost of {what}. "
+            f"budget: got {budget}, expected at least {cost.total(least, schedule):.6g} {cost.unit}, the cost of {what}. "
             "Raise the budget or use fewer steps."
         )
     return n

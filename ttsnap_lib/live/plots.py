@@ -27,7 +27,10 @@ def gallery(record: SearchRecord, *, columns: int = 16) -> Figure:
     import matplotlib.pyplot as plt
 
     selecting = next(r for r, name in enumerate(record.rewards) if name not in record.report)
-    reached = [k for k, step in enumerate(record.checks) if any(at == step for _, at in record.previews)]
+    parts = [record] if record.draft is None else [record.draft, record]
+    reached = [
+        (part, k) for part in parts for k, step in enumerate(part.checks) if any(at == step for _, at in part.previews)
+    ]
     columns = min(columns, len(record.seeds))
     figure, axes = plt.subplots(
         max(1, len(reached)), columns, squeeze=False, layout="constrained",
@@ -35,20 +38,20 @@ def gallery(record: SearchRecord, *, columns: int = 16) -> Figure:
     )  # fmt: skip
     for ax in axes.ravel():
         ax.set_axis_off()
-    for row, k in enumerate(reached):
-        step = record.checks[k]
-        scores = record.scores[:, k, selecting]
+    for row, (part, k) in enumerate(reached):
+        step = part.checks[k]
+        scores = part.scores[:, k, selecting]
         order = np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable").tolist()
-        shown = [candidate for candidate in order if (candidate, step) in record.previews]
-        is_final = k == len(record.checks) - 1
+        shown = [candidate for candidate in order if (candidate, step) in part.previews]
+        is_final = part is record and k == len(record.checks) - 1
         if is_final and record.chosen:  # not beyond the columns, however low its reward
             shown = [*record.chosen, *(candidate for candidate in shown if candidate not in record.chosen)]
         for place, candidate in enumerate(shown[:columns]):
             ax = axes[row, place]
             failed = np.isnan(scores[candidate])
-            dropped = failed or record.pruned_at[candidate] == step
+            dropped = failed or part.pruned_at[candidate] == step
             lost = dropped or (is_final and candidate not in record.set)
-            ax.imshow(record.previews[candidate, step], interpolation="nearest")
+            ax.imshow(part.previews[candidate, step], interpolation="nearest")
             label = "failed" if failed else f"{scores[candidate]:.2f}"
             ax.set_title(f"#{candidate}  {label}", fontsize=7, pad=2, color="0.45" if lost else "black")
             if dropped or candidate in record.set:
@@ -57,9 +60,9 @@ def gallery(record: SearchRecord, *, columns: int = 16) -> Figure:
                 for spine in ax.spines.values():
                     spine.set(color=_CROSS if dropped else COLORS[1], linewidth=1 if dropped else 3)
             if dropped:
-                height, width = record.previews[candidate, step].shape[:2]
+                height, width = part.previews[candidate, step].shape[:2]
                 ax.plot((-0.5, width - 0.5), (-0.5, height - 0.5), color=_CROSS, linewidth=1)
-        what = "clean image" if is_final else f"step {step}"
+        what = "clean image" if is_final else f"step {step}" if part is record else f"draft of {step + 1} steps"
         more = f"\nbest {columns} shown" if len(shown) > columns else ""
         axes[row, 0].annotate(f"{what}\n{len(shown)} scored{more}", (-0.12, 0.5), xycoords="axes fraction", ha="right",
                               va="center", fontsize=8)  # fmt: skip

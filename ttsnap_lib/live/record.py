@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 
 _NOT_PLAIN = ("scores", "previews", "embeddings")
+DRAFTED = -3
+"""``pruned_at`` of a candidate that was drafted and no more."""
 
 
 @dataclass
@@ -95,7 +97,8 @@ class SearchRecord:
     settings: dict[str, Any]
     checks: list[int]  # steps that were scored, the last one the clean image
     scores: np.ndarray  # float32 (candidate, check, reward), NaN where a candidate was not scored
-    pruned_at: list[int]  # per candidate its last step; -1 for those never pruned, -2 for those whose scoring failed
+    # per candidate its last step; -1 for those never pruned, -2 for those whose scoring failed, -3 for drafts alone
+    pruned_at: list[int]
     combine: str
     weights: list[float] | None = None
     report: list[str] = field(default_factory=list)
@@ -110,6 +113,7 @@ class SearchRecord:
     diversity: float = 0.0  # what their difference weighed
     chosen: list[int] = field(default_factory=list)  # the set, the winner first; empty where one image was asked for
     distances: list[list[float]] = field(default_factory=list)  # between its images; empty without an image tower
+    draft: SearchRecord | None = None  # the drafts of all candidates, where only the best ran in full
     facts: dict[str, Any] = field(default_factory=dict)  # model, scheduler, device, precision, decoder, versions
     # (candidate, step) to a small uint8 picture (H, W, 3); not saved
     previews: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
@@ -123,7 +127,8 @@ class SearchRecord:
 
     def price(self, cost: CostModel) -> float:
         """Return what the run cost in the unit of `cost`, from the forwards, decodes and scores that were done."""
-        return cost.per_prompt + sum(stage.price(cost) for stage in self.stages)
+        drafts = [] if self.draft is None else self.draft.stages
+        return cost.per_prompt + sum(stage.price(cost) for stage in [*drafts, *self.stages])
 
     def frame(self) -> pd.DataFrame:
         """Return one row per candidate: index, seed, fate, and a column per reward and check."""
@@ -137,16 +142,19 @@ class SearchRecord:
         }
         if self.chosen:
             rows["place"] = [self.chosen.index(k) if k in self.chosen else -1 for k in range(len(self.seeds))]
+        if self.draft is not None:
+            rows |= {f"{name}_draft": self.draft.scores[:, -1, r] for r, name in enumerate(self.rewards)}
         for r, name in enumerate(self.rewards):
             for k, step in enumerate(self.checks):
                 rows[f"{name}_s{step:02d}"] = self.scores[:, k, r]
         return pd.DataFrame(rows)
 
     def stage_frame(self) -> pd.DataFrame:
-        """Return one row per stage: what was done, what it cost and how long it took."""
+        """Return one row per stage, drafts first: what was done, what it cost and how long it took."""
         import pandas as pd
 
-        return pd.DataFrame([asdict(stage) for stage in self.stages])
+        drafts = [] if self.draft is None else self.draft.stages
+        return pd.DataFrame([asdict(stage) for stage in [*drafts, *self.stages]])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain JSON content; NaN becomes null, pictures are left out."""
@@ -155,6 +163,10 @@ class SearchRecord:
         values = self.scores.astype(float).astype(object)
         values[np.isnan(self.scores)] = None
         plain["scores"] = values.tolist()
+        if self.draft is None:
+            del plain["draft"]
+        else:
+            plain["draft"] = self.draft.to_dict()
         return plain
 
     @classmethod
@@ -163,7 +175,8 @@ class SearchRecord:
         known_keys("search record", content, [one.name for one in fields(cls)], error=SearchError)
         scores = np.array(content["scores"], dtype=np.float32)  # None becomes NaN
         stages = [StageRecord(**stage) for stage in content["stages"]]
-        return cls(**{**content, "scores": scores, "stages": stages})
+        draft = cls.from_dict(content["draft"]) if content.get("draft") else None
+        return cls(**{**content, "scores": scores, "stages": stages, "draft": draft})
 
     @classmethod
     def load(cls, folder: str | Path) -> SearchRecord:
@@ -208,8 +221,11 @@ class SearchResult:
         return self._scores_of(self.winner)
 
     def _scores_of(self, candidate: int) -> dict[str, float]:
-        seen = np.flatnonzero(~np.isnan(self.record.scores[candidate]).all(-1))
-        row = self.record.scores[candidate, seen[-1] if len(seen) else 0]
+        record = self.record
+        if record.draft is not None and np.isnan(record.scores[candidate]).all():  # cut short before a full run
+            record = record.draft
+        seen = np.flatnonzero(~np.isnan(record.scores[candidate]).all(-1))
+        row = record.scores[candidate, seen[-1] if len(seen) else 0]
         return {name: float(row[r]) for r, name in enumerate(self.record.rewards)}
 
     def set_frame(self) -> pd.DataFrame:
@@ -224,7 +240,10 @@ class SearchResult:
 
     def summary(self) -> dict[str, Any]:
         """Return the run in one flat row of JSON values; None where there is no number."""
-        record = self.record
+        record, drafted = self.record, {}
+        if record.draft is not None:
+            finished = int((~np.isnan(record.scores)).any((1, 2)).sum())
+            drafted = {"draft_steps": record.draft.settings["n_steps"], "finished": finished}
         row = {
             "prompt_index": record.prompt_index,
             "prompt": record.prompt,
@@ -233,6 +252,7 @@ class SearchResult:
             "seed": record.seeds[self.winner],
             **self.scores,
             "candidates": len(record.seeds),
+            **drafted,
             "cost": self.cost,
             "elapsed_s": record.elapsed_s,
             "complete": self.complete,

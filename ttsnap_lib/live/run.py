@@ -11,7 +11,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +32,10 @@ from ttsnap_lib.diffusion.denoise import (
     resolve,
 )
 from ttsnap_lib.diffusion.pipelines import load_decoder, load_pipeline, pipeline_facts, pipeline_source, tell_outside
+from ttsnap_lib.diffusion.schedulers import spaced_for_drafts
 from ttsnap_lib.errors import BudgetError, ConfigError, DeviceError, ScheduleError, SearchError
-from ttsnap_lib.live.plan import planned
-from ttsnap_lib.live.record import SearchRecord, SearchResult, StageRecord
+from ttsnap_lib.live.plan import as_draft, planned
+from ttsnap_lib.live.record import DRAFTED, SearchRecord, SearchResult, StageRecord
 from ttsnap_lib.provenance import versions
 from ttsnap_lib.rewards.base import require_metadata
 from ttsnap_lib.rewards.loading import load_reward
@@ -68,6 +69,8 @@ def search(
     weights: Mapping[str, float] | Sequence[float] | None = None,
     report: Sequence[str] | None = None,
     decoder: Any = None,
+    draft: int | None = None,
+    finish: int | None = None,
     batch_size: int | None = None,
     deadline_s: float | None = None,
     prompt_index: int = 0,
@@ -114,6 +117,11 @@ def search(
         As in :func:`ttsnap_lib.simulate`.
     decoder : AutoencoderTiny, folder, hub id or ``"pocket-tiny"``, optional
         Decodes the estimates at checks; the final image always comes from the full VAE.
+    draft : int, optional
+        Denoise every candidate in that many steps first, and only the `finish` best ones in full, from the same seeds. In
+        place of a schedule; the budget pays for both. Where it pays: docs/drafts.md.
+    finish : int, optional
+        With `draft`, how many run in full.
     batch_size : int, optional
         Candidates at once; by default the batch size of `cost` where that has seconds by batch size, else 16 on a CPU and
         64 elsewhere. Halved when memory runs out, without losing what is done; decoding and scoring have a size of
@@ -155,8 +163,9 @@ def search(
     prompt_index = integer("prompt_index", prompt_index, 0)
     searcher = Searcher(
         pipeline, reward, schedule, budget, candidates, cost, seed, method,
-        keep=keep, diversity=diversity, settings=settings, combine=combine, weights=weights, report=report, decoder=decoder, batch_size=batch_size,
-        deadline_s=deadline_s, negtome=negtome, on_check=on_check, progress=progress,
+        keep=keep, diversity=diversity, settings=settings, combine=combine, weights=weights, report=report, decoder=decoder,
+        draft=draft, finish=finish, batch_size=batch_size, deadline_s=deadline_s, negtome=negtome, on_check=on_check,
+        progress=progress,
     )  # fmt: skip
     tell_outside(searcher.denoiser.pipeline, [prompt])
     more = dict(metadata or {})
@@ -224,6 +233,8 @@ class Searcher:
         weights: Mapping[str, float] | Sequence[float] | None = None,
         report: Sequence[str] | None = None,
         decoder: Any = None,
+        draft: int | None = None,
+        finish: int | None = None,
         batch_size: int | None = None,
         deadline_s: float | None = None,
         negtome: NegToMe | None = None,
@@ -234,12 +245,14 @@ class Searcher:
         self.deadline_s = None if deadline_s is None else real("deadline_s", deadline_s, 0, open_low=True)
         self.seed = integer("seed", seed, 0)
         self.group = group = 1 if negtome is None else negtome.group_size  # NegToMe couples that many candidates
-        n_steps = as_settings(settings).n_steps
+        settings = as_settings(settings)
+        drafting = as_draft(draft, finish)
         cost = _own_cost(pipeline, reward, report or (), settings, decoder) if cost == AUTO else cost
         self.schedule, self.cost, self.n = planned(
-            schedule, budget, candidates, cost, method, n_steps, group, batch_size, together
+            schedule, budget, candidates, cost, method, settings.n_steps, group, batch_size, together, drafting
         )  # fmt: skip
-        self.keep, self.diversity = check_set(keep, diversity, self.n, self.schedule)
+        left = self.n if drafting is None else drafting.finish
+        self.keep, self.diversity = check_set(keep, diversity, left, self.schedule)
         self.rewards = [load_reward(one) for one in (reward if isinstance(reward, list | tuple) else [reward])]
         self.names = [name for one in self.rewards for name in one.names]
         if not self.names or len(set(self.names)) != len(self.names):
@@ -279,6 +292,16 @@ class Searcher:
         self.check_size = batch_size  # images decoded and scored at once; halved apart
         self.checks = [*self.schedule.steps, self.denoiser.settings.n_steps - 1]
         self.on_check, self.progress = on_check, progress
+        self.drafter: Searcher | None = None
+        self.finish = 0 if drafting is None else drafting.finish
+        if drafting is not None:  # a search of its own, whose best candidates go on from their noise
+            self.method, drawn = "draft", self.denoiser.pipeline
+            with spaced_for_drafts(drawn):
+                self.drafter = Searcher(
+                    drawn, self.rewards, candidates=self.n, seed=seed,
+                    settings=replace(settings, n_steps=drafting.steps), combine=combine, weights=weights, report=report,
+                    batch_size=self.batch_size, deadline_s=deadline_s, on_check=on_check, progress=self._draft_progress,
+                )  # fmt: skip
 
     def run(
         self,
@@ -308,13 +331,17 @@ class Searcher:
             _Prompt(self._record(index, prompts), self.selecting, np.arange(self.n), dict(more.get(index, {})))
             for index in prompts
         ]
+        if self.drafter is not None and (stopped := self._draft(self.drafter, prompts, begin, given, more)):
+            return stopped
         if given is not None:
             from ttsnap_lib.trajectories.identity import embeds_digests  # a search by words needs no folders
 
             for work, told in zip(self.work, embeds_digests(given), strict=True):
                 work.record.facts["prompt_embeds"] = told
         steps = np.diff([-1, *self.checks])
-        self.forwards = len(prompts) * int(np.dot(self.schedule.survivors(self.n), steps))  # of candidates, in all
+        # of candidates, in all
+        self.forwards = sum(int(np.dot(self.schedule.survivors(len(one.alive)), steps)) for one in self.work)
+        self.forwards += self.done  # of drafts
         self.estimate: tuple[np.ndarray, torch.Tensor] | None = None  # what the batch at work looks like, and its rows
         with contextlib.ExitStack() as held:
             for one in self.rewards:
@@ -326,6 +353,29 @@ class Searcher:
             except (_TimeUp, KeyboardInterrupt) as stop:
                 return self._cut_short(stop)
         return ""
+
+    def _draft(self, drafter: Searcher, prompts: Mapping[int, str], *how: Any) -> str:
+        """Draft every prompt and leave the best of each to run in full; return what cut it short, as :meth:`run` does."""
+        drafts: dict[int, SearchResult | SearchError] = {}
+        stopped = drafter.run(prompts, drafts.__setitem__, *how)
+        for one in self.work:
+            draft = drafts.get(one.record.prompt_index)
+            if not isinstance(draft, SearchResult):
+                one.end()
+                if draft is not None:  # else Ctrl-C came before there was one
+                    self.take(one.record.prompt_index, draft)
+                continue
+            one.begin_from(draft, self.finish)
+            if stopped:  # the best draft is the best so far
+                one.record.stopped, one.record.winner = stopped, draft.winner
+                self._finish(one, [np.asarray(draft.image)])
+        self.done, self.lap_from = drafter.forwards, time.perf_counter()
+        return stopped
+
+    def _draft_progress(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            rest = len(self.work) * self.finish * self.denoiser.settings.n_steps
+            self.progress(done, total + rest)
 
     def _record(self, index: int, prompts: Mapping[int, str]) -> SearchRecord:
         facts = {
@@ -346,11 +396,15 @@ class Searcher:
 
     def _run_stages(self, prompts: list[str], given: Conditioning | None) -> None:
         """Run all stages. `rows` (n, 2) says which prompt, by its place, and which candidate of it each latent is."""
-        text = self.denoiser.encode(prompts) if given is None else self.denoiser.placed(given)
+        if self.drafter is None:
+            text = self.denoiser.encode(prompts) if given is None else self.denoiser.placed(given)
+        else:
+            text = self.drafter.text
+        self.text: Conditioning = text
         seconds = self._lap()
         for one in self.work:
             one.record.text_s = seconds / len(self.work)
-        rows = np.array([(place, candidate) for place in range(len(prompts)) for candidate in range(self.n)])
+        rows = np.array([(place, candidate) for place, one in enumerate(self.work) for candidate in one.alive])
         candidates: Candidates | None = None
         for k in range(len(self.checks)):
             candidates, rows = self._stage(k, text, candidates, rows)
@@ -518,6 +572,7 @@ class Searcher:
         one.end()
         record.facts |= pipeline_facts(self.denoiser)  # compiling may have failed meanwhile
         record.elapsed_s = record.text_s + sum(stage.elapsed_s for stage in record.stages)
+        record.elapsed_s += 0.0 if record.draft is None else record.draft.elapsed_s
         spent = float("nan") if self.cost is None else record.price(self.cost)
         images = tuple(Image.fromarray(picture) for picture in pictures)
         result = SearchResult(images[0], record.winner, record, spent, not record.stopped, images)
@@ -553,6 +608,9 @@ class Searcher:
             ready = one.scored(k) & [(candidate, k) in one.pictures for candidate in range(self.n)]
             if ready.any():
                 return [one.pictures[candidate, k] for candidate in one.settle(k, np.flatnonzero(ready))]
+        if one.draft is not None:
+            one.record.winner = one.draft.winner
+            return [np.asarray(one.draft.image)]
         rows, x0 = self.estimate or (np.empty((0, 2), int), torch.empty(0))
         mine = np.flatnonzero(rows[:, 0] == place)
         if not len(mine):
@@ -608,6 +666,18 @@ class _Prompt:
     alive: np.ndarray  # ascending; empty when it is over
     metadata: dict[str, Any] = field(default_factory=dict)
     pictures: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+    draft: SearchResult | None = None  # what is shown until there is a picture of a full run
+
+    def begin_from(self, draft: SearchResult, finish: int) -> None:
+        """Leave the candidates with the `finish` best drafts."""
+        self.draft = draft
+        self.record.draft = record = draft.record
+        drafted = _Prompt(record, self.selecting, self.alive)
+        scored = np.flatnonzero(drafted.scored(0))
+        self.alive = np.sort(drafted.best(0, scored, min(finish, len(scored))))
+        self.record.pruned_at = list(record.pruned_at)  # those whose scoring failed
+        for dropped in np.setdiff1d(scored, self.alive).tolist():
+            record.pruned_at[dropped], self.record.pruned_at[dropped] = record.checks[0], DRAFTED
 
     def choose(self, k: int, keep_ratio: float | None) -> None:
         """Prune at check `k`, whose scores are all there; keep the winner, or the set, at the last one (None)."""

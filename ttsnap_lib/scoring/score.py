@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from ttsnap_lib.files import cores, digest, parse_shard, prefetch, write_json
 from ttsnap_lib.provenance import Clock
 from ttsnap_lib.rewards.base import Reward, require_metadata
 from ttsnap_lib.rewards.loading import load_reward
+from ttsnap_lib.schedule import Draft
 from ttsnap_lib.scoring.store import RewardPlan, RewardStore, open_store
+from ttsnap_lib.trajectories.identity import start_of
 from ttsnap_lib.trajectories.prompts import PromptList, read_prompts
 from ttsnap_lib.trajectories.read import Trajectories
 
@@ -232,6 +234,31 @@ def generate_scores(
         )  # fmt: skip
     scorer.report.elapsed_s = time.perf_counter() - begin
     return scorer.report
+
+
+def draft_scores(
+    pipeline: Any,
+    prompts: str | Path | Sequence[str],
+    out: str | Path,
+    rewards: Rewards,
+    draft: int,
+    *,
+    settings: Any = None,
+    **options: Any,
+) -> ScoreReport:
+    """Score the drafts that ``search(..., draft=...)`` makes: `draft` steps from the seeds of the full run, whose `settings` they have.
+
+    `options` are those of :func:`generate_scores`. With the tensor of the full run :class:`ttsnap_lib.simulation.draft.Drafts`
+    tells what drafts would give (``ttsnap generate --draft``).
+    """
+    from ttsnap_lib.diffusion.denoise import as_settings
+    from ttsnap_lib.diffusion.schedulers import spaced_for_drafts
+
+    whole = as_settings(settings)
+    Draft(draft, 1).check(whole.n_steps)
+    with spaced_for_drafts(pipeline):
+        few = replace(whole, n_steps=draft)
+        return generate_scores(pipeline, prompts, out, rewards, settings=few, steps=[-1], **options)
 
 
 class InlineScorer:
@@ -470,6 +497,7 @@ def open_scorer(
         plans += [RewardPlan(name, reward.fingerprint(), series) for name in reward.names]
     attributes: dict[str, Any] = {
         "model": str(identity.get("model", "")), "source": source, "trajectories": digest(identity),
+        "made_with": start_of(identity),
     }  # fmt: skip
     if identity.get("height") == identity.get("width") is not None:
         attributes["size"] = int(identity["width"])  # with the model it says what a picture costs

@@ -16,7 +16,7 @@ from ttsnap_lib.errors import ConfigError
 from ttsnap_lib.schedule import Schedule
 from ttsnap_lib.simulation.metrics import AS_GOOD, jackknife_interval, kendall_tau, leave_one_out, relative_gain_of
 from ttsnap_lib.simulation.simulate import Curves
-from ttsnap_lib.style import METHOD_LABELS, axes_or_new, method_style, paper_style, reward_label, tidy  # noqa: F401
+from ttsnap_lib.style import axes_or_new, method_label, method_style, paper_style, reward_label, tidy  # noqa: F401
 from ttsnap_lib.tensors.tensor import noise_aware_steps
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ def reward_against_budget(
         rows = rows.sort_values("budget")
         style = method_style(method)
         ax.fill_between(rows["budget"], rows["low"], rows["high"], color=style["color"], alpha=0.18, linewidth=0)
-        ax.plot(
-            rows["budget"], rows["mean"], label=METHOD_LABELS.get(method, method), markersize=4, linewidth=1.6, **style
-        )
+        ax.plot(rows["budget"], rows["mean"], label=method_label(method), markersize=4, linewidth=1.6, **style)
     ax.set(xlabel=f"budget per prompt ({unit})", ylabel=f"mean {reward_label(reward)} of the chosen image")
     ax.legend(frameon=False)
     return tidy(ax)
@@ -72,7 +70,7 @@ def reward_panels(curves: Curves, cost: CostModel, *, title: str | None = None) 
         levels, gains = [], []
         for method in curves.methods:
             rows = frame[(frame["reward"] == reward) & (frame["method"] == method)]
-            style, name = method_style(method), METHOD_LABELS[method]
+            style, name = method_style(method), method_label(method)
             look = {"color": style["color"], "linewidth": 0}
             top.fill_between(images, rows["low"], rows["high"], alpha=0.08, **look)
             top.plot(images, rows["mean"], markersize=4, linewidth=1.6, **style)
@@ -126,7 +124,7 @@ def headline_of(
 
     `n` seeds gain the first of `gain` over Best-of-N, with its interval behind it.
     """
-    told = f"At the price of {_images(images)}, {METHOD_LABELS[method]} tries {n} seed{'s' if n > 1 else ''}"
+    told = f"At the price of {_images(images)}, {method_label(method)} tries {n} seed{'s' if n > 1 else ''}"
     if method == "best_of_n":
         return f"{told}."
     value, low, high = gain
@@ -191,10 +189,10 @@ def speed_up(curves: Curves, cost: CostModel, reward: str | None = None, *, ax: 
         style, images = method_style(method), rows["budget"].to_numpy() / cost.total(1)
         ax.fill_between(images, low, high, color=style["color"], alpha=0.15, linewidth=0)
         ax.plot(images, value, markersize=4, linewidth=1.6, **style)
-        ends.append((images, value, METHOD_LABELS[method], style["color"]))
+        ends.append((images, value, method_label(method), style["color"]))
     baseline = method_style("best_of_n")["color"]
     ax.axhline(1, color=baseline, linestyle="--", linewidth=1)
-    ends.append((ends[0][0], np.ones(len(ends[0][0])), METHOD_LABELS["best_of_n"], baseline))
+    ends.append((ends[0][0], np.ones(len(ends[0][0])), method_label("best_of_n"), baseline))
     ax.set_ylabel(f"compute of Best-of-N\nfor the same {reward_label(reward)} (times)")
     _in_images(ax, curves.budgets, cost)
     _name_lines(ax, ends)
@@ -246,7 +244,7 @@ def gain_dots(gains: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.plot(row.relative_gain, y, marker=style["marker"], color=style["color"], markersize=6)
         ax.annotate(_interval(row.relative_gain, row.low, row.high, ".1f"), (1.02, y), va="center", fontsize=8,
                     xycoords=("axes fraction", "data"))  # fmt: skip
-    names = ordered["method"].map(METHOD_LABELS)
+    names = ordered["method"].map(method_label)
     if gains["reward"].nunique() > 1:
         names = names + ", " + ordered["reward"].map(reward_label)
     ax.axvline(0, color="0.25", linewidth=0.8)
@@ -259,7 +257,7 @@ def gain_dots(gains: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def gains_latex(gains: pd.DataFrame) -> str:
     """Return relative gains as a LaTeX table for booktabs, a row a reward and a column a method: ``21.5 [19.0, 23.8]``."""
     methods = list(dict.fromkeys(gains["method"]))
-    lines = [" & ".join(["reward", *(METHOD_LABELS[method] for method in methods)]) + r" \\", r"\midrule"]
+    lines = [" & ".join(["reward", *(method_label(method) for method in methods)]) + r" \\", r"\midrule"]
     for reward, rows in gains.groupby("reward", sort=False):
         told = {row.method: _interval(row.relative_gain, row.low, row.high, ".1f") for row in rows.itertuples()}
         name = reward_label(reward).replace("_", r"\_")
@@ -338,7 +336,7 @@ def by_budget(curves: Curves, unit: str) -> pd.DataFrame:
     table = pd.DataFrame({
         "reward": frame["reward"].map(reward_label),
         f"budget ({unit})": frame["budget"].map("{:.4g}".format),
-        "method": frame["method"].map(METHOD_LABELS),
+        "method": frame["method"].map(method_label),
         "N": frame["n"],
         "mean reward": frame["mean"].map("{:.3f}".format),
         "over Best-of-N": [_interval(*given, "+.3f") for given in gains],
@@ -346,8 +344,8 @@ def by_budget(curves: Curves, unit: str) -> pd.DataFrame:
     })  # fmt: skip
     keys = list(table.columns[:2])
     wide = table.pivot(index=keys, columns="method").swaplevel(axis=1)
-    order = [(METHOD_LABELS[method], column) for method in curves.methods for column in table.columns[3:]]
-    baseline = METHOD_LABELS["best_of_n"]
+    order = [(method_label(method), column) for method in curves.methods for column in table.columns[3:]]
+    baseline = method_label("best_of_n")
     wide = wide[[at for at in order if at[0] != baseline or at[1] in ("N", "mean reward")]]
     return wide.reindex(list(dict.fromkeys(zip(table[keys[0]], table[keys[1]], strict=True)))).rename_axis(
         columns=[None, None]

@@ -18,7 +18,8 @@ import numpy as np
 from ttsnap_lib.checks import choice, integer, real
 from ttsnap_lib.costs import CostModel, check_n_steps
 from ttsnap_lib.errors import BudgetError, ConfigError, ScheduleError
-from ttsnap_lib.schedule import METHODS, PUBLISHED_SCHEDULE, Schedule, selecting_rewards
+from ttsnap_lib.schedule import METHODS, PUBLISHED_SCHEDULE, Draft, Schedule, selecting_rewards
+from ttsnap_lib.simulation.draft import Drafts
 from ttsnap_lib.simulation.metrics import (
     bootstrap_means,
     jackknife_interval,
@@ -72,7 +73,7 @@ class Simulation:
 
 def simulate(
     dataset: xr.Dataset,
-    method: str,
+    method: str | Drafts,
     *,
     budget: float | None = None,
     n: int | None = None,
@@ -86,7 +87,7 @@ def simulate(
     ----------
     dataset : xarray.Dataset
         A reward tensor. All its rewards select jointly, except those in `report`.
-    method : {"best_of_n", "ttsp", "ttsnap"}
+    method : {"best_of_n", "ttsp", "ttsnap"} or Drafts
     budget : float, optional
         Compute per prompt in the unit of `cost`. Exactly one of `budget` and `n` is given.
     n : int, optional
@@ -121,7 +122,7 @@ def simulate(
     )  # fmt: skip
     low, high = result.interval(result.per_prompt.mean(-1), result.boot)
     return Simulation(
-        method=method,
+        method=str(method),
         rewards=result.rewards,
         mean=result.per_prompt[0, 0].mean(-1),
         low=low[0, 0],
@@ -136,7 +137,7 @@ def simulate(
 
 def sweep(
     dataset: xr.Dataset,
-    methods: Sequence[str],
+    methods: Sequence[str | Drafts],
     budgets: Sequence[float],
     cost: CostModel,
     schedule: Schedule | None = None,
@@ -148,7 +149,7 @@ def sweep(
     ----------
     dataset : xarray.Dataset
         A reward tensor.
-    methods : sequence of {"best_of_n", "ttsp", "ttsnap"}
+    methods : sequence of {"best_of_n", "ttsp", "ttsnap"} or :class:`ttsnap_lib.simulation.draft.Drafts`
     budgets : (budget,)
         Compute per prompt, in the unit of `cost`.
     cost : CostModel
@@ -164,7 +165,7 @@ def sweep(
         difference to Best-of-N on the same subsets with its paired interval.
     """
     frame = curves(dataset, methods, budgets, cost, schedule, reach=False, **options).frame()
-    return frame[frame["method"].isin(list(methods))].reset_index(drop=True)
+    return frame[frame["method"].isin([str(method) for method in methods])].reset_index(drop=True)
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ class Curves:
 
 def curves(
     dataset: xr.Dataset,
-    methods: Sequence[str],
+    methods: Sequence[Any],
     budgets: Sequence[float] | None,
     cost: CostModel | None,
     schedule: Schedule | None = None,
@@ -289,8 +290,11 @@ def curves(
     for :meth:`Curves.needs`, over the whole pool, unless `reach` is false. With `distinct` winners are indices of the
     pool as it was given.
     """
-    methods = [methods] if isinstance(methods, str) else list(methods)
+    drafts = {str(method): method for method in methods if isinstance(method, Drafts)}
+    methods = [methods] if isinstance(methods, str) else [str(method) for method in methods]
     for method in methods:
+        if method in drafts:
+            continue
         choice("method", method, METHODS)
         if method != "best_of_n" and not isinstance(schedule, Schedule):
             raise ScheduleError(
@@ -308,14 +312,16 @@ def curves(
     level = real("level", level, 0, 1, open_low=True)
     check_rewards(dataset)
     given, dataset = dataset, drop_repeats(dataset) if distinct else dataset
+    drafted = {name: one.beside(dataset) for name, one in drafts.items()}
     steps = dataset["step"].values
     if cost is not None or budgets is not None:
         check_n_steps(cost, int(steps[-1]) + 1)
     names = [str(name) for name in dataset["reward"].values]
     selecting, shares = selecting_rewards(names, report, combine, weights)
     n_prompts, pool = dataset.sizes["prompt"], dataset.sizes["image"]
-    candidates, spent = candidates_table(methods, budgets, n, cost, schedule, pool)
-    positions = step_positions(schedule, steps) if schedule is not None and set(methods) - {"best_of_n"} else []
+    candidates, spent = candidates_table(methods, budgets, n, cost, schedule, pool, drafts)
+    pruning = set(methods) & {"ttsp", "ttsnap"}
+    positions = step_positions(schedule, steps) if schedule is not None and pruning else []
     if not isinstance(rng, np.random.Generator):
         rng = integer("rng (a seed, or a numpy.random.Generator)", 0 if rng is None else rng, 0)
     rng = np.random.default_rng(rng)
@@ -332,9 +338,13 @@ def curves(
     per_prompt = np.empty((*shape, len(names), n_prompts))
     winners = np.empty((*shape, iterations, n_prompts), np.int64) if keep_winners else None
     for m, method in enumerate(methods):
-        stages = Schedule() if method == "best_of_n" or schedule is None else schedule
+        stages: Schedule | Draft = Schedule()
         columns = [values[:, :, selecting]]
-        if len(stages):
+        if method in drafts:
+            stages = drafts[method].plan
+            columns = [drafted[method][:, :, selecting], *columns]
+        elif method != "best_of_n" and schedule is not None and positions:
+            stages = schedule
             block = read_steps(dataset[VARIABLE[method]], positions)
             columns = [*(block[:, :, k, :][:, :, selecting] for k in range(len(positions))), *columns]
         ascending = np.argsort(candidates[m], kind="stable")
@@ -478,7 +488,9 @@ def tiny_checks(cost: CostModel) -> str:
     )
 
 
-def candidates_table(methods, budgets, numbers, cost, schedule, pool: int) -> tuple[np.ndarray, np.ndarray]:
+def candidates_table(
+    methods, budgets, numbers, cost, schedule, pool: int, drafts: Mapping[str, Drafts] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return candidates and cost, both (method, budget), or raise when a budget buys none or more than the pool."""
     if budgets is not None and not np.iterable(budgets):
         raise BudgetError(f"budgets: got {budgets!r}, expected a list of numbers. Write it as a list, even of one.")
@@ -489,12 +501,15 @@ def candidates_table(methods, budgets, numbers, cost, schedule, pool: int) -> tu
     spent = np.full(table.shape, np.nan)
     for m, method in enumerate(methods):
         plan = None if method == "best_of_n" else schedule
+        if drafts and method in drafts:
+            plan = drafts[method].plan
+        least, what = (plan.finish, "all of its full runs") if isinstance(plan, Draft) else (1, "one candidate")
         for b, amount in enumerate(amounts):
-            n = integer("n", amount, 1, error=BudgetError) if budgets is None else cost.candidates(amount, plan)
+            n = integer("n", amount, least, error=BudgetError) if budgets is None else cost.candidates(amount, plan)
             if n < 1:
                 raise BudgetError(
-                    f"budget for {method}: got {amount!r}, expected at least {cost.total(1, plan):.6g} {cost.unit}, "
-                    "the cost of one candidate. Raise the budget, or use a cheaper model, fewer steps or fewer checks."
+                    f"budget for {method}: got {amount!r}, expected at least {cost.total(least, plan):.6g} {cost.unit}, "
+                    f"the cost of {what}. Raise the budget, or use a cheaper model, fewer steps or fewer checks."
                 )
             if n > pool:
                 wanted = f"n = {n}" if budgets is None else f"budget {amount} buys {n} candidates"
