@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 PARITY := .venv-parity
 OLD    := .venv-old
 pins    = $(foreach name,$(1),'$(shell grep -i '^$(name)==' constraints.txt)')
-.PHONY: help setup demo test test-slow test-old parity lint types coverage docs figures bench pocket lab clean
+.PHONY: help setup demo test test-slow test-old parity lint types coverage docs docs-executed figures bench pocket lab clean
 
 help:            ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -57,6 +57,10 @@ coverage: $(STAMP) ## Lines of the library that the quick tests do not run
 
 docs: $(STAMP)   ## The documentation site, into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-executed: $(STAMP) ## The same with every notebook as it runs, outputs and all; each is run once (20 minutes)
+	for name in $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/*.ipynb)); do $(BIN)/ttsnap run $$name || exit 1; done
+	$(MAKE) docs
 
 figures: $(STAMP) ## The figures of README and documentation (VALUES=folder for the published one)
 	MPLBACKEND=Agg $(BIN)/python docs/figures/make.py $(if $(VALUES),--values "$(VALUES)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,9 @@ import pytest
 import ttsnap_lib
 from tests.conftest import ROOT
 from tests.test_rooms import FLOORS, MODULES
+from ttsnap_lib.files import write_json
+from ttsnap_lib.provenance import code_hash
+from ttsnap_lib.runs.parameters import declared_parameters, read_notebook
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 
@@ -20,11 +24,22 @@ NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """Build the site; not with --quiet, under which --strict sees no warning."""
-    folder = tmp_path_factory.mktemp("site")
+    folder, cache = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("cache")
+    run, source = cache / "runs" / "score" / "0123", ROOT / "notebooks" / "score.ipynb"
+    run.mkdir(parents=True)
+    shutil.copy(source, run / "executed.ipynb")
+    told = {
+        "run_hash": "0123",
+        "status": "complete",
+        "parameters": {},
+        "notebook_sha256": code_hash(read_notebook(source)),
+    }
+    write_json(run / "manifest.json", told)
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(
-        command, check=False, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    )
+        command, check=False, cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "TTSNAP_DATA_CACHE": str(cache)},
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
 
@@ -46,10 +61,14 @@ def test_home_is_the_readme(site):
     assert "figures/reward_against_budget.png" in text and "Path 4: several GPUs or machines" in text
 
 
+def test_a_finished_run_is_shown_as_it_ran(site):
+    assert 'href="score-executed.html"' in read(site, "notebooks/score")
+    assert "current_run(" in re.sub("<[^>]*>", "", read(site, "notebooks/score-executed"))
+    assert "-executed.html" not in read(site, "notebooks/search")
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_every_notebook_has_a_page_with_its_parameters(site, notebook):
-    from ttsnap_lib.runs.parameters import declared_parameters, read_notebook
-
     text = read(site, f"notebooks/{notebook}")
     for name in declared_parameters(read_notebook(ROOT / "notebooks" / f"{notebook}.ipynb")):
         assert f"<td><code>{name}</code></td>" in text

@@ -13,7 +13,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # the package and the tools of this checkout
 
-from ttsnap_docs import api, commands, estimates, parameters, rooms
+from ttsnap_docs import api, commands, estimates, executed, parameters, rooms
 
 TABLES = {"parameters": parameters.table, "estimates": estimates.table, "rooms": rooms.table}
 """``<!-- KIND: NAME -->`` in a page is replaced by the table."""
@@ -83,11 +83,15 @@ def _index_first(page: Path) -> tuple[bool, str]:
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages."""
     generated = {"index.md": home(), "commands.md": commands.page(), **api.pages()}
+    generated |= {f"notebooks/{name}-executed.html": executed.page(run) for name, run in executed.runs().items()}
     for path, content in generated.items():
         files.append(File.generated(config, path, content=content))
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Fill the tables of a page, and wrap its commands."""
+def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
+    """Fill the tables of a page, wrap its commands, and lead from a notebook's page to the notebook as it ran."""
+    place = Path(page.file.src_uri)
+    if files.get_file_from_path(f"{place.with_suffix('')}-executed.html"):
+        markdown = executed.link(markdown, place.stem)
     return wrap_commands(fill(markdown, page.file.src_uri))
