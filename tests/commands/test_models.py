@@ -240,18 +240,23 @@ def test_generate_and_score(tmp_path, capsys):
         "generate", "--model", str(model), "--prompts", str(tmp_path / "prompts.json"), "--images", "2", "--steps", "3",
         "--size", "32", "--threads", "1", "--device", "cpu", "-q", "--reward", "tests.worlds:brightness",
     ]  # fmt: skip
-    assert main([*common, "--score", str(tmp_path / "inline.zarr")]) == 0
+    seeing = [*common, "--reward", "pocket-clip", "--embeddings"]
+    assert main([*seeing, "--score", str(tmp_path / "inline.zarr")]) == 0
     assert not list(tmp_path.rglob("s00.png"))
-    assert main([*common, "--out", str(tmp_path / "set"), "--score", str(tmp_path / "after.zarr")]) == 0
+    assert main([*seeing, "--out", str(tmp_path / "set"), "--score", str(tmp_path / "after.zarr")]) == 0
+    assert "embeddings of" in capsys.readouterr().out
     inline, after = open_rewards(tmp_path / "inline.zarr"), open_rewards(tmp_path / "after.zarr")
-    assert inline["base"].shape == (1, 2, 2, 3)
-    assert np.array_equal(inline["base"].values, after["base"].values)
+    assert inline["base"].shape == (2, 2, 2, 3)
+    assert np.array_equal(inline["base"].values[0], after["base"].values[0])
+    np.testing.assert_allclose(inline["embedding"].values, after["embedding"].values, atol=2e-3)  # float16
     assert inline.attrs["made_with"] == after.attrs["made_with"] and inline.attrs["made_with"]["seed"] == 0
     assert main([*common, "--draft", "2", "--score", str(tmp_path / "drafts.zarr")]) == 0
     drafts = open_rewards(tmp_path / "drafts.zarr")
     assert drafts["step"].values.tolist() == [1] and drafts.attrs["made_with"] == inline.attrs["made_with"]
     assert main([*common, "--draft", "2", "--out", str(tmp_path / "set")]) == 1
     assert "--draft keeps no pictures" in capsys.readouterr().err
+    assert main([*common[:-2], "--embeddings", "--out", str(tmp_path / "set")]) == 1
+    assert "without --score" in capsys.readouterr().err
     assert main(common) == 1 and "neither --out nor --score" in capsys.readouterr().err
     assert main([*common, "--score", str(tmp_path / "third.zarr"), "--format", "webp"]) == 1
     assert "no picture is kept" in capsys.readouterr().err and not (tmp_path / "third.zarr").exists()

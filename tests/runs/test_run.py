@@ -241,7 +241,9 @@ GIVEN = {
         },
         "results.csv",
     ),
-    "simulate": ({"multiples": [2, 4], "iterations": 20, "trials": 50}, "relative_gains.csv"),
+    "simulate": (
+        {"multiples": [2, 4], "iterations": 20, "trials": 50, "keep": 2, "diversities": [0]}, "relative_gains.csv",
+    ),
     "explore": ({"steps": [3, 8], "keep_ratios": [0.3, 0.5], "iterations": 20}, "results.csv"),
     "generate": ({"prompts": "pocket:evaluation:1", "images": 4, "compare_diversity": False}, "contact_sheet.png"),
     "score": ({"rewards": ["pocket-clip"], "prompt": 1}, "rank_correlation.csv"),
@@ -252,7 +254,13 @@ GIVEN = {
         },
         "comparison.csv",
     ),
-    "search": ({"prompts": "pocket:evaluation:1", "multiple": 2, "batch_size": 4}, "compared.csv"),
+    "search": (
+        {
+            "prompts": "pocket:evaluation:1", "multiple": 3, "batch_size": 4, "steps": [5], "keep_ratios": [0.6],
+            "keep": 2, "diversity": 0.5,
+        },
+        "compared.csv",
+    ),
 }  # fmt: skip
 
 

@@ -546,3 +546,64 @@ def test_shards_of_inline_scoring_take_whole_chunks(tmp_path):
                 inline(prompt, [0, 1], 0, pixels)
             assert inline.only == []
     assert set(open_rewards(tmp_path / "r.zarr")["status"].values) == {"scored"}
+
+
+# Embeddings beside the scores
+
+
+def looks(folder, reward) -> np.ndarray:
+    """Return what the image tower says of each picture, one at a time, (prompt, image, step, feature)."""
+    found = Trajectories(folder)
+    out = []
+    for place in np.ndindex(len(found.prompts), found.images_per_prompt, found.n_steps):
+        with reward.embeddings() as seen:
+            reward.score("a red circle", Image.fromarray(found.read(*place)))
+        out.append(seen[0][0].numpy())
+    return np.reshape(out, (len(found.prompts), found.images_per_prompt, found.n_steps, -1))
+
+
+def test_embeddings_are_kept_beside_the_scores(folder, clip, adapters, tmp_path):
+    """All at once, in parts, or added to a tensor that has the scores: the same bytes, and no score is touched."""
+    plain, options = tmp_path / "plain.zarr", {"device": "cpu", "batch_size": 5}
+    score(folder, [brightness, clip], plain, **options)
+    report = score(folder, [brightness, clip], tmp_path / "one.zarr", embeddings=True, **options)
+    assert report.embedding_bytes == 3 * 3 * 4 * 64 * 2 and "embeddings of 0.00461 MB" in str(report)
+    for steps in ([3, 1], None):
+        score(folder, [brightness, clip], tmp_path / "parts.zarr", embeddings=True, steps=steps, **options)
+    before = open_rewards(plain)["base"].values
+    assert score(folder, [brightness, clip], plain, embeddings=True, **options).pictures == 36
+    tensors = [open_rewards(tmp_path / f"{name}.zarr").load() for name in ("one", "parts", "plain")]
+    expected = looks(folder, load_reward(clip, device="cpu"))
+    for tensor in tensors:
+        found = tensor["embedding"]
+        assert found.dims == ("prompt", "image", "step", "feature") and found.dtype == np.float16
+        np.testing.assert_allclose(found.values, expected, atol=2e-3)  # float16 near 1 has steps of 0.001
+        assert tensor.attrs["embedding"]["reward"] == "tiny-clip"
+    assert np.array_equal(tensors[2]["base"].values, before) and np.array_equal(tensors[0]["base"].values, before)
+    again = score(folder, [brightness, clip], plain, embeddings=True, noise_aware={"tiny-clip": adapters}, **options)
+    assert again.pictures == 2 * 9  # the two steps of the series; its embeddings are there, by the base weights
+    np.testing.assert_array_equal(open_rewards(plain)["embedding"].values, tensors[2]["embedding"].values)
+    assert score(folder, clip, plain, embeddings=True, **options).pictures == 0
+
+
+def test_embeddings_of_a_folder_that_grows_and_of_bad_pictures(clip, broken, tmp_path):
+    grown, out = fill(tmp_path / "set", n_prompts=2, n_images=2), tmp_path / "r.zarr"
+    score(grown, clip, out, device="cpu", embeddings=True)
+    before = open_rewards(out)["embedding"].values
+    done = {(prompt, image) for prompt in range(2) for image in range(2)}
+    fill(grown, n_prompts=3, n_images=3, done=done)
+    score(grown, clip, out, device="cpu")  # without them: those that are there stay
+    tensor = open_rewards(out)["embedding"].values
+    assert np.array_equal(tensor[:2, :2], before) and np.isnan(tensor[2]).all() and np.isnan(tensor[:, 2]).all()
+    score(grown, clip, out, device="cpu", embeddings=True)
+    tensor = open_rewards(out)["embedding"].values
+    assert np.array_equal(tensor[:2, :2], before) and not np.isnan(tensor).any()
+
+    score(broken, clip, tmp_path / "b.zarr", device="cpu", embeddings=True, on_error="skip")
+    gaps = np.argwhere(np.isnan(open_rewards(tmp_path / "b.zarr")["embedding"].values).any(-1))
+    assert gaps.tolist() == [[1, 1, 2]]
+    other = save_clip(tmp_path / "other", seed=5)
+    with pytest.raises(TensorError, match="has other embeddings: .*'tiny-clip'"):
+        score(grown, other, out, device="cpu", embeddings=True)
+    with pytest.raises(RewardError, match="expected a reward with an image tower"):
+        score(grown, brightness, out, embeddings=True)

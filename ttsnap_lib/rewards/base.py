@@ -330,6 +330,12 @@ class Reward:
         finally:
             self._embeddings = before
 
+    def embedding_width(self) -> int:
+        """Return how many numbers an embedding has, from the score of a grey picture."""
+        with self.embeddings() as found:
+            self.score("", Image.new("RGB", (32, 32), "gray"), check=False)
+        return found[0].shape[1]
+
     @contextlib.contextmanager
     def _scoring(self, n: int) -> Iterator[None]:
         """For `n` images at once: no gradients, no dropout; training mode comes back afterwards."""

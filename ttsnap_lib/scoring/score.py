@@ -58,6 +58,8 @@ class ScoreReport:
     seconds: dict[str, float] = field(default_factory=dict)
     """Where the time of the main thread went: wait (for reading), model, write."""
     skipped: list[Skipped] = field(default_factory=list)
+    embedding_bytes: int = 0
+    """Bytes of all embeddings of the tensor, before compression."""
 
     @property
     def images_per_s(self) -> float:
@@ -70,6 +72,8 @@ class ScoreReport:
         text = f"{self.path}: {self.pictures} pictures, {self.scores} scores, {self.images_per_s:.1f} images/s"
         if self.skipped:
             text += f", {len(self.skipped)} scores skipped"
+        if self.embedding_bytes:
+            text += f", embeddings of {self.embedding_bytes / 1e6:.3g} MB in all, uncompressed"
         return text
 
 
@@ -83,6 +87,7 @@ def score(
     shard: tuple[int, int] | str | None = None,
     on_error: str = "raise",
     noise_aware: NoiseAware = None,
+    embeddings: bool = False,
     device: Any = None,
     dtype: Any = "float32",
     compile: bool = False,
@@ -116,6 +121,11 @@ def score(
     noise_aware : str, Path or mapping, optional
         Run folder of noise-aware checkpoints, or reward name -> folder. Its steps fill ``noise_aware``; elsewhere the
         base value is copied, and ``noise_aware_source`` says so. A reward that comes with adapters uses them.
+    embeddings : bool
+        Also keep what the image tower of the first reward that has one says of each picture, by its base weights: the
+        variable ``embedding``, float16 (prompt, image, step, feature), for sets of images
+        (:func:`ttsnap_lib.simulation.sets.simulate_sets`). Two bytes a feature: 200 prompts x 200 images x 20 steps of CLIP-H
+        (1024 features) are 1.6 GB.
     device, dtype, compile
         For rewards that are loaded here, see :func:`ttsnap_lib.load_reward`.
     workers : int, optional
@@ -150,7 +160,7 @@ def score(
     )
     scoring = open_scorer(
         out, models, found.prompts, n_images, chosen, found.manifest.identity,
-        source="ttsnap score", shard=part, where=found.path, skip=on_error == "skip",
+        source="ttsnap score", shard=part, where=found.path, skip=on_error == "skip", embeddings=embeddings,
     )  # fmt: skip
     with scoring as scorer:
         report, works = scorer.report, scorer.works
@@ -192,6 +202,7 @@ def generate_scores(
     negtome: Any = None,
     shard: tuple[int, int] | str | None = None,
     noise_aware: NoiseAware = None,
+    embeddings: bool = False,
     decoder: Any = None,
     **generate_options: Any,
 ) -> ScoreReport:
@@ -224,7 +235,7 @@ def generate_scores(
     begin = time.perf_counter()
     scoring = open_scorer(
         out, models, prompts, images_per_prompt, chosen, identity,
-        source="ttsnap generate --score", shard=part, where="prompt {}, image {}, step {}".format,
+        source="ttsnap generate --score", shard=part, where="prompt {}, image {}, step {}".format, embeddings=embeddings,
     )  # fmt: skip
     with scoring as scorer:
         inline = InlineScorer(scorer)
@@ -351,6 +362,8 @@ class Call:
     reward: Reward
     variant: str
     steps: frozenset[int]
+    embeds: bool = False
+    """Whether embeddings are kept beside the scores."""
 
 
 @dataclass(eq=False)
@@ -361,6 +374,8 @@ class Work:
     calls: list[Call]
     n_images: int
     values: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    embedding: np.ndarray | None = None
+    """(image, step, feature)."""
     scored: list[Scored] = field(default_factory=list)
     done: int = 0
     """Pictures that are through."""
@@ -384,6 +399,8 @@ class Scored:
     scores: torch.Tensor
     reasons: dict[int, str]
     """Place in `slots` -> why there is no score."""
+    embeddings: tuple[list[int], list[torch.Tensor]] = ([], [])
+    """Places in `slots`, and what the image tower says of the pictures there."""
 
 
 @dataclass
@@ -399,8 +416,10 @@ class Portion:
     """Row -> why it could not be read."""
 
 
-def plan_work(store: RewardStore, rewards: Sequence[Reward], steps: Sequence[int], n_images: int) -> list[Work]:
-    """Return what is left of this shard, chunk by chunk.
+def plan_work(
+    store: RewardStore, rewards: Sequence[Reward], steps: Sequence[int], n_images: int, eye: Reward | None = None
+) -> list[Work]:
+    """Return what is left of this shard, chunk by chunk; `eye` is the reward whose embeddings are wanted too.
 
     Adapters are switched within a batch. Full weights are slow to switch: each of their steps gets a pass of its own
     over a chunk.
@@ -412,9 +431,11 @@ def plan_work(store: RewardStore, rewards: Sequence[Reward], steps: Sequence[int
             calls = []
             for number, reward in enumerate(rewards):
                 left = [store.todo(name, prompt, steps, n_images) for name in reward.names]
-                base = sorted({step for open_base, _ in left for step in open_base})
+                base = {step for open_base, _ in left for step in open_base}
+                if reward is eye:
+                    base.update(store.without_embedding(prompt, steps, n_images))
                 if base:
-                    calls.append(Call(reward, "base", frozenset(base)))
+                    calls.append(Call(reward, "base", frozenset(base), reward is eye))
                 aware = sorted({step for _, open_aware in left for step in open_aware if step in reward.adapter_steps})
                 if aware and reward.series_kind == "lora":
                     calls.append(Call(reward, "noise_aware", frozenset(aware)))
@@ -486,6 +507,7 @@ def open_scorer(
     shard: tuple[int, int],
     where: Callable[[int, int, int], object],
     skip: bool = False,
+    embeddings: bool = False,
 ) -> Iterator[Scorer]:
     """Open the tensor at `out`, and plan what is left to score of trajectories of an `identity`."""
     prompts = read_prompts(prompts)
@@ -503,8 +525,19 @@ def open_scorer(
         attributes["size"] = int(identity["width"])  # with the model it says what a picture costs
     if identity.get("decoder"):
         attributes["decoder"] = identity["decoder"]  # what all pictures but the last step's were decoded by
-    with open_store(out, plans, prompts, n_images, steps, shard=shard, attributes=attributes) as store:
-        yield Scorer(store, plan_work(store, rewards, steps, n_images), prompts, where, skip)
+    eye, embedding = next((reward for reward in rewards if embeddings and reward.embeds), None), None
+    if eye is not None:
+        embedding = {"reward": eye.name, "weights": eye.fingerprint(), "features": eye.embedding_width()}
+    elif embeddings:
+        raise RewardError(
+            f"embeddings: got {[reward.name for reward in rewards]}, expected a reward with an image tower among them. Add a "
+            "CLIP reward or image_reward, or leave embeddings out."
+        )
+    options: dict[str, Any] = {"shard": shard, "attributes": attributes, "embedding": embedding}
+    with open_store(out, plans, prompts, n_images, steps, **options) as store:
+        scorer = Scorer(store, plan_work(store, rewards, steps, n_images, eye), prompts, where, skip)
+        scorer.report.embedding_bytes = 0 if eye is None else store.embedding_bytes
+        yield scorer
 
 
 class Scorer:
@@ -546,18 +579,20 @@ class Scorer:
             return False
         self.settle(work)
         with self.clock("write"):
-            self.store.write(work.prompt, work.values)
-        work.values = {}
+            self.store.write(work.prompt, work.values, work.embedding)
+        work.values, work.embedding = {}, None
         return True
 
     def _call(self, portion: Portion, call: Call, rows: list[int], at: int | None) -> None:
         """Score some rows with the weights of step `at`."""
         if not rows:
             return
-        with call.reward.at(at):
+        gathering: Any = call.reward.embeddings() if call.embeds else contextlib.nullcontext([])
+        with call.reward.at(at), gathering as seen:
             scores, reasons = self._scores(portion, call, rows)
+        places = [k for k in range(len(rows)) if k not in reasons] if seen else []
         reasons |= {k: str(portion.failed[row]) for k, row in enumerate(rows) if row in portion.failed}
-        portion.work.scored.append(Scored(call, [portion.slots[row] for row in rows], scores, reasons))
+        portion.work.scored.append(Scored(call, [portion.slots[row] for row in rows], scores, reasons, (places, seen)))
 
     def settle(self, work: Work) -> None:
         """Bring the scores of a work so far to the host, and look at them."""
@@ -565,8 +600,23 @@ class Scorer:
             found = [(one, one.scores.cpu().numpy()) for one in work.scored]
         work.scored = []
         for one, scores in found:
+            self._keep_embeddings(work, one)
             for name, values in zip(one.call.reward.names, scores.reshape(len(one.slots), -1).T, strict=True):
                 self._keep(work, one, name, values)
+
+    def _keep_embeddings(self, work: Work, one: Scored) -> None:
+        """Put what the image tower says of some pictures into the table of their work."""
+        places, parts = one.embeddings
+        if not places:
+            return
+        rows = torch.cat(parts).half().cpu().numpy()
+        if work.embedding is None:
+            shape = (self.store.n_images, len(self.store.steps), rows.shape[1])
+            work.embedding = np.full(shape, np.nan, np.float16)
+        for k, row in zip(places, rows, strict=True):
+            step, image = one.slots[k]
+            if k not in one.reasons:
+                work.embedding[image, self._column[step]] = row
 
     def _keep(self, work: Work, one: Scored, name: str, values: np.ndarray) -> None:
         """Put one reward's scores of some pictures into the table of their work; a missing one is listed, or raised."""

@@ -1,6 +1,6 @@
 """A reward tensor that is filled prompt by prompt: created, widened and written in place, resumed, shared by shards.
 
-Chunks hold one reward and `PROMPT_CHUNK` prompts. A shard owns whole chunks, so several processes write side by side.
+Chunks hold one reward and `PROMPT_CHUNK` prompts, those of embeddings one prompt. A shard owns whole chunks, so several processes write side by side.
 What is still NaN is what is left to do; nothing else has to be kept.
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ttsnap_lib.errors import TensorError
-from ttsnap_lib.files import others_at_work, shard_lock, tidy, typed_disk_errors
+from ttsnap_lib.files import others_at_work, require_space, shard_lock, tidy, typed_disk_errors
 from ttsnap_lib.tensors.tensor import (
     COPIED,
     DIMS,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import zarr
 
 PENDING, PARTIAL, SCORED = "pending", "partial", "scored"
+EMBEDDING = "embedding"  # the variable, and the attribute that says of which reward
 _ATTRIBUTE = "scores"  # reward -> {"weights": fingerprint, "noise_aware": {step: fingerprint}}
 
 
@@ -55,11 +56,13 @@ def open_store(
     *,
     shard: tuple[int, int] = (0, 1),
     attributes: Mapping[str, Any] | None = None,
+    embedding: Mapping[str, Any] | None = None,
 ) -> Iterator[RewardStore]:
     """Create the tensor at `path`, or widen the one that is there, and hold this shard of it.
 
     Rewards, prompts, images and steps that the tensor lacks are added; values that it has stay. Steps of a noise-aware
-    series that were copies of the base value become open again. A TensorError for a tensor of other prompts,
+    series that were copies of the base value become open again. `embedding` says of which reward embeddings are kept beside
+    the scores, by which weights, and how many features they have. A TensorError for a tensor of other prompts,
     trajectories or weights, a DiskError when another process writes this shard.
     """
     path = Path(path)
@@ -68,14 +71,16 @@ def open_store(
     with contextlib.ExitStack() as stack:
         with shard_lock(beside, shard) as held:
             tidy(path.parent, glob.escape(path.name))
-            old = open_rewards(path).load() if path.exists() else None
+            # Embeddings may be large: they stay on the disk.
+            old = open_rewards(path).drop_vars(EMBEDDING, errors="ignore").load() if path.exists() else None
             new = _planned(old, path, rewards, list(prompts), n_images, sorted(steps), dict(attributes or {}))
+            _plan_embedding(old, new, path, embedding)
             if old is None or not old.identical(new):
                 if shard[1] > 1 and old is not None and others_at_work(beside, shard):
                     raise TensorError(
                         f"{path} cannot be widened while other shards write it. Start all shards with the same settings."
                     )
-                _write_store(new, path)
+                _write_store(new, path, old)
             elif not others_at_work(beside, shard):
                 for leftover in path.rglob("*.partial"):  # a chunk that was being written when a process ended
                     leftover.unlink()
@@ -120,18 +125,36 @@ class RewardStore:
             open_steps.append([step for step, gap in zip(steps, gaps, strict=True) if gap])
         return open_steps[0], open_steps[1]
 
-    def write(self, prompt: int, values: Mapping[tuple[str, str], np.ndarray]) -> None:
+    def without_embedding(self, prompt: int, steps: Sequence[int], n_images: int) -> list[int]:
+        """Return the steps at which an image has no embedding yet."""
+        columns = [self.steps.index(step) for step in steps]
+        gaps = np.isnan(np.asarray(self._array(EMBEDDING)[prompt])[:n_images, columns, 0]).any(0)
+        return [step for step, gap in zip(steps, gaps, strict=True) if gap]
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of all embeddings before compression; 0 without any."""
+        return 2 * int(np.prod(self._array(EMBEDDING).shape)) if EMBEDDING in self._group else 0
+
+    def write(
+        self, prompt: int, values: Mapping[tuple[str, str], np.ndarray], embedding: np.ndarray | None = None
+    ) -> None:
         """Write scores of one prompt: (reward, ``"base"`` or ``"noise_aware"``) -> (image, step) of the whole tensor.
 
-        NaN leaves what is there. Copies of base values are kept up here.
+        `embedding` is (image, step, feature). What is there stays, and NaN is no value. Copies of base values are kept up
+        here.
         """
+        if embedding is not None:
+            known = np.asarray(self._array(EMBEDDING)[prompt])
+            with typed_disk_errors(self.path):
+                self._array(EMBEDDING)[prompt] = np.where(np.isnan(known), embedding, known)
         for reward in dict.fromkeys(name for name, _ in values):
             row = self.rewards.index(reward)
             base, aware = self.read("base", reward, prompt), self.read("noise_aware", reward, prompt)
             for variable, kept in (("base", base), ("noise_aware", aware)):
                 given = values.get((reward, variable))
                 if given is not None:
-                    np.copyto(kept, given.astype(np.float32), where=~np.isnan(given))
+                    np.copyto(kept, given.astype(np.float32), where=np.isnan(kept) & ~np.isnan(given))
             copied = ~self._finetuned[reward]
             aware[:, copied] = base[:, copied]
             # In this order: a process that ends in between leaves a base value open, and does the prompt again.
@@ -209,6 +232,18 @@ def _planned(
     return new
 
 
+def _plan_embedding(old: xr.Dataset | None, new: xr.Dataset, path: Path, wanted: Mapping[str, Any] | None) -> None:
+    """Note in the planned tensor of what its embeddings are; those of two rewards in one tensor are refused."""
+    there = None if old is None else old.attrs.get(EMBEDDING)
+    if wanted is not None and there not in (None, dict(wanted)):
+        raise TensorError(
+            f"{path} has other embeddings: got {dict(wanted)}, expected {there}. Name the reward that they are of first, or "
+            "choose another --out."
+        )
+    if wanted is not None:
+        new.attrs[EMBEDDING] = dict(wanted)
+
+
 def _check_same(
     old: xr.Dataset, path: Path, rewards: Sequence[RewardPlan], prompts: list[str], attributes: dict[str, Any]
 ) -> dict[str, Any]:
@@ -246,8 +281,8 @@ def _check_same(
     return {name: dict(entry) for name, entry in scores.items()}
 
 
-def _write_store(dataset: xr.Dataset, path: Path) -> None:
-    """Write the whole store beside and rename."""
+def _write_store(dataset: xr.Dataset, path: Path, old: xr.Dataset | None) -> None:
+    """Write the whole store beside and rename; embeddings of the `old` one at `path` are taken over."""
     check_rewards(dataset)
     dataset = dataset.copy()
     sizes = dataset.sizes
@@ -260,4 +295,28 @@ def _write_store(dataset: xr.Dataset, path: Path) -> None:
     prompts = min(PROMPT_CHUNK, sizes["prompt"])
     values = {"chunks": (1, prompts, sizes["image"], sizes["step"]), "dtype": "float32"}
     encoding = {"base": values, "noise_aware": values, "status": {"chunks": (prompts,)}}
-    write_zarr(dataset, path, encoding)
+    wanted = dataset.attrs.get(EMBEDDING)
+    if wanted is None:
+        write_zarr(dataset, path, encoding)
+        return
+    shape = (*(sizes[dim] for dim in DIMS[1:]), int(wanted["features"]))
+    require_space(path.parent, 2 * np.prod(shape, dtype=float), "embeddings")
+    moved = path if old is not None and EMBEDDING in old.attrs else None
+
+    def add(store: Path) -> None:
+        """Add the embeddings: open ones take no space, those that are there come along prompt by prompt."""
+        import zarr
+
+        array = zarr.open_group(str(store), mode="r+").create_array(
+            EMBEDDING, shape=shape, chunks=(1, *shape[1:]), dtype="float16", fill_value=np.nan,
+            dimension_names=(*DIMS[1:], "feature"),
+        )  # fmt: skip
+        if moved is not None and old is not None:
+            there = cast("zarr.Array", zarr.open_group(str(moved), mode="r")[EMBEDDING])
+            at = np.searchsorted(dataset["step"].values, old["step"].values)
+            for prompt in range(there.shape[0]):
+                block = np.full(shape[1:], np.nan, np.float16)
+                block[: there.shape[1], at] = np.asarray(there[prompt])
+                array[prompt] = block
+
+    write_zarr(dataset, path, encoding, add)

@@ -52,6 +52,33 @@ def reward_against_budget(
     return tidy(ax)
 
 
+def set_trade_off(frame: pd.DataFrame, reward: str | None = None, *, ax: Axes | None = None) -> Axes:
+    """Draw mean reward against mean distance of the sets of each method, a point a diversity, from ``Sets.frame()``.
+
+    Bars are 95% intervals over prompts; `reward` is needed when the frame holds several.
+    """
+    rewards = list(dict.fromkeys(frame["reward"]))
+    if reward is None and len(rewards) > 1:
+        raise ConfigError(f"reward: got None, expected one of {rewards}. Name the reward to draw.")
+    reward = choice("reward", rewards[0] if reward is None else reward, rewards)
+    ax = axes_or_new(ax, (5.2, 3.6))
+    for method, rows in frame[frame["reward"] == reward].groupby("method", sort=False):
+        style = method_style(method)
+        bars = {
+            f"{axis}err": np.abs(rows[[low, high]].to_numpy().T - rows[mean].to_numpy())
+            for axis, mean, low, high in (
+                ("x", "distance", "distance_low", "distance_high"),
+                ("y", "mean", "low", "high"),
+            )
+        }
+        ax.errorbar(rows["distance"], rows["mean"], **bars, elinewidth=0.6, label=method_label(method), **style)
+        for x, y, weight in zip(rows["distance"], rows["mean"], rows["diversity"], strict=True):
+            ax.annotate(f"{weight:g}", (x, y), (3, 3), textcoords="offset points", fontsize=7, color=style["color"])
+    ax.set(xlabel="mean distance within the set", ylabel=f"mean {reward_label(reward)} of the set")
+    ax.legend(frameon=False)
+    return tidy(ax)
+
+
 def reward_panels(curves: Curves, cost: CostModel, *, title: str | None = None) -> Figure:
     """Draw the rewards of all methods against the budget, and under them their gain over Best-of-N, paired.
 

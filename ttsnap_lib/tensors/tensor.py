@@ -1,7 +1,8 @@
 """The reward tensor: opened, saved, made, checked, cleaned; and a statistical stand-in for first tries without data.
 
 A Zarr store opened as an ``xarray.Dataset``: ``base`` and ``noise_aware``, float32 (reward, prompt, image, step), with
-``noise_aware_source(reward, step)`` that says where the second is a copy of the first, and ``status(prompt)``.
+``noise_aware_source(reward, step)`` that says where the second is a copy of the first, and ``status(prompt)``. Where it was
+asked for, ``embedding`` is what the image tower of a reward says of each picture, float16 (prompt, image, step, feature).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import io
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,7 +35,8 @@ _VARIABLES: dict[str, tuple[str, ...]] = {
     "noise_aware_source": ("reward", "step"),
     "status": ("prompt",),
     "prompt_text": ("prompt",),
-}  # the last three may be missing
+    "embedding": ("prompt", "image", "step", "feature"),
+}  # all but the first two may be missing
 
 
 class RepeatedImagesWarning(UserWarning):
@@ -109,13 +111,15 @@ def save_rewards(dataset: xr.Dataset, path: str | Path, *, overwrite: bool = Fal
     check_rewards(dataset)
     if path.exists() and not overwrite:
         raise TensorError(f"save_rewards: got {path}, expected a new path. Pass overwrite=True or another path.")
-    ordered = dataset.transpose(..., *DIMS).copy()
+    ordered = dataset.transpose(..., *DIMS, "feature", missing_dims="ignore").copy()
     for variable in ordered.variables.values():
         variable.encoding = {}  # chunks of the store it was read from need not fit
     chunks = tuple(min(PROMPT_CHUNK, size) if dim == "prompt" else size for dim, size in ordered["base"].sizes.items())
     # NaN as fill value: what was never written, or was lost, must not read as zero.
     values = {"chunks": chunks, "dtype": "float32", "_FillValue": np.float32("nan")}
     encoding = {name: dict(values) for name in ("base", "noise_aware")}
+    if "embedding" in ordered:
+        encoding["embedding"] = embedding_encoding(ordered["embedding"].shape)
     for name in ("noise_aware_source", "status", "prompt_text", "reward"):
         if name in ordered.variables:  # fixed-width text: variable-length strings have no stable Zarr v3 type yet
             ordered[name] = ordered[name].astype(str)
@@ -123,12 +127,21 @@ def save_rewards(dataset: xr.Dataset, path: str | Path, *, overwrite: bool = Fal
     return path
 
 
-def write_zarr(dataset: xr.Dataset, path: Path, encoding: dict[str, Any]) -> None:
-    """Write a whole store beside `path` and rename it."""
+def embedding_encoding(shape: tuple[int, ...]) -> dict[str, Any]:
+    """Return how embeddings (prompt, image, step, feature) are kept: a chunk a prompt, as it is written whole."""
+    return {"chunks": (1, *shape[1:]), "dtype": "float16", "_FillValue": np.float16("nan")}
+
+
+def write_zarr(
+    dataset: xr.Dataset, path: Path, encoding: dict[str, Any], more: Callable[[Path], None] | None = None
+) -> None:
+    """Write a whole store beside `path`, let `more` add to it, and rename it."""
     with atomic_folder(path) as part:
         store = part / "store"
         with _quiet_zarr():
             dataset.to_zarr(store, mode="w", encoding=encoding, consolidated=False, zarr_format=3)
+        if more is not None:
+            more(store)
         for child in store.iterdir():
             shutil.move(str(child), part / child.name)
         store.rmdir()
