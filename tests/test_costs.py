@@ -232,7 +232,7 @@ def test_presets_are_those_of_the_design():
     assert "qwen-image-512+hpsv2" in PRESETS and "qwen-image-512-tiny+hpsv2" not in PRESETS  # no tiny decoder
     assert all(name == "published" or preset.accounting == "exact" for name, preset in PRESETS.items())
     with pytest.raises(CostError, match=r"Did you mean 'flux-512\+hpsv2'"):
-        CostModel.preset("flux-512+hpsv")
+        CostModel.preset("flux-512+hpv2")
 
 
 def test_files(tmp_path):

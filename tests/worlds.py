@@ -274,10 +274,10 @@ def same_to(got: torch.Tensor, expected: torch.Tensor, relative: float) -> None:
     assert (got - expected).abs().max() <= relative * expected.abs().max()
 
 
-def save_clip(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Save a CLIP reward with random weights as an ordinary folder and return it."""
-    vision = {**make_clip().config.vision_config.to_dict(), "hidden_size": 64, "num_hidden_layers": 2}
-    model = _like(make_clip(), seed, vision_config=vision)
+def save_clip(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, width: int = 64, **changes: Any) -> Path:
+    """Save a CLIP reward with random weights as an ordinary folder and return it; `changes` are of the vision tower."""
+    vision = {**make_clip().config.vision_config.to_dict(), "hidden_size": 64, "num_hidden_layers": 2, **changes}
+    model = _like(make_clip(), seed, vision_config={**vision, "projection_dim": width}, projection_dim=width)
     for parameter in model.parameters():  # the small default start gives nearly constant scores
         if parameter.ndim > 1:
             parameter.data.mul_(4)
@@ -403,3 +403,78 @@ def pruned_winner(record: SearchRecord) -> int:
     subset = np.arange(len(record.seeds))[None]
     winners = prune(scores, subset, Schedule.from_dict(record.schedule), combine=record.combine, weights=record.weights)
     return int(winners[0, 0])
+
+
+# Vision-language models
+
+_CHAT = (  # Qwen's own, of one picture and one text in a message
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+def vlm_tokenizer(folder: Path) -> Any:
+    """Return a small tokenizer of Qwen's class, in which Yes and No are one token each."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, initial_alphabet=letters, special_tokens=[_SPECIAL[0]], show_progress=False
+    )
+    words.train_from_iterator(["Yes No Yes No"] * 9 + PROMPTS, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    words.model.save(str(folder))
+    tokenizer = transformers.Qwen2TokenizerFast.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(_SPECIAL[1:])})
+    return tokenizer
+
+
+def save_vlm(folder: Path, kind: str = "Qwen2VL", seed: int = 0, area: int = 8 * 28 * 28) -> Path:
+    """Save a tiny Qwen2VL, Qwen2_5_VL or Qwen3VL with random weights, and its processor; pictures have at most `area` pixels."""
+    tokenizer = vlm_tokenizer(folder)
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+        for name in ("image_pad", "video_pad", "vision_start", "vision_end")
+    }
+    vision = {
+        "Qwen2VL": {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2},
+        "Qwen2_5_VL": {"depth": 2, "hidden_size": 32, "out_hidden_size": 48, "num_heads": 2, "intermediate_size": 64,
+                       "fullatt_block_indexes": [1], "window_size": 56},
+        "Qwen3VL": {"depth": 2, "hidden_size": 32, "out_hidden_size": 48, "num_heads": 2, "intermediate_size": 64,
+                    "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+    }[kind]  # fmt: skip
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 24, "max_position_embeddings": 4096,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [4, 4, 4]},
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config=vision, text_config=text, tie_word_embeddings=False, image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    for parameter in model.parameters():  # the small default start gives nearly constant scores
+        if parameter.ndim > 1:
+            parameter.data.mul_(8)
+    model.save_pretrained(folder)
+    patch = {"patch_size": 16} if kind == "Qwen3VL" else {}
+    images = transformers.Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=area, **patch)
+    videos = getattr(transformers, f"{'Qwen3VL' if kind == 'Qwen3VL' else 'Qwen2VL'}VideoProcessor")()
+    getattr(transformers, f"{kind}Processor")(images, tokenizer, videos, chat_template=_CHAT).save_pretrained(folder)
+    return folder

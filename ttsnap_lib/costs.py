@@ -41,7 +41,12 @@ _FAMILIES = {
     "pixart-sigma": re.compile(r"pixart-sigma-xl-2-.*", re.IGNORECASE),
     "hidream": re.compile(r"hidream-i1-full", re.IGNORECASE),
 }
-SAME_TOWER = {"hpsv2.1": "hpsv2"}
+# TFLOPs of the score of one picture, its prompt encoded already. Source: tests/benchmarks/real_rewards.py.
+VERIFY = {
+    "image_reward": 0.138, "pickscore": 0.335, "hpsv2": 0.335, "mps": 0.397, "cyclereward": 0.157, "aesthetic": 0.162,
+    "hpsv3": 12.5,
+}  # fmt: skip
+SAME_TOWER = {"hpsv2.1": "hpsv2", "clipscore": "aesthetic", "hpsv3.mean": "hpsv3", "hpsv3.sigma": "hpsv3"}
 _TOLERANCE = 1e-9  # relative; a budget that is a multiple of the cost must buy that multiple despite rounding
 _PARTS = ("step", "decode", "preview_decode", "verify")
 MOST_AT_ONCE = 4096
@@ -281,8 +286,9 @@ class CostModel(Plain):
         ``"<model>-<size>[-tiny]+<reward>"``, e.g. ``"flux-512+hpsv2"``: TFLOPs of one forward at batch 1 with two
         operations per multiply-add, counted with torch's FLOP counter on the real architectures. FLUX.1-dev step
         with 512 text tokens: 21.5 at 512 px, 74.4 at 1024 px. SDXL step with guidance: 3.18 and 13.5. VAE decode:
-        2.51 and 10.5 (``AutoencoderTiny`` 0.14 and 0.57: ``-tiny``, used at checks only). Image towers: CLIP-H of PickScore
-        and HPSv2 0.335, BLIP of ImageReward 0.138. The newer families, at their own guidance and with the encoding of a
+        2.51 and 10.5 (``AutoencoderTiny`` 0.14 and 0.57: ``-tiny``, used at checks only). Scores: CLIP-H of PickScore
+        and HPSv2 0.335, with the cross-attention of MPS 0.397; CLIP-L of the aesthetic predictor 0.162; BLIP of ImageReward
+        0.138 and, with longer prompts, of CycleReward 0.157; Qwen2-VL-7B of HPSv3 12.5. The newer families, at their own guidance and with the encoding of a
         prompt as `per_prompt`, are counted by ``python -m tests.benchmarks presets``, which names configurations, text
         tokens and decoders. ``"pocket-flux[-tiny]+pocket-clip"`` and
         ``"pocket-sdxl[-tiny]+pocket-clip"``: GFLOPs of the shipped pocket models, counted by ``ttsnap cost``.
@@ -343,7 +349,10 @@ def preset_for(model: str, reward: str, size: int | None = None, *, tiny: bool =
             return preset
     plain = [preset for preset in PRESETS if "+" in preset and "-tiny" not in preset]
     near = [preset for preset in plain if preset.startswith(f"{family}-")] or plain
-    near = [preset for preset in near if preset.endswith(f"+{reward}")] or near
+    one_each = {
+        preset.partition("+")[0]: preset for preset in reversed(near)
+    }  # of rewards that are not known, the first
+    near = [preset for preset in near if preset.endswith(f"+{reward}")] or list(one_each.values())[::-1]
     at = f"at {size} px" if size else "of a size that is not known"
     raise CostError(
         f"cost: got 'auto', and there is no preset for pictures of {model or 'an unknown model'!r} {at} with the reward "
@@ -468,16 +477,15 @@ def _measured(model: Mapping[str, Any], by_batch: Any, path: Path) -> dict[str, 
 def _presets() -> dict[str, CostModel]:
     steps = {"flux-512": 21.5, "flux-1024": 74.4, "sdxl-512": 3.18, "sdxl-1024": 13.5}
     decodes = {"512": (2.51, 0.14), "1024": (10.5, 0.57)}
-    rewards = {"image_reward": 0.138, "pickscore": 0.335, "hpsv2": 0.335}
     presets = {"published": CostModel(step=9.9, verify=1.2, accounting="published")}
     for model, step in steps.items():
         full, tiny = decodes[model.split("-")[1]]
-        for reward, verify in rewards.items():
+        for reward, verify in VERIFY.items():
             presets[f"{model}+{reward}"] = CostModel(step=step, verify=verify, decode=full)
             presets[f"{model}-tiny+{reward}"] = CostModel(step=step, verify=verify, decode=full, preview_decode=tiny)
     for model, (*by_size, encoding, (decode, previews)) in _COUNTED.items():
         for size, step, full, tiny in zip((512, 1024), by_size, decode, previews, strict=True):
-            for reward, verify in rewards.items() if step else ():
+            for reward, verify in VERIFY.items() if step else ():
                 plain = CostModel(step=step, verify=verify, decode=full, per_prompt=encoding)
                 presets[f"{model}-{size}+{reward}"] = plain
                 if tiny:

@@ -24,6 +24,11 @@ _REWARD_LABELS = {
     "pickscore": "PickScore",
     "hpsv2": "HPSv2",
     "clipscore": "CLIPScore",
+    "mps": "MPS",
+    "cyclereward": "CycleReward",
+    "aesthetic": "LAION aesthetic",
+    "hpsv3": "HPSv3",
+    "vqascore": "VQAScore",
     "pocket-clip": "pocket CLIP",
     "oracle_score": "oracle",
 }

@@ -16,8 +16,9 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.benchmarks.real_rewards import real_rewards
 from tests.benchmarks.rows import Row
-from ttsnap_lib.costs import PRESETS
+from ttsnap_lib.costs import PRESETS, VERIFY
 
 META = torch.device("meta")
 TOKENS = 64  # of a text whose pipeline cuts the padding off: a long prompt with the chat template around it
@@ -262,7 +263,7 @@ def near(preset: float | None) -> dict[str, float]:
 
 
 def run() -> list[Row]:
-    """Count every model, text and decoder at 512 and 1024 px, against the presets."""
+    """Count every model, text and decoder at 512 and 1024 px, and the score of a picture by every reward, against the presets."""
     rows, encoder = [], functools.cache(encoding)
     for name, (kind, config, call, times) in STEPS.items():
         model = built(kind, config)
@@ -281,4 +282,11 @@ def run() -> list[Row]:
             value = counted(functools.partial(decoder.decode, empty(*shape(side))))
             preset = PRESETS[f"{model}-{side}{'-tiny' if field == 'preview_decode' else ''}+hpsv2"]
             rows.append(Row(f"decode of {name} at {side} px", value, "TFLOPs", **near(getattr(preset, field))))
+    for name, reward in real_rewards().items():
+        for side in reward.sides:
+            note = f"{reward.millions / 1e3:.2f} billion weights"
+            value = reward.tflops(side)
+            rows.append(
+                Row(f"score by {name} of a {side} px input", value, "TFLOPs", **near(VERIFY.get(name)), note=note)
+            )
     return rows

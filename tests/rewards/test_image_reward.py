@@ -18,6 +18,7 @@ from ttsnap_lib.rewards import image_reward
 from ttsnap_lib.rewards.checkpoints import package_name, todays_name, todays_names
 from ttsnap_lib.rewards.image_reward import ImageRewardModel, build_module
 from ttsnap_lib.rewards.loading import load_reward
+from ttsnap_lib.rewards.pixels import IMAGE_REWARD_PIXELS
 
 # What image-reward 1.5 gives for the first pictures of tests/parity, with its weights, on transformers 4.53.3.
 PACKAGE_RAW = [0.447238, 0.755098, 1.004178, 0.601627]
@@ -288,3 +289,53 @@ def test_real_size_loads_and_scores(bert_folder, med_config):
     assert sum(p.numel() for p in module.blip.visual_encoder.parameters()) > 3e8
     scores = ImageRewardModel("image_reward", module, device="cpu").score("a red circle", make_images(2))
     assert np.isfinite(scores).all()
+
+
+# CycleReward
+
+
+def test_cyclereward_equals_its_package(small, small_vision, bert_folder, med_config, tmp_path, monkeypatch):
+    """``CycleReward.score`` of cyclereward 0.1.7: 128 tokens, and a head with GELUs."""
+    text = {**json.loads(med_config.read_text()), "max_position_embeddings": 128}
+    monkeypatch.setattr(image_reward, "_BLIP_TEXT", {key: text[key] for key in image_reward._BLIP_TEXT if key in text})
+    linear, gelu = torch.nn.Linear, torch.nn.GELU
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(6)
+        blip = build_module(None, bert_folder).blip
+        layers = torch.nn.Sequential(
+            linear(768, 1024),
+            gelu(),
+            linear(1024, 128),
+            gelu(),
+            linear(128, 64),
+            gelu(),
+            linear(64, 16),
+            gelu(),
+            linear(16, 1),
+        )
+        for parameter in [*layers.parameters(), *blip.text_encoder.parameters()]:
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5) if parameter.ndim > 1 else None
+    blip.eval()
+    state = {f"blip.{key}": value for key, value in blip.state_dict().items()}
+    state |= {f"mlp.layers.{key}": value for key, value in layers.state_dict().items()}
+    torch.save(_as_package(state), tmp_path / "CycleReward-Combo.pth")
+    images = make_images(5, 300, 260)
+    texts = [*PROMPTS[:4], " ".join(["red circle"] * 50)]  # the last is longer than ImageReward reads
+    expected = []
+    with torch.no_grad():
+        for prompt, image in zip(texts, images, strict=True):
+            tokens = small.tokenizer(prompt, padding="max_length", truncation=True, max_length=128, return_tensors="pt")
+            embeds = blip.visual_encoder(IMAGE_REWARD_PIXELS.image(image)[None])[0]
+            read = blip.text_encoder(
+                tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=embeds,
+                encoder_attention_mask=torch.ones(embeds.size()[:-1], dtype=torch.long), is_decoder=False,
+            ).last_hidden_state  # fmt: skip
+            expected.append(layers(read[:, 0, :].float()).item())
+    assert np.ptp(expected) > 0.01
+    reward = load_reward("cyclereward", weights=tmp_path / "CycleReward-Combo.pth", tokenizer=bert_folder, device="cpu")
+    for batch_size in (1, 3):
+        np.testing.assert_allclose(reward.score(texts, images, batch_size=batch_size), expected, rtol=1e-4, atol=1e-5)
+    assert reward.name == "cyclereward"
+    torch.save(_as_package(small.state_dict()), tmp_path / "bad.pth")  # ImageReward's head
+    with pytest.raises(RewardError, match=r"missing and \d unexpected keys.*mlp\.layers"):
+        load_reward("cyclereward", weights=tmp_path / "bad.pth", tokenizer=bert_folder, device="cpu")

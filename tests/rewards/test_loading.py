@@ -76,6 +76,11 @@ def test_offline_error_says_what_to_download(tmp_path):
         "hpsv2.1": "xswu/HPSv2 HPS_v2.1_compressed.pt",
         "clipscore": "openai/clip-vit-large-patch14",
         "image_reward": "THUDM/ImageReward ImageReward.pt",
+        "mps": "RE-N-Y/mpsv1",
+        "cyclereward": "carolineec/CycleReward-Combo",
+        "aesthetic": "trl-lib/ddpo-aesthetic-predictor aesthetic-model.pth",
+        "hpsv3": "Qwen/Qwen2-VL-7B-Instruct",  # its processor; the weights are MizzenAI/HPSv3
+        "vqascore": "Qwen/Qwen2.5-VL-7B-Instruct",
         "someone/some-clip": "someone/some-clip",
     }
     code = (

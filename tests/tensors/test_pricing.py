@@ -39,7 +39,7 @@ def test_a_model_a_size_and_a_reward_have_a_preset(model, reward, size, preset):
         ("stabilityai/sdxl-turbo", "pickscore", 512, "flux-512+pickscore, flux-1024+pickscore, sdxl-512+pickscore"),
         ("black-forest-labs/FLUX.1-dev", "pickscore", None, "(flux-512+pickscore, flux-1024+pickscore)"),
         ("flux", "pickscore", 768, "(flux-512+pickscore, flux-1024+pickscore)"),
-        ("flux", "mine", 512, "(flux-512+image_reward, flux-512+pickscore, flux-512+hpsv2, flux-1024+image_reward"),
+        ("flux", "mine", 512, "(flux-512+image_reward, flux-1024+image_reward)"),
         ("", "mine", None, "pocket-flux+pocket-clip"),
         ("PixArt-alpha/PixArt-XL-2-512x512", "hpsv2", 512, "sdxl-512+hpsv2"),
     ],

@@ -149,13 +149,14 @@ def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that :func:`given_rewards` reads."""
     parser.add_argument(
         "--reward", action="append", default=[], metavar="[NAME=]SOURCE",
-        help="image_reward, pickscore, hpsv2, hpsv2.1, clipscore, pocket-clip, a folder, a hub id, your own function as "
-        "module:function or ./file.py:function, def reward(prompts: list[str], images: list[Image]) -> list[float], or "
-        "judge.yaml, a judge over HTTP; several are scored in one pass (default: pocket-clip)",
+        help="image_reward, pickscore, hpsv2, hpsv2.1, clipscore, mps, cyclereward, aesthetic, hpsv3, vqascore, pocket-clip, "
+        "a folder, a hub id, your own function as module:function or ./file.py:function, "
+        "def reward(prompts: list[str], images: list[Image]) -> list[float], or judge.yaml, a judge over HTTP; several are "
+        "scored in one pass (default: pocket-clip)",
     )  # fmt: skip
     parser.add_argument(
         "--reward-option", action="append", default=[], metavar="[NAME.]KEY=VALUE",
-        help="an option of a reward, such as hpsv2.weights=HPS_v2_compressed.pt",
+        help="an option of a reward, such as hpsv2.weights=HPS_v2_compressed.pt or vqascore.model=Qwen/Qwen3-VL-8B-Instruct",
     )  # fmt: skip
     parser.add_argument(
         "--noise-aware", action="append", default=[], metavar="[NAME=]FOLDER",

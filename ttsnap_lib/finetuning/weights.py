@@ -51,9 +51,12 @@ class RewardModule(torch.nn.Module):
 
 def trainable_module(reward: Reward) -> torch.nn.Module:
     """Return the module of a base reward."""
-    if reward.module is None or reward.preprocessing is None:
+    if reward.module is None:
+        raise CurriculumError(f"reward {reward.name} has no weights to train. Finetune a model, not a function.")
+    if reward.preprocessing is None:
         raise CurriculumError(
-            f"reward {reward.name} has no weights to train, or no preprocessing. Finetune a model, not a function."
+            f"reward {reward.name} takes pictures as they are, expected one that makes pixels of one size of them, which "
+            "training keeps in memory. Finetune a CLIP or BLIP reward."
         )
     if reward.outputs or reward.reads_metadata:
         raise CurriculumError(

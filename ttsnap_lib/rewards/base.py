@@ -42,7 +42,7 @@ Metadata = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 """What is known about the prompt of all images, or about that of each, beside its words."""
 
 _SLACK = 0.01  # decoders overshoot a little
-_CACHED_PROMPTS = 4096  # at most 16 MB for the largest text tower
+_CACHED_PROMPTS, _CACHED_BYTES = 4096, 256 << 20
 
 
 class Reward:
@@ -63,6 +63,8 @@ class Reward:
         False: prompts are not encoded, and `forward` gets None for the text.
     reads_metadata : bool
         True: `score` wants the metadata of the prompts, which :meth:`_score_batch` gets.
+    settings : str
+        What decides the scores beside the weights, such as a family's question; it is part of the fingerprint.
     module : torch.nn.Module or None
         What holds the weights, and what peft adapts; None when there is nothing to train.
     default_lora_targets : str or None
@@ -85,6 +87,7 @@ class Reward:
     outputs: tuple[str, ...] = ()
     reads_prompt: bool = True
     reads_metadata: bool = False
+    settings: str = ""
 
     def __init__(
         self,
@@ -429,7 +432,9 @@ class Reward:
             state |= self._series.base_state()
         if self.series_kind == "lora":  # the adapters wrap the base weights, and are not among them
             state = {key.replace(".base_layer", ""): value for key, value in state.items() if ".lora_" not in key}
-        settings = f"scale={getattr(self, 'scale', None)} standardize={getattr(self, 'standardize', None)}"
+        settings = (
+            f"scale={getattr(self, 'scale', None)} standardize={getattr(self, 'standardize', None)}{self.settings}"
+        )
         return sampled_digest(f"{type(self).__name__} {self.preprocessing} {self.dtype} {settings}", state)
 
     def step_fingerprint(self, step: int) -> str:
@@ -488,7 +493,7 @@ class CallableReward(Reward):
 
     def _score_batch(self, prompts: list[str], images: Any, metadata: list[dict[str, Any]]) -> torch.Tensor:
         # Copies, all of it: a function may change what it is given, such as normalise pixels in place.
-        given = self._as_tensor(images) if self.takes == "tensor" else self._as_pil(images)
+        given = self._as_tensor(images) if self.takes == "tensor" else [picture.copy() for picture in as_pil(images)]
         more = {"metadata": copy.deepcopy(metadata)} if self.reads_metadata else {}
         scores = self.function(list(prompts), given, **more)
         if isinstance(scores, list | tuple) and any(isinstance(one, Exception) for one in scores):
@@ -509,11 +514,6 @@ class CallableReward(Reward):
         if scores.shape[1:] == (1,) and not self.outputs:
             scores = scores[:, 0]
         return self._one_each(scores, len(prompts))
-
-    def _as_pil(self, images: Any) -> list[Image.Image]:
-        if isinstance(images, torch.Tensor):
-            return [Image.fromarray(array) for array in as_bytes(check_tensor(images)).cpu().numpy()]
-        return [open_image(image).copy() for image in images]
 
     def _as_tensor(self, images: Any) -> torch.Tensor:
         if isinstance(images, torch.Tensor):
@@ -667,7 +667,8 @@ class TextCache:
         else:
             rows = [self._rows[prompt] for prompt in prompts]
             text = TextBatch({key: torch.cat([row.tensors[key] for row in rows]) for key in rows[0].tensors})
-        while len(self._rows) > _CACHED_PROMPTS:
+        one = sum(tensor[:1].nbytes for tensor in text.tensors.values())
+        while len(self._rows) > min(_CACHED_PROMPTS, _CACHED_BYTES // one):
             self._rows.popitem(last=False)
         return text
 
@@ -700,6 +701,13 @@ def open_image(image: Any) -> Image.Image:
     if not Path(image).is_file():
         raise RewardError(f"image: got {image}, expected an existing image file. {remedy}")
     return open_picture(image, str(image), remedy=remedy)
+
+
+def as_pil(images: Any) -> list[Image.Image]:
+    """Return images as upright RGB PIL images; tensors are rounded to 256 levels, as a PNG is."""
+    if isinstance(images, torch.Tensor):
+        return [Image.fromarray(array) for array in as_bytes(check_tensor(images)).cpu().numpy()]
+    return [open_image(image) for image in images]
 
 
 def check_tensor(images: torch.Tensor) -> torch.Tensor:

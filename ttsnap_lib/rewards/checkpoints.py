@@ -296,6 +296,22 @@ def fetch(repo: str, filename: str, *, revision: str | None = None) -> Path:
         raise offline_error(repo, "weights", error, revision, filename) from error
 
 
+def fetch_weights(repo: str, *, revision: str | None = None) -> Path:
+    """Return the local path of the one file of weights in a hub repository, whatever its name."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    endings = ("*.safetensors", "*.pth", "*.pt", "*.bin")
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(endings)))
+        found = next((sorted(folder.glob(ending)) for ending in endings if any(folder.glob(ending))), [])
+        if len(found) != 1:
+            raise FileNotFoundError(f"{len(found)} files of weights")
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise offline_error(repo, "weights", error, revision) from error
+    return found[0]
+
+
 def offline_error(
     repo: str, what: str, error: Exception, revision: str | None = None, filename: str | None = None
 ) -> RewardError:
@@ -365,12 +381,20 @@ def todays_names(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_strict(
-    module: torch.nn.Module, state: Mapping[str, torch.Tensor], *, source: str, constants: Iterable[str] = ()
+    module: torch.nn.Module,
+    state: Mapping[str, torch.Tensor],
+    *,
+    source: str,
+    constants: Iterable[str] = (),
+    assign: bool = False,
 ) -> None:
-    """Load `state` into `module`; every key and shape must fit, but for the buffers that match a pattern."""
+    """Load `state` into `module`; every key and shape must fit, but for the buffers that match a pattern.
+
+    With `assign` its tensors become the parameters, as for a module built without memory.
+    """
     own = module.state_dict()
     check_fit(own, state, source=source, constants=constants)
-    module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+    module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False, assign=assign)
 
 
 def check_fit(

@@ -1,4 +1,4 @@
-"""ImageReward on the BLIP classes of transformers; files of the image-reward package load as they are."""
+"""ImageReward and CycleReward on the BLIP classes of transformers; the authors' files load as they are."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from ttsnap_lib.checks import integer
 from ttsnap_lib.errors import RewardError
 from ttsnap_lib.files import failures_as, read_json, reason
 from ttsnap_lib.rewards.base import Reward, TextBatch
-from ttsnap_lib.rewards.checkpoints import fetch, is_local, load_strict, offline_error, read_state
+from ttsnap_lib.rewards.checkpoints import fetch, fetch_weights, is_local, load_strict, offline_error, read_state
 from ttsnap_lib.rewards.pixels import IMAGE_REWARD_PIXELS
 
 _MAX_TOKENS = 35  # the package truncates prompts here
-
+_CYCLE_TOKENS = 128  # and CycleReward's here
+_CYCLE_REPO = "carolineec/CycleReward-Combo"
 
 _LORA_TARGETS = (
     r"blip\.visual_encoder\.encoder\.layers\.\d+\.(self_attn\.(qkv|projection)|mlp\.fc[12])"
@@ -45,9 +46,29 @@ _TEXT = {
     "attention_probs_dropout_prob": 0.1,
 }
 """What med_config.json may set, with BERT's defaults, which the package takes for what the file leaves out."""
+_BLIP_TEXT: dict[str, Any] = {**_TEXT, "vocab_size": 30524}
+"""BLIP's own med_config.json: BERT, with [DEC] and [ENC]."""
 
 
-_HEAD_WIDTH = 768
+HEAD_WIDTH = 768
+
+
+def linear_head() -> torch.nn.Sequential:
+    """Return the head of linear layers that ImageReward and the LAION aesthetic predictor read an embedding with."""
+    linear, dropout = torch.nn.Linear, torch.nn.Dropout
+    return torch.nn.Sequential(
+        linear(HEAD_WIDTH, 1024), dropout(0.2), linear(1024, 128), dropout(0.2), linear(128, 64), dropout(0.1),
+        linear(64, 16), linear(16, 1),
+    )  # fmt: skip
+
+
+def _gelu_head() -> torch.nn.Sequential:
+    """Return CycleReward's head: the same layers with a GELU between them."""
+    linear, gelu = torch.nn.Linear, torch.nn.GELU
+    return torch.nn.Sequential(
+        linear(HEAD_WIDTH, 1024), gelu(), linear(1024, 128), gelu(), linear(128, 64), gelu(), linear(64, 16), gelu(),
+        linear(16, 1),
+    )  # fmt: skip
 
 
 class BlipScorer(torch.nn.Module):
@@ -62,17 +83,18 @@ class BlipScorer(torch.nn.Module):
     mean = 0.16717362830052426
     std = 1.0333394966054072
 
-    def __init__(self, visual_encoder: torch.nn.Module, text_encoder: torch.nn.Module, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        visual_encoder: torch.nn.Module,
+        text_encoder: torch.nn.Module,
+        tokenizer: Any,
+        layers: torch.nn.Sequential,
+    ) -> None:
         super().__init__()
         self.blip = torch.nn.ModuleDict({"visual_encoder": visual_encoder, "text_encoder": text_encoder})
-        linear, dropout = torch.nn.Linear, torch.nn.Dropout
-        layers = torch.nn.Sequential(
-            linear(_HEAD_WIDTH, 1024), dropout(0.2), linear(1024, 128), dropout(0.2), linear(128, 64), dropout(0.1),
-            linear(64, 16), linear(16, 1),
-        )  # fmt: skip
         for layer in layers:
-            if isinstance(layer, linear):  # as the package starts its head
-                torch.nn.init.normal_(layer.weight, std=1 / (_HEAD_WIDTH + 1))
+            if isinstance(layer, torch.nn.Linear):  # as the package starts its head
+                torch.nn.init.normal_(layer.weight, std=1 / (HEAD_WIDTH + 1))
                 torch.nn.init.zeros_(layer.bias)
         self.mlp = torch.nn.ModuleDict({"layers": layers})
         self.tokenizer = tokenizer
@@ -93,23 +115,31 @@ class BlipScorer(torch.nn.Module):
 
 
 class ImageRewardModel(Reward):
-    """The raw head output of ImageReward, as the published values are, or the package's standardized score.
+    """The raw head output of ImageReward or CycleReward, as the published values are, or a standardized score.
 
-    `standardize` returns ``(x - mean) / std`` with the package's 0.16717 and 1.03334, as its `score` and
-    `inference_rank` do.
+    `standardize` returns ``(x - mean) / std`` with ImageReward's 0.16717 and 1.03334, as its package's `score` and
+    `inference_rank` do. Prompts are cut at `max_tokens`.
     """
 
     module: BlipScorer
 
-    def __init__(self, name: str, module: BlipScorer, *, standardize: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: BlipScorer,
+        *,
+        standardize: bool = False,
+        max_tokens: int = _MAX_TOKENS,
+        **options: Any,
+    ) -> None:
         super().__init__(name, module, preprocessing=IMAGE_REWARD_PIXELS, default_lora_targets=_LORA_TARGETS, **options)
-        self.standardize = bool(standardize)
+        self.standardize, self.max_tokens = bool(standardize), max_tokens
         module.to(device=self.device, dtype=self.dtype).eval()
 
     def encode_text(self, prompts: Sequence[str]) -> TextBatch:
-        """Return ``input_ids`` and ``attention_mask`` (n, 35): the text tower itself looks at the image."""
+        """Return ``input_ids`` and ``attention_mask`` (n, max_tokens): the text tower itself looks at the image."""
         tokens = self.module.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
+            list(prompts), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
         return TextBatch({key: tokens[key].to(self.device) for key in ("input_ids", "attention_mask")})
 
@@ -144,17 +174,35 @@ def load_image_reward(
     return ImageRewardModel(name, module, **options)
 
 
-def build_module(med_config: str | Path, tokenizer: str | Path | None = None) -> BlipScorer:
-    """Return the network with random weights; `med_config` is the text tower's configuration, a BERT's."""
+def load_cycle_reward(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    **options: Any,
+) -> ImageRewardModel:
+    """Load CycleReward: a checkpoint, by default that of `carolineec/CycleReward-Combo`, and BERT's tokenizer."""
+    weights = Path(weights) if weights is not None else fetch_weights(_CYCLE_REPO, revision=revision)
+    state = read_state(weights)
+    module = build_module(None, tokenizer, _gelu_head())
+    load_strict(module, state, source=str(weights))
+    return ImageRewardModel(name, module, max_tokens=_CYCLE_TOKENS, **options)
+
+
+def build_module(
+    med_config: str | Path | None, tokenizer: str | Path | None = None, layers: torch.nn.Sequential | None = None
+) -> BlipScorer:
+    """Return the network with random weights; `med_config` is the text tower's configuration, a BERT's; None is BLIP's."""
     from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel  # the package has it, its top does not
 
-    text = _read_med_config(Path(med_config))
+    text = _BLIP_TEXT if med_config is None else _read_med_config(Path(med_config))
     read = _load_tokenizer("bert-base-uncased" if tokenizer is None else str(tokenizer))
     if len(read) > text["vocab_size"]:
         raise RewardError(
-            f"tokenizer of ImageReward: got {len(read)} tokens with [DEC] and [ENC], expected at most "
-            f"{text['vocab_size']}, the vocab_size of {med_config}. Use the tokenizer bert-base-uncased."
+            f"tokenizer of BLIP's text tower: got {len(read)} tokens with [DEC] and [ENC], expected at most "
+            f"{text['vocab_size']}, the vocab_size of {med_config or 'BLIP'}. Use the tokenizer bert-base-uncased."
         )
     with failures_as(
         RewardError,
@@ -178,7 +226,7 @@ def build_module(med_config: str | Path, tokenizer: str | Path | None = None) ->
         layer_norm_eps=1e-6,
         initializer_range=0.02,
     )
-    return BlipScorer(BlipVisionModel(seen), encoder, read)
+    return BlipScorer(BlipVisionModel(seen), encoder, read, linear_head() if layers is None else layers)
 
 
 def _read_med_config(path: Path) -> dict[str, Any]:
@@ -192,7 +240,7 @@ def _read_med_config(path: Path) -> dict[str, Any]:
             f"text tower looks at the image. {remedy}"
         )
     text = {key: given.get(key, default) for key, default in _TEXT.items()}
-    integer(f"med_config {path}: hidden_size", text["hidden_size"], _HEAD_WIDTH, _HEAD_WIDTH, error=RewardError)
+    integer(f"med_config {path}: hidden_size", text["hidden_size"], HEAD_WIDTH, HEAD_WIDTH, error=RewardError)
     for key, least in (("vocab_size", 1), ("num_hidden_layers", 1), ("max_position_embeddings", _MAX_TOKENS)):
         integer(f"med_config {path}: {key}", text[key], least, error=RewardError)
     return text

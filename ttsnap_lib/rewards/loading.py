@@ -12,10 +12,13 @@ from ttsnap_lib.checks import as_dtype, choice, known_keys
 from ttsnap_lib.errors import CheckpointError, RewardError
 from ttsnap_lib.files import as_path
 from ttsnap_lib.pocket import pocket_folder
+from ttsnap_lib.rewards.aesthetic import load_aesthetic
 from ttsnap_lib.rewards.base import CallableReward, Reward, import_function
 from ttsnap_lib.rewards.checkpoints import CURRICULUM, is_local, read_curriculum
-from ttsnap_lib.rewards.image_reward import load_image_reward
+from ttsnap_lib.rewards.image_reward import load_cycle_reward, load_image_reward
+from ttsnap_lib.rewards.mps import load_mps
 from ttsnap_lib.rewards.towers import HPS_FILES, load_clip, load_hpsv2
+from ttsnap_lib.rewards.vlm import load_hpsv3, load_vqascore
 
 _CLIP_OPTIONS = ("processor", "weights", "revision", "scale")
 REWARDS = {
@@ -24,9 +27,24 @@ REWARDS = {
     "hpsv2": ("weights", "revision", "scale"),
     "hpsv2.1": ("weights", "revision", "scale"),
     "clipscore": _CLIP_OPTIONS,
+    "mps": ("weights", "model", "condition", "revision"),
+    "cyclereward": ("weights", "tokenizer", "revision"),
+    "aesthetic": ("weights", "model", "revision"),
+    "hpsv3": ("weights", "model", "sigma", "revision"),
+    "vqascore": ("model", "question", "revision"),
     "pocket-clip": _CLIP_OPTIONS,
 }
 """Names that :func:`load_reward` knows, each with the options it takes."""
+
+
+_LOADERS: dict[str, Callable[..., Reward]] = {
+    "image_reward": load_image_reward,
+    "mps": load_mps,
+    "cyclereward": load_cycle_reward,
+    "aesthetic": load_aesthetic,
+    "hpsv3": load_hpsv3,
+    "vqascore": load_vqascore,
+}
 
 
 def load_reward(
@@ -51,6 +69,12 @@ def load_reward(
         - ``"hpsv2"``, ``"hpsv2.1"``: cosine (about 0.2 to 0.3), checkpoints of `xswu/HPSv2`, or `weights`.
         - ``"clipscore"``: cosine of `openai/clip-vit-large-patch14` (the image-reward package's CLIPScore);
           ``scale=2.5`` gives the published CLIPScore where the cosine is positive.
+        - ``"mps"``: logit scale times cosine after cross-attention to the words near `condition`.
+        - ``"cyclereward"``: raw head output, `carolineec/CycleReward-Combo`.
+        - ``"aesthetic"``: the LAION aesthetic predictor, about 1 to 10; reads no prompt.
+        - ``"hpsv3"``: the mean of HPSv3, `MizzenAI/HPSv3`; ``sigma=True`` gives its deviation as a second number.
+        - ``"vqascore"``: the probability of "Yes" to `question` by a vision-language model, option `model` (a folder or
+          hub id, Qwen2.5-VL-7B when not given).
         - ``"pocket-clip"``: the reward that ships with this project.
         - a folder or hub id of a `transformers.CLIPModel` with its processor;
         - a run folder of noise-aware checkpoints, whose ``curriculum.json`` names its base under ``reward``;
@@ -119,8 +143,8 @@ def _is_function(source: str) -> bool:
 
 
 def _named(source: str, name: str, options: dict[str, Any]) -> Reward:
-    if source == "image_reward":
-        return load_image_reward(name, **options)
+    if source in _LOADERS:
+        return _LOADERS[source](name, **options)
     if source in HPS_FILES:
         return load_hpsv2(name, version=source, **options)
     if source == "pickscore":

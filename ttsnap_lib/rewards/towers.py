@@ -21,10 +21,10 @@ from ttsnap_lib.style import quiet_loading
 HPS_FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
 """Checkpoint files of the repository `xswu/HPSv2`."""
 
-_CLIP_LORA_TARGETS = r".*vision_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+CLIP_LORA_TARGETS = r".*vision_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 _OPEN_CLIP_LORA_TARGETS = r"visual\.transformer\.resblocks\.\d+\.(attn|mlp\.(c_fc|c_proj))"
 # Buffers that some versions of the libraries wrote and others compute.
-_CLIP_CONSTANTS = (r"(text|vision)_model\.embeddings\.position_ids",)
+CLIP_CONSTANTS = (r"(text|vision)_model\.embeddings\.position_ids",)
 _OPEN_CLIP_CONSTANTS = (r"(.*\.)?attn_mask",)
 
 
@@ -88,7 +88,7 @@ class ClipReward(CosineReward):
         scale: str | float = "logit",
         **options: Any,
     ) -> None:
-        super().__init__(name, module, preprocessing=preprocessing, default_lora_targets=_CLIP_LORA_TARGETS, **options)
+        super().__init__(name, module, preprocessing=preprocessing, default_lora_targets=CLIP_LORA_TARGETS, **options)
         if preprocessing.size != module.config.vision_config.image_size:
             raise RewardError(
                 f"processor of {name} and its model disagree on the image size: got {preprocessing.size}, expected "
@@ -172,20 +172,28 @@ def load_clip(
 
     source = str(source)
     if weights is None:
-        module, info = _pretrained(CLIPModel.from_pretrained, source, "model", revision, output_loading_info=True)
-        refuse_keys(info["missing_keys"], info["unexpected_keys"], source=source, constants=_CLIP_CONSTANTS)
+        module, info = pretrained(CLIPModel.from_pretrained, source, "model", revision, output_loading_info=True)
+        refuse_keys(info["missing_keys"], info["unexpected_keys"], source=source, constants=CLIP_CONSTANTS)
     else:
-        module = CLIPModel(_pretrained(CLIPConfig.from_pretrained, source, "config", revision))
-        load_strict(module, read_state(weights), source=str(weights), constants=_CLIP_CONSTANTS)
+        module = CLIPModel(pretrained(CLIPConfig.from_pretrained, source, "config", revision))
+        load_strict(module, read_state(weights), source=str(weights), constants=CLIP_CONSTANTS)
     if processor is not None and str(processor) != source:
         source, revision = str(processor), None
     # Unless told so, transformers asks on the terminal whether to run code that stands in the folder.
-    tokenizer = _pretrained(AutoTokenizer.from_pretrained, source, "tokenizer", revision, trust_remote_code=False)
-    images = _pretrained(CLIPImageProcessor.from_pretrained, source, "image processor", revision)
+    tokenizer = pretrained(AutoTokenizer.from_pretrained, source, "tokenizer", revision, trust_remote_code=False)
+    images = pretrained(CLIPImageProcessor.from_pretrained, source, "image processor", revision)
     return ClipReward(name, module, tokenizer, from_clip_processor(images, source), **options)
 
 
-def _pretrained(load: Any, source: str, what: str, revision: str | None, **options: Any) -> Any:
+def pretrained(
+    load: Any,
+    source: str,
+    what: str,
+    revision: str | None,
+    *,
+    expected: str = "a CLIPModel, its tokenizer and its CLIPImageProcessor",
+    **options: Any,
+) -> Any:
     """Call a `from_pretrained` and turn its many errors into one that says what to do."""
     local = is_local(source)
     try:
@@ -194,8 +202,8 @@ def _pretrained(load: Any, source: str, what: str, revision: str | None, **optio
     except Exception as error:  # OSError, ValueError, JSON and safetensors errors, all for one bad folder
         if local:
             raise RewardError(
-                f"{what} cannot be loaded ({reason(error)}): got {source!r}, expected a folder with a CLIPModel, its "
-                "tokenizer and its CLIPImageProcessor. Save model and processor into it with save_pretrained(), or "
+                f"{what} cannot be loaded ({reason(error)}): got {source!r}, expected a folder with {expected}. "
+                "Save model and processor into it with save_pretrained(), or "
                 "check the path."
             ) from error
         raise offline_error(source, what, error, revision) from error
