@@ -30,7 +30,7 @@ types: $(STAMP)  ## mypy over the library
 	$(BIN)/mypy
 
 test: lint       ## All quick tests, two files at a time
-	MPLBACKEND=Agg $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	MPLBACKEND=Agg $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP) $(PARITY)/.installed ## The long tests
 	MPLBACKEND=Agg $(BIN)/python -m pytest -q -m slow

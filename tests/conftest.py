@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.reference_data import MISSING, reference_folder
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+# They come first, the longest at the head: with two files at a time both workers then end together.
+LONGEST = (
+    "faults/test_drill.py", "runs/test_sweep.py", "test_readme.py", "runs/test_run.py", "simulation/test_plots.py",
+    "finetuning/test_report.py", "finetuning/test_train.py", "benchmarks/test_device.py", "live/test_run.py",
+    "diffusion/test_families.py", "trajectories/test_generate.py", "commands/test_search.py", "live/test_many.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Put the longest files first."""
+    order = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +56,18 @@ def reference() -> Path:
 
 
 @pytest.fixture(scope="session")
-def pools(reference):
-    """Return the published reward tensors by model, in memory, repeats kept."""
-    from ttsnap_lib import import_published
+def pools(reference, tmp_path_factory):
+    """Return the published reward tensors by model, in memory, repeats kept; one test process imports for all."""
+    from ttsnap_lib import import_published, open_rewards, save_rewards
 
-    with warnings.catch_warnings():
+    base = tmp_path_factory.getbasetemp()
+    kept = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "pools"
+    with FileLock(f"{kept}.lock"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the SDXL pool repeats itself
-        return {model: import_published(reference / "values", model) for model in ("flux", "sdxl")}
+        for model in ("flux", "sdxl"):
+            if not (kept / model).exists():
+                save_rewards(import_published(reference / "values", model), kept / model)
+        return {model: open_rewards(kept / model).load() for model in ("flux", "sdxl")}
 
 
 @pytest.fixture

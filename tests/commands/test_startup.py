@@ -33,21 +33,25 @@ class Watched:
         pass
 sys.stderr = Watched()
 status = main(sys.argv[1:])
+said, unused = list(lines), [name for name in {UNUSED} if name in sys.modules]
+lines.clear()
+status += main([*sys.argv[1:-1], sys.argv[-1] + "-quiet", "--quiet"])
 sys.stderr = terminal
-print(repr((status, lines, [name for name in {UNUSED} if name in sys.modules])))
+print(repr((status, said, unused, lines)))
 """
 
 
-def test_a_search_loads_what_it_needs_and_says_so_from_the_start(tmp_path):
+def test_a_search_loads_what_it_needs_and_says_so_from_the_start_unless_it_is_to_be_quiet(tmp_path):
     command = [sys.executable, "-c", WATCHED, *SEARCH, str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
-    status, lines, unused = ast.literal_eval(done.stdout.splitlines()[-1])
+    status, lines, unused, quiet = ast.literal_eval(done.stdout.splitlines()[-1])
     assert status == 0 and unused == []
     said = [text for text, _ in lines if not text.startswith("candidate steps:")]
     assert said == [f"loading {what} ..." for what in ("torch, diffusers, transformers", "pocket-clip", "pocket-flux")]
     assert lines[0][1] == []  # said before anything heavy was imported
     assert [name for name in lines[len(said) - 1][1] if name in LATE] == []
     assert done.stderr == ""  # nothing of other libraries went past our stream
+    assert quiet == [] and (tmp_path / "out-quiet" / "image.png").is_file()
 
 
 def test_what_is_wrong_with_the_words_is_told_before_torch(tmp_path):
@@ -67,12 +71,6 @@ print([main(shlex.split(line)) for line in {bad}], "torch" in sys.modules)
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, check=True)
     assert done.stdout.split("\n")[0] == f"{[1] * len(bad)} False", done.stderr
     assert [line[:8] for line in done.stderr.splitlines()] == ["ttsnap: "] * len(bad)
-
-
-def test_quiet_says_nothing(tmp_path):
-    command = [sys.executable, "-m", "ttsnap_lib", *SEARCH, str(tmp_path / "out"), "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
-    assert done.stderr == "" and "image.png" in done.stdout
 
 
 def test_colours_are_seaborn_s():

@@ -14,9 +14,9 @@ ALL = [(fault, name) for fault, scenario in SCENARIOS.items() for name in scenar
 # One command each is enough to see that the ways out still work; kills are tried on those that keep most state.
 SHORT = [
     ("kill -9", "generate", 2),
-    ("kill -9", "score", 2),
+    ("kill -9", "score", 1),
     ("kill -9", "finetune", 2),
-    ("kill -9", "search", 2),
+    ("kill -9", "search", 1),
     ("Ctrl-C (SIGINT)", "generate", 1),
     ("disk full, ENOSPC when a file is opened", "search", 1),
     ("file cut short, EFBIG (ulimit -f)", "finetune", 1),
