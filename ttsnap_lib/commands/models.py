@@ -111,8 +111,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     about = (arguments.reward, arguments.reward_option, arguments.noise_aware, arguments.embeddings)
     if not arguments.score and any(about):
         raise ConfigError(
-            "--reward, --reward-option, --noise-aware or --embeddings without --score. Add --score TENSOR.zarr, or run `ttsnap score` "
-            "on the folder afterwards."
+            "--reward, --reward-option, --noise-aware or --embeddings without --score. Add --score TENSOR.zarr, or run "
+            "`ttsnap score` on the folder afterwards."
         )
 
     say_loading(arguments, "torch, diffusers, transformers")
