@@ -43,6 +43,7 @@ from ttsnap_lib.live import run
 from ttsnap_lib.live.measure import count_tflops, measure_costs
 from ttsnap_lib.live.record import SearchRecord
 from ttsnap_lib.rewards.loading import load_reward
+from ttsnap_lib.tensors.spread import SpreadWarning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -178,6 +179,15 @@ def test_numbers_of_one_reward_select_jointly_or_are_reported(flux):
     assert looks.winner == pruned_winner(looks.record)
     with pytest.raises(RewardError, match="seen reads the metadata"):
         tiny_search(flux, seen)
+
+
+def test_rewards_that_say_nothing_or_outvote_the_others_are_told(flux, clip):
+    dull = load_reward(lambda prompts, images: [1.0] * len(images), name="dull")
+    with pytest.warns(SpreadWarning, match=r"say nothing there: dull in 1 of 1 prompts") as told:
+        tiny_search(flux, [clip, dull], schedule=SCHEDULE)
+    assert len(told) == 1
+    with pytest.warns(SpreadWarning, match=r"weighted_sum adds up rewards of different scale.*brightness decides"):
+        tiny_search(flux, [clip, brightness], combine="weighted_sum", weights=[1.0, 100.0])
 
 
 def test_negtome_is_off_by_default_and_pruning_waits_for_its_end(flux, clip, whole):

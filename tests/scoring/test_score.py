@@ -25,6 +25,7 @@ from ttsnap_lib.errors import CheckpointError, ConfigError, DiskError, RewardErr
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.scoring.score import InlineScorer, generate_scores, open_scorer, score
 from ttsnap_lib.simulation.simulate import TinyChecksWarning
+from ttsnap_lib.tensors.spread import SpreadWarning
 from ttsnap_lib.tensors.tensor import drop_missing
 from ttsnap_lib.trajectories.generate import BatchMaker, generate
 from ttsnap_lib.trajectories.read import Trajectories
@@ -152,6 +153,18 @@ def test_one_of_several_numbers_may_be_missing(folder, tmp_path):
     base = open_rewards(tmp_path / "r.zarr")["base"].values
     assert (base[0] == 1).all() and 0 < np.isnan(base[1]).sum() == len(report.skipped) < base[1].size
     assert {entry.reward for entry in report.skipped} == {"half.second"}
+
+
+def test_a_reward_that_says_nothing_within_prompts_is_told(folder, tmp_path):
+    def by_prompt(prompts, images):
+        return [
+            float(len(prompt)) if "cat" in prompt[:8] else np.asarray(image).mean()
+            for prompt, image in zip(prompts, images, strict=True)
+        ]
+
+    with pytest.warns(SpreadWarning, match=r"say nothing there: by_prompt in 1 of 3 prompts") as told:
+        score(folder, [by_prompt, brightness], tmp_path / "r.zarr", steps=[0, 2])
+    assert len(told) == 1
 
 
 def test_metadata_that_is_read_and_not_there_is_told_before_any_work(folder, tmp_path):

@@ -41,6 +41,7 @@ from ttsnap_lib.rewards.base import require_metadata
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.schedule import Schedule, kept, selecting_rewards
 from ttsnap_lib.sets import check_set, choose_set, pairwise_distances
+from ttsnap_lib.tensors.spread import tell_spreads
 
 if TYPE_CHECKING:
     from ttsnap_lib.diffusion.negtome import NegToMe
@@ -440,6 +441,9 @@ class Searcher:
             start += len(batch)
             for place in np.setdiff1d(batch[:, 0], rows[start:, 0]):  # all of its candidates have their score
                 self._prune(k, self.work[place])
+        if k == 0:
+            scores = np.stack([one.record.scores[:, 0] for one in self.work])
+            tell_spreads(scores, self.names, self.selecting, self.weights)
         going = {(place, int(candidate)) for place, one in enumerate(self.work) for candidate in one.alive}
         stay = [index for index, row in enumerate(rows.tolist()) if tuple(row) in going]
         return Candidates.cat(parts).take(stay) if stay else None, rows[stay]

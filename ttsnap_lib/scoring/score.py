@@ -24,6 +24,7 @@ from ttsnap_lib.rewards.base import Reward, require_metadata
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.schedule import Draft
 from ttsnap_lib.scoring.store import RewardPlan, RewardStore, open_store
+from ttsnap_lib.tensors.spread import flat, tell_flat
 from ttsnap_lib.trajectories.identity import start_of
 from ttsnap_lib.trajectories.prompts import PromptList, read_prompts
 from ttsnap_lib.trajectories.read import Trajectories
@@ -538,6 +539,7 @@ def open_scorer(
         scorer = Scorer(store, plan_work(store, rewards, steps, n_images, eye), prompts, where, skip)
         scorer.report.embedding_bytes = 0 if eye is None else store.embedding_bytes
         yield scorer
+        tell_flat(scorer.flat, stacklevel=4)
 
 
 class Scorer:
@@ -559,6 +561,8 @@ class Scorer:
         self.clock = Clock()
         self.report = ScoreReport(store.path, seconds=self.clock.seconds)
         self._column = {step: k for k, step in enumerate(store.steps)}
+        self.flat: dict[str, tuple[int, int]] = {}
+        """By reward: prompts whose pictures all have the same score, or none, at the last step scored; of how many."""
 
     def take(self, portion: Portion) -> bool:
         """Score some pictures by every call of their work; return whether the work is through."""
@@ -578,6 +582,7 @@ class Scorer:
         if work.done < len(work):
             return False
         self.settle(work)
+        self._look(work)
         with self.clock("write"):
             self.store.write(work.prompt, work.values, work.embedding)
         work.values, work.embedding = {}, None
@@ -617,6 +622,14 @@ class Scorer:
             step, image = one.slots[k]
             if k not in one.reasons:
                 work.embedding[image, self._column[step]] = row
+
+    def _look(self, work: Work) -> None:
+        """Note whether the base rewards say anything within the prompt."""
+        for call in work.calls if work.n_images > 1 else ():
+            for name in call.reward.names if call.variant == "base" else ():
+                last = work.values[name, "base"][: work.n_images, self._column[max(call.steps)]]
+                n, of = self.flat.get(name, (0, 0))
+                self.flat[name] = n + int(flat(last)), of + 1
 
     def _keep(self, work: Work, one: Scored, name: str, values: np.ndarray) -> None:
         """Put one reward's scores of some pictures into the table of their work; a missing one is listed, or raised."""

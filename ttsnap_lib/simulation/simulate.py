@@ -28,6 +28,7 @@ from ttsnap_lib.simulation.metrics import (
     relative_gain_of,
 )
 from ttsnap_lib.simulation.pruning import NaNRead, prune_columns, step_positions
+from ttsnap_lib.tensors.spread import tell_spreads
 from ttsnap_lib.tensors.tensor import RepeatedImagesWarning, check_rewards, drop_repeats, read_steps, repeated_images
 
 if TYPE_CHECKING:
@@ -332,6 +333,7 @@ def curves(
 
     values = read_steps(dataset["base"], [-1])[:, :, 0, :]
     tell_repeats(dataset, values)
+    tell_spreads(values, names, selecting, shares)
     if positions and cost is not None:
         tell_tiny_checks(dataset, cost)
     shape = candidates.shape

@@ -24,6 +24,7 @@ from ttsnap_lib.simulation.simulate import (
     tell_repeats,
     tell_tiny_checks,
 )
+from ttsnap_lib.tensors.spread import tell_spreads
 from ttsnap_lib.tensors.tensor import check_rewards, drop_repeats, noise_aware_steps, read_steps
 from ttsnap_lib.tuning.race import Goals, Race, Scorer, Selection, Trial, best_indices
 from ttsnap_lib.tuning.space import SearchSpace
@@ -363,6 +364,7 @@ def make_setup(
     checks = read_steps(dataset[VARIABLE[method]], [scored.index(step) for step in wanted])
     final = read_steps(dataset["base"], [-1])[:, :, 0, :]
     tell_repeats(dataset, final)
+    tell_spreads(final, names, selecting, shares)
     tell_tiny_checks(dataset, cost)
     read = np.concatenate([tune_at, test_at])
     for name, values in (("final rewards", final[read]), (f"{method} rewards at the checks", checks[read])):
