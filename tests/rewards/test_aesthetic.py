@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 from transformers import CLIPModel
 
-from tests.worlds import as_tensor, embedding, make_images, save_clip
+from tests.worlds import as_tensor, embedding, make_bank, make_images, save_clip, small_config
 from ttsnap_lib.errors import RewardError
 from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.rewards.pixels import CLIP_MEAN, CLIP_STD
@@ -90,3 +90,17 @@ def test_a_head_or_a_tower_that_does_not_fit(files, clip_folder, tmp_path):
     )
     refused({key: value for key, value in state.items() if "0." not in key}, folder, "2 missing and 0 unexpected")
     refused(state, clip_folder, "projection_dim of .*: got 64, expected an integer of 768|got 64")
+
+
+def test_it_becomes_noise_aware(files, tmp_path):
+    from ttsnap_lib.finetuning.train import finetune
+
+    given = {"model": files[0], "weights": files[0] / "head.pth", "device": "cpu"}
+    images = make_images(3)
+    base = load_reward("aesthetic", **given).score("", images)
+    finetune(
+        make_bank(), tmp_path / "run", small_config("aesthetic", steps=(2,)), reward=load_reward("aesthetic", **given)
+    )
+    tuned = load_reward("aesthetic", adapters=tmp_path / "run", **given)
+    np.testing.assert_allclose(tuned.score("", images), base, rtol=1e-4, atol=1e-5)
+    assert np.abs(tuned.use_step(2).score("", images) - base).max() > 1e-4

@@ -10,7 +10,7 @@ from torch import einsum
 from torch.nn import functional
 from transformers import AutoTokenizer, CLIPModel
 
-from tests.worlds import PROMPTS, as_tensor, embedding, pillow_processor, save_clip
+from tests.worlds import PROMPTS, as_tensor, embedding, make_bank, pillow_processor, save_clip, small_config
 from ttsnap_lib.errors import RewardError
 from ttsnap_lib.rewards import mps
 from ttsnap_lib.rewards.loading import load_reward
@@ -161,3 +161,15 @@ def test_the_condition_counts_and_weights_have_to_fit(mps_files, images, tmp_pat
     torch.save({key: value for key, value in state.items() if "to_kv" not in key}, tmp_path / "bad.pt")
     with pytest.raises(RewardError, match=r"4 missing and 0 unexpected keys.*to_kv"):
         load_reward("mps", **{**given, "weights": tmp_path / "bad.pt"})
+
+
+def test_it_becomes_noise_aware(mps_files, images, tmp_path):
+    from ttsnap_lib.finetuning.train import finetune
+
+    folder, _, _ = mps_files
+    given = {"model": folder, "weights": folder / "authors.pt", "device": "cpu"}
+    base = load_reward("mps", **given).score(PROMPTS, images)
+    finetune(make_bank(), tmp_path / "run", small_config("mps", steps=(2,)), reward=load_reward("mps", **given))
+    tuned = load_reward("mps", adapters=tmp_path / "run", **given)
+    np.testing.assert_allclose(tuned.score(PROMPTS, images), base, rtol=1e-4, atol=1e-5)
+    assert np.abs(tuned.use_step(2).score(PROMPTS, images) - base).max() > 1e-3
