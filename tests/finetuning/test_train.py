@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.launch import environment, launcher
-from tests.worlds import make_bank, save_clip, small_config
+from tests.worlds import Looks, make_bank, save_clip, small_config
 from ttsnap_lib.errors import CheckpointError, ConfigError, CurriculumError
 from ttsnap_lib.finetuning import train as loop_module
 from ttsnap_lib.finetuning.batches import batch_loss
@@ -330,6 +330,22 @@ def test_a_loss_that_is_not_finite_names_step_and_batch(clip, bank, tmp_path, mo
     finetune(bank, tmp_path / "run", config, device="cpu")
     finetune(bank, tmp_path / "whole", config, device="cpu")
     assert same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_reward_that_reads_no_prompt_is_trained(clip, bank, tmp_path):
+    class Mean(Looks):
+        outputs = ()
+
+        def forward(self, pixels, text):
+            return super().forward(pixels, text)[:, 0]
+
+    config = small_config(clip, method="full", learning_rate=1e-3)
+    table = finetune(bank, tmp_path / "run", config, validation=bank, device="cpu", reward=Mean()).table
+    assert (table["after_mse"] < table["base_mse"]).all()
+    with pytest.raises(
+        CurriculumError, match=r"several numbers, or reads metadata: got \('looks.mean', 'looks.sigma'\)"
+    ):
+        finetune(bank, tmp_path / "other", config, reward=Looks())
 
 
 def test_rewards_that_cannot_be_trained(clip, bank, tmp_path):
