@@ -7,6 +7,7 @@ import os
 import warnings
 from pathlib import Path
 
+import hypothesis
 import pytest
 from filelock import FileLock
 
@@ -14,6 +15,9 @@ from tests.reference_data import MISSING, reference_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Machines that run the tests are shared: how long an example takes says nothing.
+hypothesis.settings.register_profile("shared", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("shared")
 
 # They come first, the longest at the head: with two files at a time both workers then end together.
 LONGEST = (

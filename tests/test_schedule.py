@@ -76,7 +76,7 @@ def test_bad_yaml(content):
         Schedule.from_yaml(Path("nowhere.yaml"))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_stage_by_stage_equals_prune(data):
     n, rewards = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 3))
@@ -98,7 +98,7 @@ def test_ties_go_to_the_first_and_the_order_stays():
     assert choose(np.array([[3.0], [1.0], [2.0]]), 2).tolist() == [0, 2]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(high=st.tuples(FLOATS, FLOATS), low=st.tuples(FLOATS, FLOATS), weight=st.sampled_from([1.0, 0.5, 3.0]))
 def test_two_candidates_on_which_two_rewards_disagree_are_a_tie(high, low, weight):
     """Their z-scores are +1 and -1 each, so that the sums are equal but for rounding: the lower index wins."""

@@ -42,7 +42,7 @@ def test_without_diversity_it_is_the_best_scores_and_the_winner_always_comes_fir
             assert diverse[0] == plain[0] == choose(scores, 1, combine, weights)[0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(2, 5), st.floats(0.01, 3))
 def test_each_is_the_one_that_adds_most_and_sets_of_candidates_do_not_mix(seed, keep, diversity):
     scores, distances = _pool(np.random.default_rng(seed), rewards=1, leading=(3,))

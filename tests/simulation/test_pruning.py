@@ -42,7 +42,7 @@ def cases(draw):
     return rewards, subsets, schedule
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases(), st.sampled_from(["rank_sum", "z_score", "weighted_sum"]))
 def test_prune_equals_the_plain_statement_of_the_rule(case, combine):
     rewards, subsets, schedule = case

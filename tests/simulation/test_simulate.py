@@ -107,7 +107,7 @@ def test_reported_rewards_do_not_select(tensor):
     assert np.array_equal(chosen.winners, weighted.winners)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_never_over_budget(data):
     tensor = synthetic_rewards(3, 40, 8)
