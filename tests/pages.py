@@ -107,7 +107,9 @@ def make_world(folder: Path, page: Path) -> dict[str, str]:
         (code for source in (page, ROOT / "README.md") for language, code in blocks(source) if language == "yaml")
     )
     shutil.copy(ROOT / "tests" / "cases" / "reward" / "my_reward.py", folder)
-    (folder / "grid.yaml").write_text(grid.replace("TENSOR", "tensor.zarr"))
+    (folder / "grid.yaml").write_text(
+        grid.replace("TENSOR", "tensor.zarr").replace("[flux-512+image_reward, published]", "[published]")
+    )
     rng = np.random.default_rng(0)
     numbers = (2, 3) if "PICTURES" in page.read_text("utf-8") else ()
     for prompt, image, step in itertools.product(numbers, range(8), range(20)):

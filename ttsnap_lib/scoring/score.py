@@ -25,7 +25,7 @@ from ttsnap_lib.rewards.loading import load_reward
 from ttsnap_lib.schedule import Draft
 from ttsnap_lib.scoring.store import RewardPlan, RewardStore, open_store
 from ttsnap_lib.tensors.spread import flat, tell_flat
-from ttsnap_lib.trajectories.identity import start_of
+from ttsnap_lib.trajectories.layout import start_of
 from ttsnap_lib.trajectories.prompts import PromptList, read_prompts
 from ttsnap_lib.trajectories.read import Trajectories
 

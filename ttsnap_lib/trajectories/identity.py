@@ -21,10 +21,6 @@ from ttsnap_lib.provenance import git_state, now, versions
 
 SEED_RULE = "SeedSequence([seed, prompt, image]).generate_state(1, uint64) & (2**63 - 1), torch CPU generator, fp32"
 
-_START = (
-    "model", "weights", "lora", "seed", "guidance", "true_guidance", "height", "width", "max_sequence_length",
-    "negative_prompt", "negtome", "prompt_embeds",
-)  # fmt: skip
 _SAMPLES = 16  # values of each tensor that go into a digest
 
 
@@ -44,15 +40,6 @@ def identity_of(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
         **denoiser.settings.to_dict(),
         **more,
     }
-
-
-def start_of(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of an identity a draft of fewer steps has to share with the full run; long values as digests.
-
-    Not the scheduler: its configuration gains keys with versions of diffusers.
-    """
-    told = {name: identity[name] for name in _START if identity.get(name) not in (None, {}, [])}
-    return {name: value if isinstance(value, int | float | str) else digest(value) for name, value in told.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ttsnap_lib.checks import MAX_IMAGES, MAX_PIXELS, MAX_STEPS, choice, integer
 from ttsnap_lib.errors import TrajectoryError
-from ttsnap_lib.files import HIDDEN, as_path, failures_as, read_bytes, read_json, refuse_other, write_json
+from ttsnap_lib.files import HIDDEN, as_path, digest, failures_as, read_bytes, read_json, refuse_other, write_json
 from ttsnap_lib.rewards.pictures import open_picture
 from ttsnap_lib.trajectories.prompts import check_prompts
 
@@ -38,6 +38,10 @@ _PART = re.compile(r"\.id(\d{3,})\..+\.(?:part|old)")
 _SCHEMA = 1
 _GIVEN = "prompt_embeds"  # in an identity: a digest of the embeddings of each prompt, where they were given
 _PROVENANCE_KEPT = 100
+_START = (
+    "model", "weights", "lora", "seed", "guidance", "true_guidance", "height", "width", "max_sequence_length",
+    "negative_prompt", "negtome", "prompt_embeds",
+)  # fmt: skip
 
 
 # Pictures
@@ -364,3 +368,12 @@ def comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str
         old, new = ({**one, _GIVEN: one[_GIVEN][:n]} for one in (old, new))
     skip += [key for key in ("vae", "timesteps") if key not in old or key not in new]
     return {key: old[key] for key in old if key not in skip}, {key: new[key] for key in new if key not in skip}
+
+
+def start_of(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of an identity a draft of fewer steps has to share with the full run; long values as digests.
+
+    Not the scheduler: its configuration gains keys with versions of diffusers.
+    """
+    told = {name: identity[name] for name in _START if identity.get(name) not in (None, {}, [])}
+    return {name: value if isinstance(value, int | float | str) else digest(value) for name, value in told.items()}
