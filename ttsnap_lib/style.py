@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +34,7 @@ _REWARD_LABELS = {
     "oracle_score": "oracle",
 }
 _open_bars: list[Any] = []
+_paper_width: contextvars.ContextVar[float | None] = contextvars.ContextVar("paper_width", default=None)  # in inches
 
 
 def reward_label(name: str) -> str:
@@ -52,26 +54,37 @@ def method_style(method: str) -> dict:
 
 
 def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """Return `ax`, or the axes of a new figure of `size` in inches."""
+    """Return `ax`, or the axes of a new figure of `size` in inches, which a paper makes smaller."""
     if ax is not None:
         return ax
     import matplotlib.pyplot as plt
 
-    return plt.subplots(figsize=size, layout="constrained")[1]
+    return plt.subplots(figsize=figure_size(*size), layout="constrained")[1]
+
+
+def figure_size(width: float, height: float) -> tuple[float, float]:
+    """Return the size of a new figure in inches; inside :func:`paper_style` as wide as the paper has it."""
+    paper = _paper_width.get()
+    # Type does not shrink with a figure, so its height shrinks less than its width.
+    return (width, height) if paper is None else (paper, height * min(1.0, max(paper / width, 0.7)))
 
 
 @contextlib.contextmanager
 def paper_style(width: str = "column") -> Iterator[None]:
     """Return a context for the figures of a paper: as wide as a ``"column"`` or the ``"page"``, small type, text as text.
 
-    Inside, draw into axes of your own: ``figure, ax = plt.subplots(layout="constrained")``, ``speed_up(..., ax=ax)``.
+    It holds for the figures that the plots make themselves, and for axes of your own: ``figure, ax = plt.subplots(...)``.
     """
     import matplotlib.pyplot as plt
 
     inches = {"column": 3.3, "page": 6.8}[choice("width", width, ("column", "page"))]
     small: dict[Any, Any] = dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 7)
-    with plt.rc_context({"figure.figsize": (inches, 2.4), "font.size": 8, "pdf.fonttype": 42, **small}):
-        yield
+    token = _paper_width.set(inches)
+    try:
+        with plt.rc_context({"figure.figsize": (inches, 2.4), "font.size": 8, "pdf.fonttype": 42, **small}):
+            yield
+    finally:
+        _paper_width.reset(token)
 
 
 def tidy(ax: Axes, grid: Literal["x", "y"] = "y") -> Axes:

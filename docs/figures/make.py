@@ -78,14 +78,15 @@ def draw_published(values: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pools that repeat themselves
         dataset = import_published(values, "flux", ["image_reward", "pickscore"])
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
-    for reward, ax in zip(("image_reward", "pickscore"), axes, strict=True):
+    figure, axes = plt.subplots(2, 2, figsize=(10.8, 5.6), layout="constrained", sharex="col", height_ratios=(3, 2))
+    for k, reward in enumerate(("image_reward", "pickscore")):
         cost = CostModel.preset(f"flux-512+{reward}")
         result = simulate.curves(
             dataset.sel(reward=[reward]), ["best_of_n", "ttsp", "ttsnap"], [k * cost.total(1) for k in range(2, 21)],
             cost, PUBLISHED_SCHEDULE, iterations=200, rng=0,
         )  # fmt: skip
-        plots.reward_against_budget(result.frame(), reward, unit=cost.unit, ax=ax)
+        plots.reward_panels(result, cost, axes=axes[:, [k]])
+        print(plots.headline(result, cost))
         print(f"published, {reward}:\n{result.relative_gains().round(1).to_string(index=False)}")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)

@@ -380,8 +380,17 @@ def test_pictures_of_a_comparison(whole):
 
     frame = whole[1]
     ax = per_prompt({"best_of_n": frame, "ttsnap": frame.iloc[1:].assign(clip=frame["clip"] + 1)}, "clip")
-    drawn = {line.get_label(): line.get_ydata() for line in ax.get_lines()}
-    np.testing.assert_allclose(drawn["Best-of-N"], frame["clip"])
-    np.testing.assert_allclose(drawn["TTSnap"][1:], frame["clip"][1:] + 1)
-    assert np.isnan(drawn["TTSnap"][0])
+    drawn = {line.get_label(): line.get_xdata() for line in ax.get_lines()}
+    order = [*range(1, len(frame)), 0]  # all gain 1, but the first prompt has no TTSnap
+    np.testing.assert_allclose(drawn["Best-of-N"], frame["clip"].iloc[order])
+    np.testing.assert_allclose(drawn["TTSnap"][:-1], frame["clip"][1:] + 1)
+    assert np.isnan(drawn["TTSnap"][-1]) and ax.texts[0].get_text() == "+1.000" and ax.texts[-1].get_text() == ""
+    assert ax.get_yticklabels()[0].get_text() == f"{frame['prompt'][1]}  1"
+    plt.close(ax.figure)
+    many = pd.DataFrame({"prompt_index": range(40), "prompt": "a ring", "clip": 0.0})
+    ax = per_prompt({"best_of_n": many, "ttsnap": many.assign(clip=np.arange(40.0))}, "clip", most=10)
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        f"a ring  {k}" for k in (39, 38, 37, 36, 35, 4, 3, 2, 1, 0)
+    ]
+    assert "30 prompts between them" in [text.get_text() for text in ax.texts]
     plt.close(ax.figure)

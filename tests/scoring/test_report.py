@@ -65,9 +65,15 @@ def test_best_and_worst(dataset):
 def test_figures_show_what_they_say(dataset, tmp_path):
     both = plots_scores.reward_histograms(dataset, bins=40)
     assert len(both.axes) == 4 * 2
-    assert [ax.get_xlabel().split(" (")[0] for ax in both.axes[-2:]] == [
+    assert [ax.get_xlabel().split(",")[0] for ax in both.axes[-2:]] == [
         reward_label(str(r)) for r in dataset["reward"].values
     ]
+    # What differs between prompts alone is not seen: shifted as a whole, a prompt has the same histogram.
+    wide = {name: dataset[name].astype(float) for name in ("base", "noise_aware")}
+    shifted = {name: values + 100 * dataset["prompt"] for name, values in wide.items()}
+    both, shifted = (plots_scores.reward_histograms(dataset.assign(values), bins=40) for values in (wide, shifted))
+    heights = [[patch.get_height() for ax in figure.axes for patch in ax.patches[:40]] for figure in (both, shifted)]
+    assert heights[0] == heights[1]
     figure = plots_scores.reward_histograms(dataset.isel(reward=[0]), bins=40)
     assert [ax.get_ylabel() for ax in figure.axes] == [f"step {k}" for k in range(4)]
     drawn = [sum(patch.get_height() for patch in ax.patches[:40]) for ax in figure.axes]

@@ -118,6 +118,8 @@ def test_a_paper_gets_narrow_figures_and_a_latex_table(two_methods):
     with plots.paper_style("column"):
         figure, ax = plt.subplots(layout="constrained")
         plots.speed_up(two_methods, CostModel.load(PRESET), "image_reward", ax=ax)
+        own = [plots.reward_panels(two_methods, CostModel.load(PRESET)), plots.gain_dots(gains).figure]
+    assert [one.get_figwidth() for one in own] == [3.3, 3.3] and plots.gain_dots(gains).figure.get_figwidth() == 5.2
     assert figure.get_figwidth() == 3.3 and ax.texts[0].get_fontsize() < 7 < plt.rcParams["font.size"]
 
 
@@ -140,6 +142,8 @@ def test_survivor_funnel():
 def test_the_table_sets_the_methods_side_by_side(two_methods):
     result = two_methods
     table, frame = by_budget(result, "TFLOPs"), result.frame()
+    page = plots.unbroken(table).to_html()
+    assert "text-align: center" in page and page.count("cannot run") == 0 and page.count("<tr>") == 2 * 3 + 3
     assert table.index.names == ["reward", "budget (TFLOPs)"] and len(table) == 2 * 3
     assert list(dict.fromkeys(table.columns.get_level_values(0))) == ["Best-of-N", "TTSnap"]
     assert ("Best-of-N", "over Best-of-N") not in table.columns

@@ -148,6 +148,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
         where = f" at {failure['cell']}" if failure["cell"] else ""
         print(f"failed: {failure['label']}{where}: {failure['last_line']}", file=sys.stderr)
         print(f"        {failure['folder']}/executed.ipynb", file=sys.stderr)
+    if result.compared is not None and not arguments.quiet:
+        from ttsnap_lib.runs.compare import comparison_text
+
+        print(f"\n{comparison_text(result.compared).to_string(index=False)}\n", file=sys.stderr)
     print(result.folder)
     return 1 if result.failed else 0
 

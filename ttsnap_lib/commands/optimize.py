@@ -114,10 +114,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         "prompts": parse_range("--prompts", arguments.prompts, int) if arguments.prompts else None,
         "seed": arguments.seed, "combine": arguments.combine, "distinct": arguments.distinct,
     }  # fmt: skip
-    table = compare_schedules(dataset, cost, budgets, given, arguments.method, **shared)
-    order = table["gain"].sort_values(ascending=False, na_position="last").index
-    table = compare_schedules(dataset, cost, budgets, [given[k] for k in order], arguments.method, **shared)
-    labels = [words[k] if not words[k].lstrip().startswith("{") else str(given[k]) for k in order]
+    table = compare_schedules(dataset, cost, budgets, given, arguments.method, best_first=True, **shared)
+    labels = [words[k] if not words[k].lstrip().startswith("{") else str(given[k]) for k in table.index]
     print(f"cost {name}, budgets {arguments.budgets} finished images\n")
     shown = flatness_table(table)
     shown.insert(

@@ -182,22 +182,44 @@ def batch_curve(by_batch: pd.DataFrame) -> Figure:
     return figure
 
 
-def per_prompt(frames: Mapping[str, pd.DataFrame], reward: str, *, ax: Axes | None = None) -> Axes:
-    """Plot the reward of the chosen image of each prompt by method; a line joins the methods at each prompt.
+def per_prompt(frames: Mapping[str, pd.DataFrame], reward: str, *, most: int = 24, ax: Axes | None = None) -> Axes:
+    """Plot the reward of each prompt's chosen image by method, a row a prompt, with its text and its gain, sorted by the gain.
 
-    `frames` maps a method to the table of :func:`ttsnap_lib.live.many.search_many`.
+    `frames` maps a method to the table of :func:`ttsnap_lib.live.many.search_many`; the gain is that of the last method over
+    the first. Of more than `most` prompts those that gain most and those that lose most are drawn.
     """
-    ax = axes_or_new(ax, (6.4, 3.2))
+    import textwrap
+
     values = {method: frame.set_index("prompt_index")[reward].astype(float) for method, frame in frames.items()}
-    prompts = sorted(set().union(*(series.index for series in values.values())))
-    table = np.array([series.reindex(prompts).to_numpy() for series in values.values()])
-    ax.vlines(prompts, np.nanmin(table, axis=0), np.nanmax(table, axis=0), color="0.8", linewidth=2, zorder=1)
+    texts: dict[Any, str] = {}
+    for frame in frames.values():
+        texts |= dict(zip(frame["prompt_index"], frame["prompt"], strict=True))
+    table = np.array([series.reindex(list(texts)).to_numpy() for series in values.values()])
+    gain = table[-1] - table[0]
+    order = np.argsort(-gain, kind="stable")  # what a method lacks comes last
+    shown = order if len(order) <= most else np.r_[order[: most - most // 2], order[len(order) - most // 2 :]]
+    rows, left_out = np.arange(len(shown), dtype=float), len(order) - len(shown)
+    if left_out:
+        rows[most - most // 2 :] += 1  # room for a line of words
+    ax = axes_or_new(ax, (8.2, 1.0 + 0.24 * (rows[-1] + 1)))
+    ax.hlines(
+        rows, np.nanmin(table[:, shown], axis=0), np.nanmax(table[:, shown], axis=0), color="0.8", linewidth=2, zorder=1
+    )
     for method, row in zip(values, table, strict=True):
         style = method_style(method) | {"linestyle": "none"}
-        ax.plot(prompts, row, label=METHOD_LABELS.get(method, method), zorder=2, **style)
-    ax.set(
-        xlabel="prompt", ylabel=f"{reward_label(reward)} of the chosen image", xticks=prompts[:: -(-len(prompts) // 20)]
-    )
-    ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+        ax.plot(row[shown], rows, label=METHOD_LABELS.get(method, method), markersize=5, zorder=2, **style)
+    for y, one in zip(rows, gain[shown], strict=True):
+        told = "" if np.isnan(one) else f"{one:+.3f}"
+        ax.annotate(told, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=8,
+                    color=method_style(list(values)[-1] if one > 0 else "best_of_n")["color"])  # fmt: skip
+    if left_out:
+        ax.annotate(f"{left_out} prompts between them", (0.5, most - most // 2), xycoords=("axes fraction", "data"),
+                    ha="center", va="center", fontsize=8, color="0.45")  # fmt: skip
+    numbers = list(texts)
+    names = [f"{textwrap.shorten(texts[numbers[k]], 64, placeholder=' ...')}  {numbers[k]}" for k in shown]
+    ax.set_yticks(rows, names, fontsize=8)
+    ax.set_ylim(rows[-1] + 0.6, -0.6)
+    ax.set_xlabel(f"{reward_label(reward)} of the chosen image (right: the gain)")
+    ax.tick_params(axis="y", length=0)
+    ax.legend(frameon=False, ncols=len(values), loc="lower left", bbox_to_anchor=(0, 1))
+    return tidy(ax, "x")

@@ -5,12 +5,17 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ttsnap_lib.errors import RunError
 from ttsnap_lib.files import as_path, atomic_write, failures_as, read_if_whole
+from ttsnap_lib.runs.compare import comparison_text
+from ttsnap_lib.style import method_label, reward_label
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _MOST_ROWS = 500
 _PROVENANCE = ("git", "device", "seed", "started", "ended", "elapsed_s", "workers", "reused", "notebook_sha256",
@@ -22,6 +27,8 @@ _HEAD = """<!DOCTYPE html>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
 table {{ border-collapse: collapse; font-size: 13px; }} td, th {{ padding: .2rem .6rem; text-align: left; }}
+.jp-RenderedHTMLCommon {{ overflow-x: auto; }}
+.jp-RenderedHTMLCommon table.dataframe td, .jp-RenderedHTMLCommon table.dataframe th {{ text-align: right; }}
 img {{ max-width: 100%; }} pre {{ white-space: pre-wrap; }} .anchor-link {{ display: none; }}
 </style></head>
 <body><h1>{title}</h1>
@@ -62,20 +69,48 @@ def _run_parts(folder: Path, manifest: Mapping[str, Any]) -> tuple[str, dict[str
 def _sweep_parts(folder: Path, sweep: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     import pandas as pd
 
-    parts = {}
+    parts, parameters = {}, [run.get("parameters", {}) for run in sweep["runs"]]
+    same = {name: value for name, value in parameters[0].items() if all(one.get(name) == value for one in parameters)}
+    if same and len(parameters) > 1:
+        parts["The same in all runs"] = _mapping(same)
     if sweep.get("failed"):
         columns = ["label", "cell", "last_line", "folder"]
         parts["Failed"] = pd.DataFrame(sweep["failed"], columns=columns).to_html(index=False, border=0)
+    if (folder / "compared.parquet").exists():
+        table = comparison_text(told := pd.read_parquet(folder / "compared.parquet"))
+        what = ", ".join([*map(method_label, told["method"].unique()), *map(reward_label, told["reward"].unique())])
+        parts[f"Runs compared, the best first ({html.escape(what)})"] = _image(folder / "compared.png") + _table(
+            table, list(table.columns[1:3])
+        )
     if (folder / "summary.png").exists():
-        data = base64.b64encode((folder / "summary.png").read_bytes()).decode()
-        parts["Summary"] = f'<img alt="summary" src="data:image/png;base64,{data}">'
+        parts["Summary"] = _image(folder / "summary.png")
     if (folder / "results.parquet").exists():
         frame = pd.read_parquet(folder / "results.parquet")
+        if len(parameters) > 1:
+            frame = frame.drop(columns=[f"{name}{end}" for name in same for end in ("", "_parameter")], errors="ignore")
         shown = f"{min(len(frame), _MOST_ROWS)} of {len(frame)} rows"
-        parts[f"Results ({shown})"] = frame.head(_MOST_ROWS).to_html(index=False, border=0)
+        parts[f"Results ({shown})"] = _table(frame.head(_MOST_ROWS))
     complete = sum(run["status"] == "complete" for run in sweep["runs"])
     title = f"{sweep['notebook']} - sweep {sweep['name']}: {complete} of {len(sweep['runs'])} runs complete"
     return title, parts
+
+
+def _image(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{path.stem}" src="data:image/png;base64,{data}">'
+
+
+def _table(frame: pd.DataFrame, right: Sequence[str] = ()) -> str:
+    """Return a table with its heads over their own columns: numbers, and the columns of `right`, stand right, text left."""
+    numbers = [*frame.select_dtypes("number").columns, *right]
+    styled = (
+        frame.style.hide(axis="index")
+        .format(escape="html")
+        .format("{:.4g}", subset=frame.select_dtypes("float").columns)
+    )
+    return styled.set_table_styles(
+        {name: [{"selector": "", "props": "text-align: right"}] for name in numbers}
+    ).to_html()
 
 
 def _mapping(content: Mapping[str, Any]) -> str:

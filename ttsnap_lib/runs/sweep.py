@@ -22,6 +22,7 @@ from ttsnap_lib.checks import integer, known_keys, plain_name, real, text
 from ttsnap_lib.errors import ConfigError, RunError, TTSnapError
 from ttsnap_lib.files import as_path, cores, data_cache, lock, read_yaml, write_json
 from ttsnap_lib.provenance import device, git_state, now, versions
+from ttsnap_lib.runs.compare import compare_runs, write_comparison
 from ttsnap_lib.runs.parameters import declared_parameters, parameter_hash, read_notebook, resolve
 from ttsnap_lib.runs.run import KERNEL_DIED, Plan, find_notebook, finished, plan, run, write_figure, write_table
 from ttsnap_lib.style import progress_bar
@@ -122,13 +123,15 @@ class SweepResult:
 
     ``folder`` holds ``results.csv``, ``results.parquet``, ``summary.png`` and ``sweep.json``; ``table`` has the
     parameters as first columns, then each run's results, in the sweep's order; ``failed`` tells of each failed run its
-    label, parameters, folder, cell and last_line; ``reused`` counts the runs that had finished before.
+    label, parameters, folder, cell and last_line; ``reused`` counts the runs that had finished before. ``compared`` sets
+    runs that simulate on the same prompts side by side (:func:`ttsnap_lib.runs.compare.compare_runs`), else it is None.
     """
 
     folder: Path
     table: pd.DataFrame
     failed: list[dict[str, Any]]
     reused: int
+    compared: pd.DataFrame | None = None
 
 
 def run_sweep(
@@ -179,7 +182,8 @@ def run_sweep(
         failures = _run_all(todo, len(plans), workers, scheduler, retries, timeout_s, progress) if todo else {}
         table = _collect(grid, {k: each.folder for k, each in enumerate(plans) if each.run_hash not in failures})
         write_table(table, home / "results.csv")
-        runs, failed = [], []
+        runs: list[dict[str, Any]] = []
+        failed = []
         for each, case in zip(plans, grid.cases, strict=True):
             common = {"run_hash": each.run_hash, "parameters": each.parameters, "folder": str(each.folder)}
             good = each.run_hash not in failures
@@ -187,7 +191,10 @@ def run_sweep(
             if not good:
                 label, (cell, line) = short_parameters(each.parameters, grid.axes, case), failures[each.run_hash]
                 failed.append({**common, "label": label, "cell": cell, "last_line": line})
-        result = SweepResult(home, table, failed, len(plans) - len(todo))
+        complete = [run for run in runs if run["status"] == "complete"]
+        labels = [short_parameters(run["parameters"], grid.axes, run["case"]) for run in complete]
+        compared = compare_runs(complete, labels)
+        result = SweepResult(home, table, failed, len(plans) - len(todo), compared)
         record = {
             "name": grid.name,
             "notebook": grid.notebook.stem,
@@ -207,6 +214,11 @@ def run_sweep(
         figure = _figure(grid, table)
         if figure is not None:
             write_figure(figure, home / "summary.png")
+        if compared is not None:
+            write_comparison(compared, home)
+        else:  # of an earlier sweep of that name
+            for old in home.glob("compared.*"):
+                old.unlink()
     return result
 
 

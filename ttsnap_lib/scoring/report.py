@@ -11,7 +11,7 @@ import numpy as np
 
 from ttsnap_lib.checks import choice, integer
 from ttsnap_lib.errors import TensorError
-from ttsnap_lib.style import axes_or_new, reward_label
+from ttsnap_lib.style import COLORS, axes_or_new, figure_size, reward_label
 from ttsnap_lib.tensors.tensor import check_rewards
 from ttsnap_lib.trajectories.read import Trajectories
 
@@ -111,43 +111,49 @@ def pocket_trajectories() -> Path:
 
 
 def reward_histograms(dataset: xr.Dataset, *, bins: int | None = None) -> Figure:
-    """Draw the distribution of rewards over all images: base filled, noise-aware as a line.
+    """Draw how rewards differ among the images of a prompt: each less the mean of its prompt at that step.
 
-    A row per step (up to six, evenly spread), a column per reward. There are so many `bins`, of equal width over all
-    steps, that some images fall into each; 40 at most.
+    Only these differences choose; those between prompts are left out. Base filled, noise-aware as a line. A row per step (up to
+    six, evenly spread), a column per reward; the number is the standard deviation within a prompt, of the base reward. There are
+    so many `bins`, of equal width over all steps, that some images fall into each; 40 at most. The outermost hold what lies beyond.
     """
     from matplotlib import pyplot as plt
 
     names, every = [str(name) for name in dataset["reward"].values], dataset["step"].values
     steps = every[np.unique(np.linspace(0, len(every) - 1, 6).round().astype(int))]
-    size = (1.4 + 5 * len(names), 0.75 * len(steps) + 0.9)
+    size = figure_size(1.4 + 5 * len(names), 0.75 * len(steps) + 0.9)
     figure, axes = plt.subplots(len(steps), len(names), figsize=size, sharex="col", squeeze=False, layout="constrained")
     for column, name in zip(axes.T, names, strict=True):
         _histogram_column(column, dataset.sel(reward=name, step=steps), bins)
-        column[-1].set_xlabel(f"{reward_label(name)} (dotted: median of the base reward)")
+        column[-1].set_xlabel(f"{reward_label(name)}, less the prompt's mean")
     for ax, step in zip(axes[:, 0], steps, strict=True):
         ax.set_ylabel(f"step {int(step)}", rotation=0, ha="right", va="center")
     return figure
 
 
 def _histogram_column(axes: Sequence[Axes], chosen: xr.Dataset, bins: int | None) -> None:
-    import seaborn as sns
-
-    values = np.concatenate([chosen[variant].values.ravel() for variant in ("base", "noise_aware")])
+    centred = {name: chosen[name] - chosen[name].mean("image") for name in ("base", "noise_aware")}
+    values = np.concatenate([one.values.ravel() for one in centred.values()])
     values = values[np.isfinite(values)]
     if bins is None:
         bins = int(np.clip(2 * np.sqrt(chosen["base"].isel(step=0).size), 8, 40))
-    edges = np.linspace(values.min(), values.max() + 1e-9, bins + 1).tolist()
-    colors = sns.color_palette("colorblind")
+    low, high = np.quantile(values, [0.002, 0.998])  # a single stray image would squeeze all others
+    edges = np.linspace(low, high + 1e-9, bins + 1).tolist()
     handles: dict[str, Any] = {}
     for k, ax in enumerate(axes):
+        base, aware = (
+            np.clip(centred[name].isel(step=k).values.ravel(), low, high) for name in ("base", "noise_aware")
+        )
+        ax.hist(base, bins=edges, color=COLORS[7], alpha=0.75, label="base")
         at = chosen.isel(step=k)
-        base, aware = at["base"].values.ravel(), at["noise_aware"].values.ravel()
-        ax.hist(base, bins=edges, color=colors[7], alpha=0.75, label="base")
         source = str(at["noise_aware_source"].values) if "noise_aware_source" in at else "finetuned"
         if source == "finetuned":
-            ax.hist(aware, bins=edges, histtype="step", color=colors[0], linewidth=1.5, label="noise-aware")
-        ax.axvline(np.nanmedian(base), color="0.25", linewidth=1, linestyle=":")
+            ax.hist(aware, bins=edges, histtype="step", color=COLORS[0], linewidth=1.5, label="noise-aware")
+        within = float(chosen["base"].isel(step=k).std("image").mean())
+        ax.annotate(
+            f"sd {within:.3g}", (1, 0.9), xycoords="axes fraction", ha="right", va="top", fontsize=8, color="0.35"
+        )
+        ax.axvline(0, color="0.25", linewidth=1, linestyle=":")
         ax.set_yticks([])
         ax.spines[["top", "right", "left"]].set_visible(False)
         shown, labels = ax.get_legend_handles_labels()

@@ -8,8 +8,9 @@ prompts are what a result should carry over to: :func:`mean_interval` of means a
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from ttsnap_lib.checks import integer, real
 from ttsnap_lib.errors import ConfigError, TensorError
 from ttsnap_lib.schedule import kept
 from ttsnap_lib.simulation.pruning import best_of_n, run_threads
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # 0.05 to 0.95, the ratios that the released evaluation averages over.
 TOP_SELECT_RATIOS = tuple(round(0.05 * k, 2) for k in range(1, 20))
@@ -79,6 +83,37 @@ def jackknife_interval(value: Any, without: np.ndarray, level: float = 0.95) -> 
         return np.full((2, *np.shape(value)), np.nan)
     half = _student(n_prompts, level) * np.sqrt((n_prompts - 1) * without.var(0))
     return np.stack([value - half, value + half])
+
+
+def against_best(
+    gains: Sequence[float], without: Sequence[np.ndarray], level: float = 0.95, *, sort: bool = True
+) -> pd.DataFrame:
+    """Return relative gains with their intervals, and how far each trails the best, paired over prompts.
+
+    `gains` are those of all prompts, in percent, `without` (prompt,) those of all prompts but one. A row each, the best first
+    (with `sort` false in the order given, against the first), indexed by its place in `gains`: gain, low, high, behind (points),
+    behind_low, behind_high, as_good: ``"yes"`` where the interval of `behind` ends below :data:`AS_GOOD` points, ``"no"`` where
+    it begins above, else ``"undecided"``, and nothing where the gain is NaN.
+    """
+    import pandas as pd
+
+    values = np.asarray(gains, np.float64)
+    order = np.argsort(-values, kind="stable") if sort else np.arange(len(values))  # NaN comes last
+    first = order[0]
+    rows = [
+        (
+            values[k], *jackknife_interval(values[k], without[k], level), values[first] - values[k],
+            *jackknife_interval(values[first] - values[k], without[first] - without[k], level),
+        )
+        for k in order
+    ]  # fmt: skip
+    names = ["gain", "low", "high", "behind", "behind_low", "behind_high"]
+    table = pd.DataFrame(rows, columns=names, index=order)
+    table["as_good"] = "undecided"
+    table.loc[table["behind_high"] < AS_GOOD, "as_good"] = "yes"
+    table.loc[table["behind_low"] > AS_GOOD, "as_good"] = "no"
+    table.loc[table["gain"].isna(), "as_good"] = ""
+    return table
 
 
 def leave_one_out(values: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import itertools
 import re
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from ttsnap_lib.errors import ConfigError
 from ttsnap_lib.schedule import Schedule
 from ttsnap_lib.simulation.metrics import AS_GOOD, jackknife_interval, kendall_tau, leave_one_out, relative_gain_of
 from ttsnap_lib.simulation.simulate import Curves
-from ttsnap_lib.style import axes_or_new, method_label, method_style, paper_style, reward_label, tidy  # noqa: F401
+from ttsnap_lib.style import axes_or_new, figure_size, method_label, method_style, paper_style, reward_label, tidy  # noqa: F401
 from ttsnap_lib.tensors.tensor import noise_aware_steps
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas.io.formats.style import Styler
 
 _PRICE = 10  # finished images whose price the headline tells about
 # The models of the published tensors, by the short name that those carry.
@@ -79,18 +80,23 @@ def set_trade_off(frame: pd.DataFrame, reward: str | None = None, *, ax: Axes | 
     return tidy(ax)
 
 
-def reward_panels(curves: Curves, cost: CostModel, *, title: str | None = None) -> Figure:
+def reward_panels(
+    curves: Curves, cost: CostModel, *, title: str | None = None, axes: np.ndarray | None = None
+) -> Figure:
     """Draw the rewards of all methods against the budget, and under them their gain over Best-of-N, paired.
 
     A column for each reward. Bands are 95% intervals; above they are mostly differences between prompts, which all methods
     share. The dotted line is what a perfect verifier would reach with the same seeds: the best of all that were started.
+    `axes` (2, reward) are those to draw into, else a figure is made.
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(
-        2, len(curves.rewards), figsize=(5.4 * len(curves.rewards), 5.6), layout="constrained", squeeze=False,
-        sharex=True, height_ratios=(3, 2),
-    )  # fmt: skip
+    if axes is None:
+        axes = plt.subplots(
+            2, len(curves.rewards), figsize=figure_size(5.4 * len(curves.rewards), 5.6), layout="constrained",
+            squeeze=False, sharex=True, height_ratios=(3, 2),
+        )[1]  # fmt: skip
+    figure: Any = axes[0, 0].figure
     frame, images = curves.frame(), curves.budgets / cost.total(1)
     pruning = [method for method in curves.methods if method != "best_of_n"]
     for r, (reward, top, below) in enumerate(zip(curves.rewards, *axes, strict=True)):
@@ -115,7 +121,7 @@ def reward_panels(curves: Curves, cost: CostModel, *, title: str | None = None) 
             top.plot(images, best, color="0.3", linestyle=":", linewidth=1.2)
             levels.append((images, best, "perfect verifier", "0.3"))
         label = reward_label(reward)
-        top.set_ylabel(f"mean {label} of the chosen image")
+        top.set_ylabel(f"mean {label}\nof the chosen image")
         below.set_ylabel(f"gain over Best-of-N\nin {label}, paired")
         _in_images(top, curves.budgets, cost)
         top.set_xlabel("")
@@ -326,6 +332,8 @@ def survivor_funnel(cost: CostModel, schedule: Schedule, n: int, *, ax: Axes | N
     stages = cost.stages(n, schedule)
     total = cost.total(n, schedule)
     color = method_style("ttsnap")["color"]
+    figure: Any = ax.figure
+    narrow = figure.get_size_inches()[0] < 4  # a paper's column
     for row, stage in enumerate(stages):
         ax.barh(
             row, stage.candidates, height=0.72, left=-stage.candidates / 2, color=color, alpha=1 - 0.18 * min(row, 4)
@@ -333,14 +341,14 @@ def survivor_funnel(cost: CostModel, schedule: Schedule, n: int, *, ax: Axes | N
         what = "choose one" if row == len(stages) - 1 else f"keep ratio (alpha) {schedule.keep_ratios[row]:g}"
         ax.annotate(f"{stage.candidates:g}", (0, row), ha="center", va="center", fontsize=9, weight="bold",
                     color="white" if stage.candidates > 0.12 * n else "black")  # fmt: skip
-        ax.annotate(f"{stage.total / total:.0%} of the compute, then {what}", (1.02, row),
-                    xycoords=("axes fraction", "data"), va="center", fontsize=8)  # fmt: skip
+        ax.annotate(f"{stage.total / total:.0%} of the compute,{chr(10) if narrow else ' '}then {what}", (1.02, row),
+                    xycoords=("axes fraction", "data"), va="center", fontsize=6.5 if narrow else 8)  # fmt: skip
     spans = [(stage.first_step, stage.last_step) for stage in stages]
     names = [f"step {first}" if first == last else f"steps {first}–{last}" for first, last in spans]
     ax.set_yticks(range(len(stages)), names)
     ax.set(xticks=[], xlim=(-n / 2 * 1.02, n / 2 * 1.02))
     flow = [f"{n} seeds", *(f"{stage.candidates:g}" for stage in stages[1:]), "best"]
-    ax.set_title(f"{' → '.join(flow)}  ({total:.4g} {cost.unit} per prompt)", fontsize=10, loc="left")
+    ax.set_title(f"{' → '.join(flow)}  ({total:.4g} {cost.unit} per prompt)", fontsize=7 if narrow else 10, loc="left")
     ax.invert_yaxis()
     ax.spines[["top", "right", "bottom", "left"]].set_visible(False)
     ax.tick_params(length=0)
@@ -400,7 +408,7 @@ def forest(table: pd.DataFrame, names: Sequence[str] | None = None) -> Figure:
 
     names = [str(schedule) for schedule in table["schedule"]] if names is None else list(names)
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(8.6, 0.9 + 0.3 * len(table)), layout="constrained", sharey=True
+        1, 2, figsize=figure_size(8.6, 0.9 + 0.3 * len(table)), layout="constrained", sharey=True
     )  # fmt: skip
     color, rows = method_style("ttsnap")["color"], np.arange(len(table))
     for ax, name, low, high in ((left, "gain", "low", "high"), (right, "behind", "behind_low", "behind_high")):
@@ -436,9 +444,16 @@ def _needs(value: float, low: float, high: float, most: float) -> str:
     return f"{ends[0]} [{ends[1]}, {ends[2]}]" if not np.isnan(low) else f"{ends[0]} [unknown]"
 
 
-def unbroken(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of text whose cells a notebook keeps on one line, however narrow the column."""
-    return table.map(lambda cell: cell.replace(" ", "\N{NO-BREAK SPACE}") if isinstance(cell, str) else cell)
+def unbroken(table: pd.DataFrame) -> Styler:
+    """Return a table for a notebook: each cell on one line, numbers right under their heads, a group's head over its columns."""
+    looks: list[Any] = [
+        {"selector": "td, th", "props": "white-space: nowrap; text-align: right; font-variant-numeric: tabular-nums"}
+    ]
+    if table.columns.nlevels > 1:
+        looks.append(
+            {"selector": "th.level0.col_heading", "props": "text-align: center; border-bottom: 1px solid #999"}
+        )
+    return table.style.set_table_styles(looks)
 
 
 def pruning_method(dataset: xr.Dataset, methods: Sequence[str], report: Sequence[str] = ()) -> str:

@@ -218,19 +218,31 @@ class Curves:
         """Return the area metric of each method and reward against Best-of-N, in percent, with its interval."""
         import pandas as pd
 
-        base = self.methods.index("best_of_n")
-        mean = self.per_prompt.mean(-1)
-        without = leave_one_out(np.moveaxis(self.per_prompt, -1, 0))
         rows = []
-        for m, method in enumerate(self.methods):
-            if m == base:
-                continue
-            for r, reward in enumerate(self.rewards):
-                gain = float(relative_gain_of(self.budgets, mean[m, :, r], mean[base, :, r]))
-                others = relative_gain_of(self.budgets, without[:, m, :, r], without[:, base, :, r], strict=False)
-                low, high = jackknife_interval(gain, others, self.level)
-                rows.append((method, reward, gain, float(low), float(high)))
+        for (method, reward), without in self.gains_without().groupby(["method", "reward"], sort=False):
+            mean = self.per_prompt[:, :, self.rewards.index(str(reward))].mean(-1)
+            base, own = (mean[self.methods.index(name)] for name in ("best_of_n", str(method)))
+            gain = float(relative_gain_of(self.budgets, own, base))
+            low, high = jackknife_interval(gain, without["relative_gain"].to_numpy(), self.level)
+            rows.append((method, reward, gain, float(low), float(high)))
         return pd.DataFrame(rows, columns=["method", "reward", "relative_gain", "low", "high"])
+
+    def gains_without(self) -> pd.DataFrame:
+        """Return the gains of :meth:`relative_gains` without each prompt: method, reward, prompt (its place), relative_gain.
+
+        By their differences two simulations on the same prompts are compared, paired.
+        """
+        import pandas as pd
+
+        base = self.methods.index("best_of_n")
+        without = leave_one_out(np.moveaxis(self.per_prompt, -1, 0))
+        parts = [pd.DataFrame(columns=["method", "reward", "prompt", "relative_gain"])]
+        for m, method in enumerate(self.methods):
+            for r, reward in enumerate(self.rewards) if m != base else ():
+                gains = relative_gain_of(self.budgets, without[:, m, :, r], without[:, base, :, r], strict=False)
+                columns = {"method": method, "reward": reward, "prompt": range(len(gains)), "relative_gain": gains}
+                parts.append(pd.DataFrame(columns))
+        return pd.concat(parts[1:] or parts, ignore_index=True)
 
     def needs(self) -> pd.DataFrame:
         """Return the compute that Best-of-N needs for the mean reward of each method, and the share that is saved.

@@ -15,7 +15,13 @@ from ttsnap_lib.checks import choice, integer, real
 from ttsnap_lib.costs import CostModel, check_n_steps
 from ttsnap_lib.errors import BudgetError, ConfigError, ScheduleError, TensorError
 from ttsnap_lib.schedule import PUBLISHED_SCHEDULE, Schedule, selecting_rewards
-from ttsnap_lib.simulation.metrics import AS_GOOD, bootstrap_means, jackknife_interval, leave_one_out, mean_interval
+from ttsnap_lib.simulation.metrics import (
+    against_best,
+    bootstrap_means,
+    jackknife_interval,
+    leave_one_out,
+    mean_interval,
+)
 from ttsnap_lib.simulation.pruning import n_threads
 from ttsnap_lib.simulation.simulate import (
     MOST_DRAWS,
@@ -252,17 +258,17 @@ def compare_schedules(
     report: Sequence[str] | None = None,
     distinct: bool = False,
     level: float = 0.95,
+    best_first: bool = False,
 ) -> pd.DataFrame:
     """Score schedules on the same prompts and subsets, `iterations` a prompt, paired with the first of them.
 
-    `prompts` are positions along the prompt axis, all by default; the other options are as in :func:`optimize_schedule`.
-    Returns a row per schedule: schedule, gain (percent over Best-of-N; the paper's relative gain over several budgets,
+    `prompts` are positions along the prompt axis, all by default; with `best_first` the schedule that gains most stands first;
+    the other options are as in :func:`optimize_schedule`.
+    Returns a row per schedule, indexed by its place in `schedules`: schedule, gain (percent over Best-of-N; the paper's relative gain over several budgets,
     for one budget as for objective ``"single"``), low, high, behind (points behind the first schedule), behind_low,
-    behind_high, as_good: ``"yes"`` where the interval of `behind` ends below :data:`AS_GOOD` points, ``"no"`` where it
+    behind_high, as_good: ``"yes"`` where the interval of `behind` ends below :data:`~ttsnap_lib.simulation.metrics.AS_GOOD` points, ``"no"`` where it
     begins above, else ``"undecided"``. NaN where a schedule cannot run.
     """
-    import pandas as pd
-
     if not schedules or not all(isinstance(schedule, Schedule) for schedule in schedules):
         raise ScheduleError(f"schedules: got {schedules!r}, expected one Schedule or more. Pass a list of them.")
     level = real("level", level, 0, 1, open_low=True)
@@ -282,19 +288,8 @@ def compare_schedules(
     mean, without = [curve.mean(1) for curve in curves], [leave_one_out(curve.T) for curve in curves]
     gains = [float(setup.goals.overall(curve, mean[0])) for curve in mean[1:]]
     others = [setup.goals.overall(curve, without[0]) for curve in without[1:]]
-    rows = [
-        (
-            schedule, gain, *jackknife_interval(gain, other, level),
-            gains[0] - gain, *jackknife_interval(gains[0] - gain, others[0] - other, level),
-        )
-        for schedule, gain, other in zip(schedules, gains, others, strict=True)
-    ]  # fmt: skip
-    names = ["schedule", "gain", "low", "high", "behind", "behind_low", "behind_high"]
-    table = pd.DataFrame(rows, columns=names)
-    table["as_good"] = "undecided"
-    table.loc[table["behind_high"] < AS_GOOD, "as_good"] = "yes"
-    table.loc[table["behind_low"] > AS_GOOD, "as_good"] = "no"
-    table.loc[table["gain"].isna(), "as_good"] = ""
+    table = against_best(gains, others, level, sort=best_first)
+    table.insert(0, "schedule", [schedules[k] for k in table.index])
     return table
 
 
