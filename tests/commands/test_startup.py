@@ -17,7 +17,7 @@ UNUSED = (
     "open_clip", "ImageReward", "timm", "dask", "distributed", "numba", "xarray", "zarr", "seaborn", "ipywidgets",
     "IPython", "papermill", "torch._inductor.compile_fx", "transformers.models.blip.modeling_blip",
     "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", "ttsnap_lib.finetuning",
-    "ttsnap_lib.scoring", "ttsnap_lib.simulation", "ttsnap_lib.tensors", "ttsnap_lib.trajectories",
+    "ttsnap_lib.scoring", "ttsnap_lib.simulation", "ttsnap_lib.tensors.tensor", "ttsnap_lib.trajectories",
 )  # fmt: skip
 LATE = ("pandas", "pyarrow", "matplotlib")
 WATCHED = f"""
