@@ -144,6 +144,7 @@ def test_the_table_sets_the_methods_side_by_side(two_methods):
     table, frame = by_budget(result, "TFLOPs"), result.frame()
     page = plots.unbroken(table).to_html()
     assert "text-align: center" in page and page.count("cannot run") == 0 and page.count("<tr>") == 2 * 3 + 3
+    assert "\n[" in page and " [" not in page  # an interval below its value, or the table is wider than a window
     assert table.index.names == ["reward", "budget (TFLOPs)"] and len(table) == 2 * 3
     assert list(dict.fromkeys(table.columns.get_level_values(0))) == ["Best-of-N", "TTSnap"]
     assert ("Best-of-N", "over Best-of-N") not in table.columns

@@ -445,14 +445,22 @@ def _needs(value: float, low: float, high: float, most: float) -> str:
 
 
 def unbroken(table: pd.DataFrame) -> Styler:
-    """Return a table for a notebook: each cell on one line, numbers right under their heads, a group's head over its columns."""
+    """Return a table for a notebook, numbers right under their heads.
+
+    In groups of columns, which are wide, a group's head stands over its columns and an interval below its value.
+    """
     looks: list[Any] = [
         {"selector": "td, th", "props": "white-space: nowrap; text-align: right; font-variant-numeric: tabular-nums"}
     ]
     if table.columns.nlevels > 1:
-        looks.append(
-            {"selector": "th.level0.col_heading", "props": "text-align: center; border-bottom: 1px solid #999"}
-        )
+        looks += [
+            {"selector": "th.level0.col_heading", "props": "text-align: center; border-bottom: 1px solid #999"},
+            {"selector": "th.level1.col_heading", "props": "white-space: normal; vertical-align: bottom"},
+            {"selector": "th.index_name", "props": "white-space: normal"},
+            {"selector": "td", "props": "white-space: pre"},
+            {"selector": "td, th", "props": "padding: 0.3em 0.4em; font-size: 12px"},
+        ]
+        table = table.map(lambda cell: cell.replace(" [", "\n[") if isinstance(cell, str) else cell)
     return table.style.set_table_styles(looks)
 
 
