@@ -20,6 +20,7 @@ from ttsnap_lib.live.record import DRAFTED, SearchRecord
 from ttsnap_lib.schedule import Draft
 from ttsnap_lib.scoring.score import draft_scores, generate_scores
 from ttsnap_lib.simulation.draft import Drafts
+from ttsnap_lib.tensors.spread import SpreadWarning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,6 +80,10 @@ def test_prompts_of_a_file_share_batches_and_resume(flux, clip, tmp_path):
         return search_many(flux, ["a red circle", "the cat"], clip, folder, **given)
 
     alone, together = call(tmp_path / "alone"), call(tmp_path / "together", together=2)
+    # A single full run has no scores to be compared with: no warning of scores that are all equal.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SpreadWarning)
+        assert call(None, finish=1, draft=2)["finished"].tolist() == [1, 1]
     assert alone["winner"].tolist() == together["winner"].tolist() and alone["draft_steps"].tolist() == [2, 2]
     with Hook(flux.transformer, lambda sizes: None) as hook:
         call(tmp_path / "alone")

@@ -117,6 +117,10 @@ def test_an_interrupted_set_and_images_that_fail(flux, clip, folders):
     with pytest.warns(UserWarning, match="not this one"):
         result = tiny_search(flux, fussy, keep=3, diversity=0.5)
     assert len(result.images) == 3 and np.isfinite(result.record.scores[result.record.chosen, -1]).all()
+    alone = load_reward(lambda prompts, images: [1.0, *[ValueError("not this one")] * (len(images) - 1)], name="alone")
+    with pytest.warns(UserWarning, match="not this one"):  # one image is left, which has no distance to others
+        result = tiny_search(flux, [clip, alone], candidates=3, keep=2, diversity=0.5)
+    assert len(result.images) == 1 and result.summary()["set_distance"] is None
 
 
 def test_prompts_of_a_file(flux, clip, tmp_path):

@@ -166,9 +166,8 @@ def _search(arguments: argparse.Namespace) -> int:
         **plan, "seed": arguments.seed, "combine": arguments.combine, "weights": arguments.weights,
         "report": report, "deadline_s": arguments.deadline,
         "decoder": load_decoder(arguments.tiny, pipeline), "keep": arguments.keep, "diversity": arguments.diversity,
+        "draft": arguments.draft, "finish": arguments.finish,
     }  # fmt: skip
-    if drafting is not None:  # else not among the options, which a folder made before compares
-        options |= {"draft": arguments.draft, "finish": arguments.finish}
     if arguments.prompts is not None:
         from ttsnap_lib.live.many import search_many
 

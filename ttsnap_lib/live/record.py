@@ -232,11 +232,11 @@ class SearchResult:
         """Return one row per image of the set, the winner first: candidate, seed, rewards, mean distance to the others."""
         import pandas as pd
 
-        record, others = self.record, max(1, len(self.record.distances) - 1)
+        record, others = self.record, len(self.record.distances) - 1
         frame = pd.DataFrame(
             [{"candidate": one, "seed": record.seeds[one], **self._scores_of(one)} for one in record.set]
         )
-        return frame.assign(distance=np.sum(record.distances, axis=1) / others if record.distances else np.nan)
+        return frame.assign(distance=np.sum(record.distances, axis=1) / others if others > 0 else np.nan)
 
     def summary(self) -> dict[str, Any]:
         """Return the run in one flat row of JSON values; None where there is no number."""

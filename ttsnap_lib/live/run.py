@@ -441,7 +441,7 @@ class Searcher:
             start += len(batch)
             for place in np.setdiff1d(batch[:, 0], rows[start:, 0]):  # all of its candidates have their score
                 self._prune(k, self.work[place])
-        if k == 0:
+        if k == 0 and self.drafter is None:  # of drafts it was told when all had a score
             scores = np.stack([one.record.scores[:, 0] for one in self.work])
             tell_spreads(scores, self.names, self.selecting, self.weights)
         going = {(place, int(candidate)) for place, one in enumerate(self.work) for candidate in one.alive}
