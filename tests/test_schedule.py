@@ -10,7 +10,8 @@ from hypothesis.extra.numpy import arrays
 
 from ttsnap_lib import PUBLISHED_SCHEDULE, Schedule, prune
 from ttsnap_lib.errors import ScheduleError
-from ttsnap_lib.schedule import choose, kept
+from ttsnap_lib.schedule import kept
+from ttsnap_lib.sets import choose_set
 
 # Few values: ties at every stage.
 VALUES = st.sampled_from([-1.5, -1.0, 0.0, 0.25, 0.5, 2.0])
@@ -74,6 +75,11 @@ def test_bad_yaml(content):
         Schedule.from_yaml("steps: [1")
     with pytest.raises(ScheduleError, match="cannot be read"):
         Schedule.from_yaml(Path("nowhere.yaml"))
+
+
+def choose(scores, keep, combine="rank_sum", weights=None):
+    """Return who stays, ascending."""
+    return np.sort(choose_set(scores, keep, combine=combine, weights=weights))
 
 
 @settings(max_examples=150)

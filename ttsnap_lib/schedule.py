@@ -212,28 +212,6 @@ def check_combine(combine: str, weights: Sequence[float] | None, n_rewards: int)
     return checked
 
 
-def choose(scores: np.ndarray, keep: int, combine: str = "rank_sum", weights: np.ndarray | None = None) -> np.ndarray:
-    """Return which candidates stay.
-
-    Parameters
-    ----------
-    scores : (candidate, reward)
-        Without NaN, candidates in the order of their image index.
-    keep : int
-        How many stay.
-    combine : {"rank_sum", "z_score", "weighted_sum"}
-    weights : (reward,), optional
-        For ``"weighted_sum"``.
-
-    Returns
-    -------
-    int64 (keep,)
-        Positions, ascending. Of equal candidates the first ones stay; of equal values the first ranks higher.
-    """
-    cost = costs_of(np.asarray(scores, np.float64), combine, weights)
-    return np.sort(np.argsort(cost, kind="stable")[:keep])
-
-
 def costs_of(scores: np.ndarray, combine: str, weights: np.ndarray | None) -> np.ndarray:
     """Return what candidates are chosen by, the lowest first, (..., candidate), of float64 `scores` (..., candidate, reward)."""
     if combine == "weighted_sum":

@@ -69,16 +69,18 @@ def choose_set(
     keep : int
         How many are chosen, at most as many as there are.
     diversity : float
-        What difference weighs against quality. 0 takes the best scores: :func:`ttsnap_lib.schedule.choose`, ordered.
+        What difference weighs against quality. 0 takes the best scores.
     distances : (..., candidate, candidate), optional
         What :func:`pairwise_distances` returns; read when `diversity` is above 0.
-    combine, weights
-        As there. Several rewards are combined first; the z-score is that of what they give together.
+    combine : {"rank_sum", "z_score", "weighted_sum"}
+        Several rewards are combined first; the z-score is that of what they give together.
+    weights : (reward,), optional
+        For ``"weighted_sum"``.
 
     Returns
     -------
     int64 (..., keep)
-        Positions. Of equal candidates the first one is chosen.
+        Positions. Of equal candidates the first one is chosen; of equal values the first ranks higher.
     """
     scores = np.asarray(scores, np.float64)
     costs = costs_of(scores, combine, weights)
