@@ -180,9 +180,9 @@ def test_every_control_is_reached_by_the_tab_key(lab):
         reached.add(name)
         lab.keyboard.press("Tab")
     wanted = {
-        "method", "stages", "step 1", "keep ratio (alpha) 1", "step 2", "keep ratio (alpha) 2", "step 3",
-        "keep ratio (alpha) 3", "Pin this schedule", "Set", "×", "Budget and cost", "budget in images", "cost",
-        "or a cost file", "accounting", "Data", "tensor", "or its folder", "reward(s) that select", "combine rewards by",
+        "method", "stages", "step 1", "keep ratio (alpha) 1", "step 2", "keep ratio (alpha) 2",
+        "Pin this schedule", "Set", "×", "Budget and cost", "budget in images", "cost",
+        "or another", "accounting", "Data", "tensor", "or its folder", "reward(s) that select", "combine rewards by",
         "reward shown", "Optimise", "optimise for", "seconds at most", "Optimise from here", "Export", "export as", "Copy",
         "Save figure",
     }  # fmt: skip
