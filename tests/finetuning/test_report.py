@@ -146,7 +146,7 @@ def test_recorded_rewards_are_what_the_reward_says_and_can_be_simulated(run, cli
     found = curves(tensor, ["ttsp", "ttsnap"], budgets, cost, Schedule((0,), (0.5,)), iterations=20, rng=0)
     ax = gain_by_budget({"this run": found, "shipped": found}, cost)
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels == ["base reward (TTSp)", "this run", "shipped"]
+    assert labels == ["this run", "shipped", "base reward (TTSp)"]  # in the order and colours of gain_by_step
     frame = found.frame()
     np.testing.assert_allclose(ax.lines[2].get_ydata(), frame.loc[frame["method"] == "ttsnap", "gain"])
 

@@ -160,13 +160,13 @@ def load_modular(kind: str, source: str, options: dict[str, Any], **loading: Any
     """Return the face of the modular pipeline of class `kind` at `source`, with the parts that text to image needs."""
     modular = diffusers.ModularPipeline.from_pretrained(source, trust_remote_code=False, **options)
     blocks = modular.blocks.get_execution_blocks(prompt=True).sub_blocks
-    parts = {
-        spec.name: spec
+    parts = dict.fromkeys(
+        spec.name
         for name, block in blocks.items()
         if not name.startswith("prompt_upsampler")
         for spec in block.expected_components
         if modular.get_component_spec(spec.name).default_creation_method == "from_pretrained"
-    }
+    )
     modular.load_components(names=list(parts), **loading)  # only logs what it cannot load
     missing = [name for name in parts if getattr(modular, name, None) is None]
     if missing:

@@ -243,12 +243,12 @@ def gain_by_step(comparisons: Mapping[str, pd.DataFrame], *, ax: Axes | None = N
 def gain_by_budget(curves: Mapping[str, Curves], cost: CostModel, *, ax: Axes | None = None) -> Axes:
     """Draw what series of weights, by name, gain over Best-of-N at equal budget, and the base reward; return the axes."""
     ax = axes_or_new(ax, (5.2, 3.2))
+    frames = {name: (one.frame(), "ttsnap") for name, one in curves.items()}  # in the colours of gain_by_step
+    frames["base reward (TTSp)"] = (next(iter(frames.values()))[0], "ttsp")  # the same for all
     lines: dict[str, Any] = {}
-    for name, one in curves.items():
-        frame = one.frame()
-        for label, method in (("base reward (TTSp)", "ttsp"), (name, "ttsnap")):
-            rows = frame[frame["method"] == method]
-            lines[label] = [rows["budget"] / cost.total(1), *(rows[c] for c in ("gain", "gain_low", "gain_high"))]
+    for name, (frame, method) in frames.items():
+        rows = frame[frame["method"] == method]
+        lines[name] = [rows["budget"] / cost.total(1), *(rows[c] for c in ("gain", "gain_low", "gain_high"))]
     _bands(ax, lines)
     ax.set(xlabel="budget per prompt, in finished images", ylabel="gain over Best-of-N")
     return tidy(ax)

@@ -145,7 +145,7 @@ class Hpsv3Scorer(torch.nn.Module):
 
 
 class Hpsv3Reward(VlmReward):
-    """The mean of HPSv3, about 0 to 15; with `sigma` also the deviation it gives, as a second number."""
+    """The mean of HPSv3, any number; with `sigma` also the deviation it gives, as a second number."""
 
     template = _HPS_INSTRUCTION
 

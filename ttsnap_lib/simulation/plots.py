@@ -38,10 +38,7 @@ def reward_against_budget(
 
     `reward` is needed when the frame holds several; `unit` is that of the budget.
     """
-    rewards = list(dict.fromkeys(frame["reward"]))
-    if reward is None and len(rewards) > 1:
-        raise ConfigError(f"reward: got None, expected one of {rewards}. Name the reward to draw.")
-    reward = choice("reward", rewards[0] if reward is None else reward, rewards)
+    reward = _drawn(frame, reward)
     ax = axes_or_new(ax, (5.2, 3.6))
     for method, rows in frame[frame["reward"] == reward].groupby("method", sort=False):
         rows = rows.sort_values("budget")
@@ -58,10 +55,7 @@ def set_trade_off(frame: pd.DataFrame, reward: str | None = None, *, ax: Axes | 
 
     Bars are 95% intervals over prompts; `reward` is needed when the frame holds several.
     """
-    rewards = list(dict.fromkeys(frame["reward"]))
-    if reward is None and len(rewards) > 1:
-        raise ConfigError(f"reward: got None, expected one of {rewards}. Name the reward to draw.")
-    reward = choice("reward", rewards[0] if reward is None else reward, rewards)
+    reward = _drawn(frame, reward)
     ax = axes_or_new(ax, (5.2, 3.6))
     for method, rows in frame[frame["reward"] == reward].groupby("method", sort=False):
         style = method_style(method)
@@ -78,6 +72,14 @@ def set_trade_off(frame: pd.DataFrame, reward: str | None = None, *, ax: Axes | 
     ax.set(xlabel="mean distance within the set", ylabel=f"mean {reward_label(reward)} of the set")
     ax.legend(frameon=False)
     return tidy(ax)
+
+
+def _drawn(frame: pd.DataFrame, reward: str | None) -> str:
+    """Return the reward of a frame to draw: the one it holds, or the one that is named."""
+    rewards = list(dict.fromkeys(frame["reward"]))
+    if reward is None and len(rewards) > 1:
+        raise ConfigError(f"reward: got None, expected one of {rewards}. Name the reward to draw.")
+    return choice("reward", rewards[0] if reward is None else reward, rewards)
 
 
 def reward_panels(
