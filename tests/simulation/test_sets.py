@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ttsnap_lib import CostModel, Schedule, open_rewards, save_rewards, simulate
+from ttsnap_lib import CostModel, Schedule, open_rewards, optimize_schedule, save_rewards, simulate
 from ttsnap_lib.errors import BudgetError, ConfigError, TensorError
 from ttsnap_lib.sets import choose_set, mean_distance, pairwise_distances
-from ttsnap_lib.simulation.plots import set_trade_off
+from ttsnap_lib.simulation.plots import set_trade_off, tau_per_step
 from ttsnap_lib.simulation.sets import distance_agreement, simulate_sets
 from ttsnap_lib.tensors.tensor import synthetic_rewards
 
@@ -81,6 +81,15 @@ def test_what_the_distances_of_estimates_tell(tensor):
     assert frame["step"].tolist() == list(range(8)) and frame["correlation"].iloc[-1] == pytest.approx(1)
     late = frame[frame["step"].isin([2, 4, 6])]["correlation"]
     assert (np.diff(late) > 0).all() and late.iloc[-1] > 0.8 and abs(frame["correlation"][0]) < 0.2
+
+
+def test_a_tensor_with_embeddings_is_drawn_and_tuned_as_any(tensor):
+    bare = tensor.drop_vars("embedding")
+    budgets = [3 * COST.total(1), 4 * COST.total(1)]
+    taus = [tau_per_step(one).get_lines()[0].get_ydata() for one in (tensor, bare)]
+    tuned = [optimize_schedule(one, COST, budgets, n_trials=5, seed=0) for one in (tensor, bare)]
+    np.testing.assert_array_equal(*taus)
+    assert tuned[0].schedule == tuned[1].schedule
 
 
 def test_embeddings_are_kept_with_a_tensor(tensor, tmp_path):

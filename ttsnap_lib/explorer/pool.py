@@ -41,7 +41,7 @@ class Pool:
     """A reward tensor in memory, with everything that stays the same while a schedule is moved."""
 
     def __init__(self, dataset: xr.Dataset, *, iterations: int = 200, seed: int = 0, distinct: bool = False) -> None:
-        dataset = check_rewards(dataset).load()
+        dataset = check_rewards(dataset).drop_vars("embedding", errors="ignore").load()  # it may be gigabytes
         self.dataset = dataset = drop_repeats(dataset) if distinct else dataset
         self.iterations, self._seed = integer("iterations", iterations, 1), integer("seed", seed, 0)
         self.names = tuple(str(name) for name in dataset["reward"].values)

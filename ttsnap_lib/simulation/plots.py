@@ -308,7 +308,7 @@ def tau_per_step(dataset: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     Grey are the steps without noise-aware scores, where TTSnap reads the base reward, as TTSp does.
     """
     ax = axes_or_new(ax, (5.2, 3.4))
-    first = dataset.isel(reward=0).transpose("prompt", "image", "step")
+    first = dataset[["base", "noise_aware"]].isel(reward=0).transpose("prompt", "image", "step")
     steps, final = dataset["step"].values, first["base"].values[:, :, -1]
     known = noise_aware_steps(dataset)[str(first["reward"].values)]
     plain = [step for step in steps.tolist() if step not in known]
