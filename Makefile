@@ -58,7 +58,7 @@ coverage: $(STAMP) ## Lines of the library that the quick tests do not run
 docs: $(STAMP)   ## The documentation site, into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-docs-executed: $(STAMP) ## The same with every notebook as it runs, outputs and all; each is run once (20 minutes)
+docs-executed: $(STAMP) ## The same with every notebook as it runs, outputs and all; each is run once (8 minutes on two cores)
 	for name in $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/*.ipynb)); do $(BIN)/ttsnap run $$name || exit 1; done
 	$(MAKE) docs
 

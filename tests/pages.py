@@ -24,8 +24,8 @@ HEADS = ("ttsnap ", "accelerate launch ", "make ", "python ")
 # What needs a GPU or a download runs on the pocket models under the same options.
 _NAMES = {"black-forest-labs/FLUX.1-dev": "pocket-flux", "SG161222/RealVisXL_V4.0": "pocket-sdxl",
           "madebyollin/taesdxl": "pocket-tiny"}  # fmt: skip
-_REWARDS = ("image_reward", "pickscore", "hpsv2")
-_DROPPED = {"--size": 1, "--guidance": 1, "--dtype": 1, "--offload": 1, "--fp8": 0}
+_REWARDS = ("image_reward", "pickscore", "hpsv2", "mps", "aesthetic", "vqascore")
+_DROPPED = {"--size": 1, "--guidance": 1, "--dtype": 1, "--offload": 1, "--fp8": 0, "--reward-option": 1}
 _AT_MOST = {"--candidates": 6, "--trials": 40}
 
 
